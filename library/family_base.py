@@ -1,0 +1,182 @@
+"""What a model family is: facts and pure steps. The loop, the datasets and the tools know families only through this."""
+
+from __future__ import annotations
+
+import importlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from library.errors import UserError, suggest
+from library.strategy_base import Conditioning, Strategies
+
+if TYPE_CHECKING:
+    from library.batch import TrainBatch
+    from library.objectives import Objective
+    from library.option_groups import TrainOptions
+    from networks.network_base import NetworkArch
+
+
+@dataclass(frozen=True)
+class LatentSpec:
+    """Facts about the latent space. A bucket's sides are multiples of `stride * patch`, typed nowhere else.
+
+    `scale` and `shift` map a *stored* latent z to a training one, (z - shift) * scale; the identity for families whose
+    sd-scripts cache files are already scaled.
+    """
+
+    channels: int
+    stride: int
+    patch: int = 1
+    scale: float = 1.0
+    shift: float = 0.0
+
+    @property
+    def bucket_step(self) -> int:
+        return self.stride * self.patch
+
+    def normalize(self, stored: Tensor) -> Tensor:
+        return (stored - self.shift) * self.scale
+
+    def denormalize(self, latents: Tensor) -> Tensor:
+        return latents / self.scale + self.shift
+
+
+@dataclass
+class ModelBundle:
+    """The parts of one model. A part is read from disk when first used, and can be dropped to free its memory.
+
+    Loaders are called once, with nothing; they return the module on `device` in `dtype`, in eval mode, frozen.
+    `identity` names each part for cache fingerprints (path, size, time or content hash of what it was read from).
+    """
+
+    loaders: Mapping[str, Callable[[], nn.Module]]
+    text_encoder_names: tuple[str, ...]
+    device: torch.device
+    dtype: torch.dtype
+    identity: Mapping[str, str] = field(default_factory=dict)
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    """What the loader found out and saving or metadata needs: source path, format, version, prediction type, unused tensors."""
+    _parts: dict[str, nn.Module] = field(default_factory=dict)
+
+    def part(self, name: str) -> nn.Module:
+        if name not in self._parts:
+            self._parts[name] = self.loaders[name]()
+        return self._parts[name]
+
+    def loaded(self, name: str) -> bool:
+        return name in self._parts
+
+    def release(self, name: str) -> None:
+        """Drop a part; the next use reads it again."""
+        self._parts.pop(name, None)
+
+    @property
+    def denoiser(self) -> nn.Module:
+        return self.part("denoiser")
+
+    @property
+    def vae(self) -> nn.Module:
+        return self.part("vae")
+
+    @property
+    def text_encoders(self) -> dict[str, nn.Module]:
+        return {name: self.part(name) for name in self.text_encoder_names}
+
+
+@dataclass(frozen=True)
+class SampleRequest:
+    """One preview picture: latent size, guidance and the encoded prompts, each with batch size 1."""
+
+    positive: Conditioning
+    negative: Conditioning
+    width: int
+    height: int
+    steps: int
+    guidance: float
+    sampler: str
+    seed: int
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    """The prompt line's family options (`flow_shift`, `renorm_cfg`, ...)."""
+
+
+class ModelFamily(ABC):
+    """One model family. Owns no weights and no run state, so one process can hold several."""
+
+    name: ClassVar[str]
+    """Key in `FAMILIES`."""
+    title: ClassVar[str]
+    """For people: "Stable Diffusion 1.x/2.x"."""
+    scripts: ClassVar[Mapping[str, str]]
+    """What is trained -> the script that does it: {"network": "train_network.py", ...}."""
+    arch: ClassVar[NetworkArch]
+
+    @abstractmethod
+    def latent(self, options: TrainOptions) -> LatentSpec:
+        """Facts about the latent space of the model `options` names."""
+
+    @abstractmethod
+    def check(self, options: TrainOptions) -> None:
+        """Look at the files' headers only, before anything is loaded; raise `UserError` for a contradiction or a missing file."""
+
+    @abstractmethod
+    def load(self, options: TrainOptions, *, device: torch.device, dtype: torch.dtype) -> ModelBundle:
+        """Denoiser, text encoders by name, VAE; each read when first used."""
+
+    @abstractmethod
+    def strategies(self, options: TrainOptions) -> Strategies:
+        """The four strategies, as values; data loader workers get them by pickling."""
+
+    @abstractmethod
+    def objective(self, options: TrainOptions) -> Objective: ...
+
+    @abstractmethod
+    def predict(self, denoiser: nn.Module, x_t: Tensor, t: Tensor, cond: Any, batch: TrainBatch | None) -> Tensor:
+        """x_t [B, C, h, w], t [B] -> the objective's target, same shape. Sign, time direction and packing stay in here.
+
+        `batch` carries size conditioning in training; None when sampling a preview.
+        """
+
+    @abstractmethod
+    def sample(self, denoiser: nn.Module, request: SampleRequest, options: TrainOptions, device: torch.device) -> Tensor:
+        """Latents of one preview, normalized, [1, C, h, w]; runs `predict`, the very function that is trained."""
+
+    @abstractmethod
+    def enable_gradient_checkpointing(self, part: str, module: nn.Module) -> None: ...
+
+    @abstractmethod
+    def save_checkpoint(
+        self, bundle: ModelBundle, path: Path, *, format: str, dtype: torch.dtype | None, metadata: Mapping[str, str]
+    ) -> None:
+        """A full checkpoint under its published key names. format: safetensors, ckpt, diffusers or diffusers_safetensors.
+
+        Writes to `path` only (a file, or a folder for the diffusers formats); the caller makes that atomic.
+        """
+
+    @abstractmethod
+    def base_model_version(self, options: TrainOptions) -> str:
+        """`ss_base_model_version`, for example `sd_v1`."""
+
+    @abstractmethod
+    def modelspec_architecture(self, options: TrainOptions) -> str:
+        """`modelspec.architecture` of a full checkpoint, for example `stable-diffusion-v1`; adapters add `/lora`."""
+
+
+FAMILIES: dict[str, str] = {
+    "sd": "library.sd_train_utils:SdFamily",
+}
+"""Family name -> where its class is. Read when asked for, so naming a family costs no import."""
+
+
+def family_class(name: str) -> type[ModelFamily]:
+    """The class of the family called `name`; a `UserError` names the known ones."""
+    if name not in FAMILIES:
+        raise UserError(f"unknown model family '{name}'. Known: {', '.join(FAMILIES)}.{suggest(name, FAMILIES)}")
+    module, _, attribute = FAMILIES[name].partition(":")
+    found: type[ModelFamily] = getattr(importlib.import_module(module), attribute)
+    return found

@@ -1,0 +1,41 @@
+"""Keyed randomness: a generator is a function of its key, so nothing has to be saved for an exact resume."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from hashlib import blake2b
+from random import Random
+
+import torch
+
+
+def key_to_seed(*key: object) -> int:
+    """A 56-bit seed that depends on every part of `key` and on nothing else (56 bits fit every generator)."""
+    text = "/".join(str(part) for part in key).encode()
+    return int.from_bytes(blake2b(text, digest_size=7).digest(), "big")
+
+
+def keyed_generator(*key: object, device: torch.device | str = "cpu") -> torch.Generator:
+    """A torch generator on `device` for `key`."""
+    return torch.Generator(device).manual_seed(key_to_seed(*key))
+
+
+def keyed_random(*key: object) -> Random:
+    """A Python generator for `key`, for captions, crops and orders: work that happens without tensors."""
+    return Random(key_to_seed(*key))
+
+
+@dataclass(frozen=True)
+class StepRng:
+    """Generators for one micro-step of one process. `step` counts micro-batches since the run began."""
+
+    seed: int
+    rank: int = 0
+    step: int = 0
+
+    def at(self, step: int) -> StepRng:
+        return replace(self, step=step)
+
+    def __call__(self, stream: str, device: torch.device | str = "cpu") -> torch.Generator:
+        """A generator that depends on (seed, rank, step, stream) and on nothing else."""
+        return keyed_generator(self.seed, self.rank, self.step, stream, device=device)

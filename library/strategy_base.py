@@ -1,0 +1,167 @@
+"""The four strategies of a family, and the conditioning they produce.
+
+Strategies are values: frozen dataclasses without models, held by whoever uses them and pickled to data loader workers.
+A family's `Conditioning` is a frozen dataclass whose tensor fields are tagged with the encoder that makes them. Cache keys,
+collation, device moves, dropout and the mixing of cached with live fields all follow from those tags.
+
+Shapes: B batch, M text tokens, N text chunks, D width, C latent channels, H x W pixels.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import Field, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+Tokens = Mapping[str, Tensor]
+"""Token ids by encoder name, each [B, N, M]; `<encoder>.weights` beside them when prompts are weighted."""
+
+ConditioningT = TypeVar("ConditioningT", bound="Conditioning")
+
+
+def tensor_field(*, source: str, pad: bool = False) -> Any:
+    """A tensor of a `Conditioning`, made by the encoder named `source`.
+
+    `pad`: rows may differ in their first dimension (tokens) and are zero-padded to the longest when collated.
+    """
+    return field(default=None, kw_only=True, metadata={"source": source, "pad": pad})
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What the denoiser is conditioned on. A field is [B, ...]; None where its encoder has not run (or runs live)."""
+
+    @classmethod
+    def tensor_fields(cls) -> tuple[Field[Any], ...]:
+        return tuple(f for f in fields(cls) if "source" in f.metadata)
+
+    @classmethod
+    def sources(cls) -> frozenset[str]:
+        """Names of all encoders this conditioning needs."""
+        return frozenset(f.metadata["source"] for f in cls.tensor_fields())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The fields that are present, by name."""
+        return {f.name: value for f in self.tensor_fields() if (value := getattr(self, f.name)) is not None}
+
+    def _map(self: ConditioningT, change: Any) -> ConditioningT:
+        return replace(self, **{name: change(value) for name, value in self.tensors().items()})
+
+    def to(self: ConditioningT, device: torch.device | str) -> ConditioningT:
+        return self._map(lambda value: value.to(device, non_blocking=True))
+
+    def rows(self: ConditioningT, index: Any) -> ConditioningT:
+        """The rows `index` selects: an int gives one unbatched entry (a cache entry), a slice or tensor a batch."""
+        return self._map(lambda value: value[index])
+
+    def only(self: ConditioningT, sources: Iterable[str]) -> ConditioningT:
+        """A copy in which only the fields of the named encoders are kept."""
+        kept = set(sources)
+        return replace(self, **{f.name: None for f in self.tensor_fields() if f.metadata["source"] not in kept})
+
+    def missing(self) -> frozenset[str]:
+        """Encoders whose fields are absent and must run live."""
+        return frozenset(f.metadata["source"] for f in self.tensor_fields() if getattr(self, f.name) is None)
+
+    def merged(self: ConditioningT, live: ConditioningT) -> ConditioningT:
+        """This (cached) conditioning, with every field that `live` has taken from `live`."""
+        return replace(self, **live.tensors())
+
+    def dropped(self: ConditioningT, drop: Tensor, empty: ConditioningT) -> ConditioningT:
+        """Rows where `drop` ([B] bool) is set replaced by row 0 of `empty`, field by field."""
+        changed = {}
+        for name, value in self.tensors().items():
+            mask = drop.to(value.device).view(-1, *[1] * (value.ndim - 1))
+            changed[name] = torch.where(mask, getattr(empty, name).to(value), value)
+        return replace(self, **changed)
+
+    @classmethod
+    def collate(cls: type[ConditioningT], entries: Sequence[ConditioningT]) -> ConditioningT:
+        """Unbatched entries -> one batch; padded fields to the longest entry."""
+        batch: dict[str, Tensor] = {}
+        for f in cls.tensor_fields():
+            values = [getattr(entry, f.name) for entry in entries]
+            if any(value is None for value in values):
+                continue
+            batch[f.name] = nn.utils.rnn.pad_sequence(values, batch_first=True) if f.metadata["pad"] else torch.stack(values)
+        return cls(**batch)
+
+
+@dataclass(frozen=True)
+class TokenizeStrategy(ABC):
+    """Captions to token ids. Has the tokenizer, no model and no device; runs in data loader workers."""
+
+    @abstractmethod
+    def tokenize(self, captions: Sequence[str]) -> Tokens: ...
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Changes whenever the ids for a caption could (vocabulary, length, prompt template, weighting)."""
+
+
+@dataclass(frozen=True)
+class TextEncodingStrategy(ABC):
+    """Token ids to conditioning."""
+
+    @abstractmethod
+    def encode(self, encoders: Mapping[str, nn.Module], tokens: Tokens, only: frozenset[str] | None = None) -> Conditioning:
+        """Run the encoders named by `only` (all of them when None). Fields of the others are None. Grad follows the caller."""
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Changes whenever the outputs for given ids and weights could (layer taken, normalisation, masks)."""
+
+
+@dataclass(frozen=True)
+class LatentsCachingStrategy(ABC):
+    """Images to latents as sd-scripts stores them, and the names of its cache files."""
+
+    suffix: ClassVar[str]
+    """Family part of the cache file's name: `{stem}_{W:04d}x{H:04d}_{suffix}.npz`, W x H the size of the original image."""
+    multi_resolution: ClassVar[bool]
+    """Whether sd-scripts appends `_{latH}x{latW}` to every key, so that one file holds several resolutions."""
+
+    @abstractmethod
+    def encode(self, vae: nn.Module, images: Tensor, seeds: Sequence[int]) -> Tensor:
+        """[B, 3, H, W] in [-1, 1] -> stored latents [B, C, H/stride, W/stride], float32.
+
+        Row i's posterior sample is drawn with `keyed_generator("vae", seeds[i])`, so an image has the same latent
+        whatever batch it stands in, cached or live.
+        """
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Changes whenever the stored latents of an image could, beyond the VAE's own weights."""
+
+    def path_for(self, image: Path, size: tuple[int, int]) -> Path:
+        """sd-scripts' file name beside the image. size: (width, height) of the original image."""
+        return image.with_name(f"{image.stem}_{size[0]:04d}x{size[1]:04d}_{self.suffix}.npz")
+
+
+@dataclass(frozen=True)
+class TextEncoderOutputsCachingStrategy(ABC):
+    """Which conditioning is cached, and under which names. Loading and saving are generic over the tagged fields."""
+
+    suffix: ClassVar[str]
+    """Cache file name: `{stem}{suffix}`, for example `_te_outputs.npz`."""
+    conditioning: ClassVar[type[Conditioning]]
+    legacy_keys: ClassVar[Mapping[str, str]] = {}
+    """Field name -> key in sd-scripts' npz, where the two differ."""
+
+    def path_for(self, image: Path) -> Path:
+        return image.with_name(f"{image.stem}{self.suffix}")
+
+
+@dataclass(frozen=True)
+class Strategies:
+    """The four strategies of one family, wired together by its script."""
+
+    tokenize: TokenizeStrategy
+    text_encoding: TextEncodingStrategy
+    latents_caching: LatentsCachingStrategy
+    text_caching: TextEncoderOutputsCachingStrategy
