@@ -28,7 +28,7 @@ class TrainBatch:
     original_sizes: Tensor  # [B, 2] int64
     crop_top_lefts: Tensor  # [B, 2] int64
     target_sizes: Tensor  # [B, 2] int64
-    preserve: Tensor  # [B] bool: rows whose target is the untrained model's own prediction
+    preserve: Tensor | None = None  # [B] bool: rows whose target is the frozen model's own prediction; None: no row
     latent_seeds: tuple[int, ...]  # one per row, from the picture's content: the key of its posterior sample
     multiplier: float = 1.0  # network_multiplier of the dataset
     quantile: float | None = None  # validation: this quantile of the time density instead of a draw

@@ -29,7 +29,9 @@ class Objective(Protocol):
         """[B]. `quantile` in [0, 1]: that fixed quantile of the time density instead of a draw, for validation."""
         ...
 
-    def corrupt(self, x0: Tensor, noise: Tensor, t: Tensor) -> Noised: ...
+    def corrupt(self, x0: Tensor, noise: Tensor, t: Tensor, perturbed: Tensor | None = None) -> Noised:
+        """`perturbed`: the noise to mix in where it differs from the one to predict (input perturbation)."""
+        ...
 
     def weight(self, t: Tensor) -> Tensor:
         """[B], the loss weight of each time."""
@@ -101,10 +103,10 @@ class DiscreteDDPM:
             return torch.full((x0.shape[0],), index, device=x0.device, dtype=torch.long)
         return torch.randint(self.min_timestep, self.max_timestep, (x0.shape[0],), generator=rng, device=x0.device)
 
-    def corrupt(self, x0: Tensor, noise: Tensor, t: Tensor) -> Noised:
+    def corrupt(self, x0: Tensor, noise: Tensor, t: Tensor, perturbed: Tensor | None = None) -> Noised:
         alpha, sigma = (value.view(-1, 1, 1, 1) for value in self._alpha_sigma(t))
         target = alpha * noise - sigma * x0 if self.v_prediction else noise
-        return Noised(x_t=alpha * x0 + sigma * noise, target=target, noise=noise)
+        return Noised(x_t=alpha * x0 + sigma * (noise if perturbed is None else perturbed), target=target, noise=noise)
 
     def snr(self, t: Tensor) -> Tensor:
         """a_t² / s_t², [B]; zero at the last step of a zero-terminal-SNR schedule."""

@@ -1,0 +1,354 @@
+"""Cache files: sd-scripts' npz layout, with a fingerprint of everything the content depends on, written atomically.
+
+A file without a fingerprint was written by sd-scripts. It is used when its shapes fit, and said so once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from hashlib import blake2b
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from library.errors import UserError
+from library.image_io import content_hash, content_seed
+
+if TYPE_CHECKING:
+    from library.strategy_base import Conditioning, TextEncoderOutputsCachingStrategy
+
+FORMAT_VERSION = "1"
+
+PART_NAMES = {
+    "format": "the cache format",
+    "image": "the image's content",
+    "recipe": "the image's size, bucket or resizing",
+    "vae": "the VAE",
+    "precision": "the precision",
+    "strategy": "how latents are encoded",
+    "caption": "the caption",
+    "tokenizer": "the tokenizer or its length",
+    "encoding": "how captions are encoded",
+}
+"""Part of a fingerprint -> what it is called when it differs; a text encoder's own part is named after it."""
+
+
+def short_hash(text: str, digits: int = 16) -> str:
+    return blake2b(text.encode(), digest_size=16).hexdigest()[:digits]
+
+
+# Files
+
+
+def cache_path(beside: Path, cache_dir: str | None) -> Path:
+    """Where a cache file that sd-scripts would put at `beside` is kept: there, or under `cache_dir`.
+
+    There it lies in a folder named by a hash of its absolute folder, so that equal names from two folders stay apart.
+    """
+    if not cache_dir:
+        return beside
+    return Path(cache_dir) / short_hash(str(beside.absolute().parent)) / beside.name
+
+
+def write_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Write the whole file or nothing: a temporary file in the same folder takes its place when it is complete."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            np.savez(file, **dict(arrays))  # type: ignore[arg-type]
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(
+            f"cannot write the cache file {path}: {error.strerror or error}. "
+            "Free some space, or name another folder with --cache_dir."
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_npz(path: Path) -> dict[str, np.ndarray] | None:
+    """Every array of the file; None when it is not there or is damaged (cut short by another program)."""
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive.files}
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile):
+        return None
+
+
+# Fingerprints
+
+
+@dataclass(frozen=True)
+class Stamp:
+    """The picture a cache entry was made from. Size and time are looked at first: reading every picture would take long."""
+
+    path: Path
+
+    @cached_property
+    def digest(self) -> str:
+        try:
+            return content_hash(self.path.read_bytes())
+        except OSError as error:
+            raise UserError(f"cannot read the image {self.path}: {error.strerror or error}.") from error
+
+    @cached_property
+    def stat(self) -> list[int]:
+        status = self.path.stat()
+        return [status.st_size, status.st_mtime_ns]
+
+    def is_same(self, digest: str, stat: object) -> bool:
+        return self.stat == stat or self.digest == digest
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What an entry depends on, as short texts by part. Kept as JSON in the array named `fingerprint`."""
+
+    parts: Mapping[str, str]
+    image: Stamp | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    """Written beside the parts and not compared."""
+
+    def to_array(self) -> np.ndarray:
+        content: dict[str, Any] = {"parts": {"format": FORMAT_VERSION, **self.parts}, **self.extra}
+        if self.image is not None:
+            content |= {"image": self.image.digest, "stat": self.image.stat}
+        return np.array(json.dumps(content))
+
+    def differences(self, stored: Mapping[str, Any]) -> list[str]:
+        """Names of the parts in which the entry that `stored` describes differs from what is wanted now."""
+        wanted = {"format": FORMAT_VERSION, **self.parts}
+        found = stored.get("parts", {})
+        differing = [name for name in wanted | found if wanted.get(name) != found.get(name)]
+        if self.image is not None and not self.image.is_same(stored.get("image", ""), stored.get("stat")):
+            differing.append("image")
+        return [PART_NAMES.get(name, name) for name in differing]
+
+
+def stored_fingerprint(arrays: Mapping[str, np.ndarray], suffix: str = "") -> dict[str, Any] | None:
+    """The content of the `fingerprint` array; None for a file by sd-scripts, empty when it cannot be read."""
+    array = arrays.get(f"fingerprint{suffix}")
+    if array is None:
+        return None
+    try:
+        content = json.loads(str(array))
+    except ValueError:
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether an entry can be used; `stale` says why not ("" where there is none), `foreign` that it has no fingerprint."""
+
+    usable: bool
+    stale: str = ""
+    foreign: bool = False
+
+
+# Latents
+
+
+@dataclass(frozen=True)
+class CachedLatents:
+    """One picture's entry: stored latents [C, h, w], those of its mirror image if it needs them, the key of its sample."""
+
+    latents: Tensor
+    flipped: Tensor | None
+    seed: int
+
+
+@dataclass(frozen=True)
+class LatentFile:
+    """Where the latents of one picture in one bucket are kept, and under which keys."""
+
+    path: Path
+    suffix: str
+    """Behind every key: `_{h}x{w}` of the latents where a file holds several resolutions, else empty."""
+    shape: tuple[int, int, int]
+    original: tuple[int, int]
+    needs_flipped: bool
+
+    def _found_suffix(self, arrays: Mapping[str, np.ndarray]) -> str | None:
+        """The suffix this entry has in the file: its own, or that of the other layout (sd-scripts has used both)."""
+        other = f"_{self.shape[1]}x{self.shape[2]}" if not self.suffix else ""
+        return next((suffix for suffix in (self.suffix, other) if f"latents{suffix}" in arrays), None)
+
+    def check(self, fingerprint: Fingerprint) -> Verdict:
+        """Whether the file's entry is what encoding the picture now would give."""
+        if not self.path.exists():
+            return Verdict(False)
+        arrays = read_npz(self.path)
+        if arrays is None:
+            return Verdict(False, "unreadable file")
+        suffix = self._found_suffix(arrays)
+        if suffix is None:
+            return Verdict(False)
+        stored = stored_fingerprint(arrays, suffix)
+        if stored is not None:
+            differing = fingerprint.differences(stored)
+            if differing:
+                return Verdict(False, " and ".join(differing))
+        problem = self._shape_problem(arrays, suffix)
+        return Verdict(not problem, problem, foreign=stored is None and not problem)
+
+    def _shape_problem(self, arrays: Mapping[str, np.ndarray], suffix: str) -> str:
+        names = ["latents", "latents_flipped"] if self.needs_flipped else ["latents"]
+        for name in names:
+            array = arrays.get(name + suffix)
+            if array is None:
+                return "no mirrored latents"
+            if array.shape != self.shape:
+                return f"{name} of another shape"
+        size = arrays.get(f"original_size{suffix}")
+        if size is not None and tuple(int(side) for side in size) != self.original:
+            return "the image's size"
+        return ""
+
+    def save(
+        self, latents: Tensor, flipped: Tensor | None, crop_ltrb: tuple[int, int, int, int], fingerprint: Fingerprint
+    ) -> None:
+        """Replace this entry; those of other resolutions in the same file are kept."""
+        arrays = (read_npz(self.path) or {}) if self.suffix else {}
+        entry: dict[str, Any] = {
+            "latents": latents.float().cpu().numpy(),
+            "original_size": np.array(self.original),
+            "crop_ltrb": np.array(crop_ltrb),
+            "fingerprint": fingerprint.to_array(),
+        }
+        arrays.pop(f"latents_flipped{self.suffix}", None)
+        if flipped is not None:
+            entry["latents_flipped"] = flipped.float().cpu().numpy()
+        write_npz(self.path, arrays | {name + self.suffix: array for name, array in entry.items()})
+
+    def load(self) -> CachedLatents:
+        """The entry; it has been checked, so what is wrong now happened since."""
+        arrays = read_npz(self.path)
+        suffix = self._found_suffix(arrays) if arrays is not None else None
+        if arrays is None or suffix is None:
+            raise UserError(f"the cache file {self.path} was removed or damaged while training. Start again to make it anew.")
+        problem = self._shape_problem(arrays, suffix)
+        if problem:
+            raise UserError(f"the cache file {self.path} does not fit ({problem}). Remove it, or --skip_cache_check.")
+        latents = torch.from_numpy(arrays[f"latents{suffix}"]).float()
+        flipped = torch.from_numpy(arrays[f"latents_flipped{suffix}"]).float() if self.needs_flipped else None
+        stored = stored_fingerprint(arrays, suffix) or {}
+        return CachedLatents(latents, flipped, content_seed(stored["image"]) if stored.get("image") else 0)
+
+
+@dataclass(frozen=True)
+class LatentCache:
+    """Latents by entry key (`entry_key`), in memory or in files."""
+
+    memory: Mapping[str, CachedLatents] = field(default_factory=dict)
+    files: Mapping[str, LatentFile] = field(default_factory=dict)
+
+    def get(self, key: str) -> CachedLatents:
+        return self.memory[key] if key in self.memory else self.files[key].load()
+
+    @property
+    def in_memory(self) -> bool:
+        return not self.files
+
+
+def entry_key(path: Path, recipe: str) -> str:
+    return f"{path}|{recipe}"
+
+
+# Text encoder outputs
+
+
+@dataclass(frozen=True)
+class TextFile:
+    """Where the encoder outputs of one caption are kept."""
+
+    path: Path
+    strategy: TextEncoderOutputsCachingStrategy
+    sources: frozenset[str]
+    """Encoders whose fields are cached."""
+
+    def _keys(self) -> dict[str, str]:
+        """Field -> key in the file."""
+        fields = [f for f in self.strategy.conditioning.tensor_fields() if f.metadata["source"] in self.sources]
+        return {f.name: self.strategy.legacy_keys.get(f.name, f.name) for f in fields}
+
+    def check(self, fingerprint: Fingerprint) -> Verdict:
+        if not self.path.exists():
+            return Verdict(False)
+        arrays = read_npz(self.path)
+        if arrays is None:
+            return Verdict(False, "unreadable file")
+        stored = stored_fingerprint(arrays)
+        if stored is not None:
+            differing = fingerprint.differences(stored)
+            if differing:
+                return Verdict(False, " and ".join(differing))
+        missing = [key for key in self._keys().values() if key not in arrays]
+        if missing:
+            return Verdict(False, f"no {missing[0]}")
+        return Verdict(True, foreign=stored is None)
+
+    def save(self, entry: Conditioning, fingerprint: Fingerprint) -> None:
+        """One unbatched entry. numpy has no bfloat16: it is stored as float32, exactly, and its name beside it."""
+        tensors = entry.tensors()
+        dtypes = {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in tensors.items()}
+        keys = self._keys()
+        arrays = {
+            keys[name]: (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).cpu().numpy()
+            for name, tensor in tensors.items()
+            if name in keys
+        }
+        described = Fingerprint(fingerprint.parts, fingerprint.image, {"dtypes": dtypes})
+        write_npz(self.path, arrays | {"fingerprint": described.to_array()})
+
+    def load(self) -> Conditioning:
+        arrays = read_npz(self.path)
+        keys = self._keys()
+        if arrays is None or any(key not in arrays for key in keys.values()):
+            raise UserError(f"the cache file {self.path} was removed or damaged while training. Start again to make it anew.")
+        dtypes = (stored_fingerprint(arrays) or {}).get("dtypes", {})
+        tensors = {}
+        for name, key in keys.items():
+            tensor = torch.from_numpy(arrays[key])
+            tensors[name] = tensor.to(getattr(torch, dtypes[name])) if name in dtypes else tensor
+        return self.strategy.conditioning(**tensors)
+
+
+@dataclass(frozen=True)
+class TextCache:
+    """Unbatched conditioning by caption, in memory or in files."""
+
+    conditioning: type[Conditioning]
+    complete: bool
+    """Whether the fields of every encoder are cached, so that nothing has to be tokenized."""
+    memory: Mapping[str, Conditioning] = field(default_factory=dict)
+    files: Mapping[str, TextFile] = field(default_factory=dict)
+
+    def batch(self, captions: Sequence[str]) -> Conditioning:
+        return self.conditioning.collate([self._entry(caption) for caption in captions])
+
+    def _entry(self, caption: str) -> Conditioning:
+        if caption in self.memory:
+            return self.memory[caption]
+        if caption in self.files:
+            return self.files[caption].load()
+        raise UserError(f"the caption {caption!r} is not in the text encoder cache: captions must not change while it is used.")
+
+
+def unique_path(wanted: Path, taken: Mapping[Path, Any], distinguish: Callable[[], str]) -> Path:
+    """`wanted`, or, where another entry of this run already has it, a name of its own beside it."""
+    if wanted not in taken:
+        return wanted
+    return wanted.with_name(f"{wanted.stem}_{short_hash(distinguish(), 8)}{wanted.suffix}")

@@ -1,0 +1,415 @@
+"""Filling the caches: every picture through the VAE once, every caption through the text encoders once.
+
+What is already on disk and still true is used; what is not is made again, and the log says why. The VAE and the encoders
+are touched (and so read from disk) only when something has to be made.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import defaultdict, deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from library.cache_io import (
+    CachedLatents,
+    Fingerprint,
+    LatentCache,
+    LatentFile,
+    Stamp,
+    TextCache,
+    TextFile,
+    Verdict,
+    cache_path,
+    entry_key,
+    short_hash,
+    unique_path,
+)
+from library.captions import static_caption
+from library.data_sources import Record
+from library.dataset import TrainData, pixels_to_tensor
+from library.errors import UserError
+from library.family_base import LatentSpec, ModelBundle
+from library.image_io import choose_crop, content_seed, decode, fit, listed
+from library.strategy_base import Conditioning, Strategies
+
+if TYPE_CHECKING:
+    from library.option_groups import TrainOptions
+
+logger = logging.getLogger(__name__)
+
+_THREADS = 4  # decode pictures or read cache files, beside the encoding
+_AHEAD = 2  # batches that are decoded while one is encoded
+
+Entry = TypeVar("Entry")
+
+
+# What both caches share
+
+
+def _ranks() -> tuple[int, int]:
+    """(rank, world) of this process."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1
+
+
+def _wait_for_others() -> None:
+    if _ranks()[1] > 1:
+        torch.distributed.barrier()
+
+
+def _share(entries: Sequence[Entry], paths: Sequence[Path]) -> list[Entry]:
+    """This process's share. Entries of one file stay together, so that no two processes write it."""
+    rank, world = _ranks()
+    number = {path: index for index, path in enumerate(dict.fromkeys(paths))}
+    return [entry for entry, path in zip(entries, paths, strict=True) if number[path] % world == rank]
+
+
+def _report(verdicts: Mapping[Path, Verdict], what: str) -> None:
+    """One line for each reason why entries are made again, and one for entries that sd-scripts wrote."""
+    reasons: dict[str, list[Path]] = defaultdict(list)
+    for path, verdict in verdicts.items():
+        if verdict.stale:
+            reasons[verdict.stale].append(path)
+    for reason, paths in reasons.items():
+        logger.warning("%d cached %s are made again, because of %s: %s", len(paths), what, reason, _first(paths))
+    foreign = [path for path, verdict in verdicts.items() if verdict.foreign]
+    if foreign:
+        logger.warning(
+            "%d cached %s have no fingerprint (made by sd-scripts): used, as their shapes fit, but whether image, caption and "
+            "model are still the same is not known. Remove the files to have them made again: %s",
+            len(foreign),
+            what,
+            _first(foreign),
+        )
+
+
+def _first(paths: Sequence[Path]) -> str:
+    return str(paths[0]) + (", ..." if len(paths) > 1 else "")
+
+
+def _needs_making(
+    files: Mapping[str, LatentFile] | Mapping[str, TextFile],
+    fingerprints: Mapping[str, Fingerprint],
+    options: TrainOptions,
+    what: str,
+) -> list[str]:
+    """Keys of the entries that are not on disk as they should be."""
+    if options.cache.skip_cache_check:
+        return [key for key, file in files.items() if not file.path.exists()]
+    keys = list(files)
+    with ThreadPoolExecutor(_THREADS) as pool:
+        verdicts = list(pool.map(lambda key: files[key].check(fingerprints[key]), keys))
+    _report({files[key].path: verdict for key, verdict in zip(keys, verdicts, strict=True)}, what)
+    return [key for key, verdict in zip(keys, verdicts, strict=True) if not verdict.usable]
+
+
+# Latents
+
+
+@dataclass(frozen=True)
+class LatentJob:
+    """One picture in one bucket, however many subsets use it."""
+
+    key: str
+    record: Record
+    flipped: bool
+    """Whether the latents of the mirror image are needed too."""
+
+
+def latent_jobs(records: Sequence[Record]) -> list[LatentJob]:
+    """One job for each picture and recipe, in the order of the records."""
+    jobs: dict[str, LatentJob] = {}
+    for record in records:
+        key = entry_key(record.path, record.recipe)
+        flipped = record.subset.flip_aug or (key in jobs and jobs[key].flipped)
+        jobs[key] = LatentJob(key, jobs[key].record if key in jobs else record, flipped)
+    return list(jobs.values())
+
+
+def _latent_files(
+    jobs: Sequence[LatentJob], strategies: Strategies, latent: LatentSpec, options: TrainOptions
+) -> dict[str, LatentFile]:
+    """The file of each job. A second resolution of a picture gets its own file, or its own keys where the family has them."""
+    strategy = strategies.latents_caching
+    files: dict[str, LatentFile] = {}
+    taken: dict[tuple[Path, str], str] = {}
+    for job in jobs:
+        width, height = (side // latent.stride for side in job.record.placement.bucket)
+        suffix = f"_{height}x{width}" if strategy.multi_resolution else ""
+        path = cache_path(strategy.path_for(job.record.path, job.record.size), options.cache.cache_dir)
+        if taken.setdefault((path, suffix), job.key) != job.key:
+            path = unique_path(path, {path: None}, lambda job=job: job.record.recipe)  # type: ignore[misc]
+        files[job.key] = LatentFile(path, suffix, (latent.channels, height, width), job.record.size, job.flipped)
+    return files
+
+
+def _latent_fingerprints(
+    jobs: Sequence[LatentJob], strategies: Strategies, bundle: ModelBundle, options: TrainOptions
+) -> dict[str, Fingerprint]:
+    precision = torch.float32 if options.precision.no_half_vae else bundle.dtype
+    shared = {
+        "vae": bundle.identity["vae"],
+        "precision": str(precision),
+        "strategy": strategies.latents_caching.fingerprint(),
+    }
+    stamps = {job.record.path: Stamp(job.record.path) for job in jobs}
+    return {job.key: Fingerprint({**shared, "recipe": job.record.recipe}, stamps[job.record.path]) for job in jobs}
+
+
+def _load_pixels(job: LatentJob) -> tuple[Tensor, int]:
+    """([3, H, W] as it is trained, the key of its sample)."""
+    record = job.record
+    pixels, digest = decode(record.path)
+    if (pixels.shape[1], pixels.shape[0]) != record.size:
+        raise UserError(
+            f"{record.path} is {pixels.shape[1]}x{pixels.shape[0]}, but its metadata says {record.size[0]}x{record.size[1]}. "
+            "Correct image_size in the metadata file."
+        )
+    crop = choose_crop(record.placement)
+    fitted = fit(pixels, record.placement, crop, record.subset.resize_interpolation)
+    return pixels_to_tensor(fitted), content_seed(digest)
+
+
+def _batches(jobs: Sequence[LatentJob], size: int) -> Iterator[list[LatentJob]]:
+    """Batches of one bucket and one need for mirror images."""
+    groups: dict[tuple[tuple[int, int], bool], list[LatentJob]] = defaultdict(list)
+    for job in jobs:
+        groups[job.record.placement.bucket, job.flipped].append(job)
+    for _, group in sorted(groups.items()):
+        for start in range(0, len(group), size):
+            yield group[start : start + size]
+
+
+def _decoded(batches: Iterator[list[LatentJob]]) -> Iterator[tuple[list[LatentJob], list[tuple[Tensor, int]]]]:
+    """Batches with their pixels; the next ones are decoded while the caller works on one."""
+    with ThreadPoolExecutor(_THREADS) as pool:
+        waiting: deque[tuple[list[LatentJob], list[Future[tuple[Tensor, int]]]]] = deque()
+        try:
+            for batch in batches:
+                waiting.append((batch, [pool.submit(_load_pixels, job) for job in batch]))
+                if len(waiting) > _AHEAD:
+                    ready, futures = waiting.popleft()
+                    yield ready, [future.result() for future in futures]
+            while waiting:
+                ready, futures = waiting.popleft()
+                yield ready, [future.result() for future in futures]
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _check_finite(latents: Tensor, jobs: Sequence[LatentJob]) -> None:
+    bad = ~latents.flatten(1).isfinite().all(1)
+    if bad.any():
+        names = [str(job.record.path) for job, is_bad in zip(jobs, bad.tolist(), strict=True) if is_bad]
+        raise UserError(
+            listed([f"the VAE gives NaN or infinite latents for {name}" for name in names], "images with NaN latents")
+            + "\nUse --no_half_vae (the VAE overflows in half precision), or another --vae."
+        )
+
+
+def _encode(
+    jobs: Sequence[LatentJob], strategies: Strategies, bundle: ModelBundle, options: TrainOptions, device: torch.device
+) -> Iterator[tuple[LatentJob, CachedLatents]]:
+    """Entries of `jobs`, in batches of --vae_batch_size."""
+    bar = tqdm(total=len(jobs), desc="caching latents", unit="image", disable=_ranks()[0] != 0)
+    with bar, torch.no_grad():
+        for batch, loaded in _decoded(_batches(jobs, options.memory.vae_batch_size)):
+            images = torch.stack([pixels for pixels, _ in loaded]).to(device)
+            seeds = [seed for _, seed in loaded]
+            encode = strategies.latents_caching.encode
+            latents = encode(bundle.vae, images, seeds).float().cpu()
+            _check_finite(latents, batch)
+            flipped = encode(bundle.vae, images.flip(-1), seeds).float().cpu() if batch[0].flipped else None
+            if flipped is not None:
+                _check_finite(flipped, batch)
+            for row, job in enumerate(batch):
+                mirrored = flipped[row].clone() if flipped is not None else None
+                yield job, CachedLatents(latents[row].clone(), mirrored, seeds[row])
+            bar.update(len(batch))
+
+
+def cache_latents(
+    data: TrainData, strategies: Strategies, bundle: ModelBundle, options: TrainOptions, device: torch.device
+) -> None:
+    """Encode every picture of `data`, to memory or (--cache_latents_to_disk) to files, and serve it from there.
+
+    Does nothing when neither is asked for. In memory each process keeps all; files are shared out between processes.
+    """
+    if not options.cache.latents:
+        return
+    jobs = latent_jobs([record for dataset in data.parts for record in dataset.records])
+    if not options.cache.cache_latents_to_disk:
+        cache = LatentCache(memory={job.key: entry for job, entry in _encode(jobs, strategies, bundle, options, device)})
+    else:
+        cache = LatentCache(files=_fill_latent_files(jobs, data.latent, strategies, bundle, options, device))
+    for dataset in data.parts:
+        dataset.latent_cache = cache
+
+
+def _fill_latent_files(
+    jobs: Sequence[LatentJob],
+    latent: LatentSpec,
+    strategies: Strategies,
+    bundle: ModelBundle,
+    options: TrainOptions,
+    device: torch.device,
+) -> dict[str, LatentFile]:
+    files = _latent_files(jobs, strategies, latent, options)
+    fingerprints = _latent_fingerprints(jobs, strategies, bundle, options)
+    _wait_for_others()  # every process looks before any writes, so that all agree on what is missing
+    missing = set(_needs_making(files, fingerprints, options, "latents"))
+    _wait_for_others()
+    todo = [job for job in jobs if job.key in missing]
+    mine = _share(todo, [files[job.key].path for job in todo])
+    if mine:
+        for job, entry in _encode(mine, strategies, bundle, options, device):
+            crop = choose_crop(job.record.placement).stored_ltrb(job.record.placement.bucket)
+            files[job.key].save(entry.latents, entry.flipped, crop, fingerprints[job.key])
+    _wait_for_others()
+    logger.info("latents: %d made, %d found on disk", len(todo), len(jobs) - len(todo))
+    return files
+
+
+# Text encoder outputs
+
+
+def distinct_captions(data: TrainData) -> dict[str, Record | None]:
+    """Every caption that can be trained, with the first picture that has it; the empty one (dropped) is always there."""
+    captions: dict[str, Record | None] = {}
+    for dataset in data.parts:
+        for record in dataset.records:
+            captions.setdefault(static_caption(record.caption, record.subset.captions), record)
+    captions.setdefault("", None)
+    return captions
+
+
+def _text_files(
+    captions: Mapping[str, Record | None], strategies: Strategies, sources: frozenset[str], options: TrainOptions
+) -> dict[str, TextFile]:
+    """The file of each caption: that of its first picture; the empty caption's lies beside the first picture of all."""
+    first = next(record for record in captions.values() if record is not None)
+    taken: dict[Path, str] = {}
+    files = {}
+    for caption, record in captions.items():
+        wanted = cache_path(strategies.text_caching.path_for((record or first).path), options.cache.cache_dir)
+        if record is None:
+            taken.setdefault(wanted, "another caption's")
+        path = unique_path(wanted, taken, lambda caption=caption: caption)  # type: ignore[misc]
+        taken[path] = caption
+        files[caption] = TextFile(path, strategies.text_caching, sources)
+    return files
+
+
+def _text_fingerprints(
+    captions: Mapping[str, Record | None],
+    strategies: Strategies,
+    sources: frozenset[str],
+    bundle: ModelBundle,
+    options: TrainOptions,
+) -> dict[str, Fingerprint]:
+    shared = {
+        "tokenizer": strategies.tokenize.fingerprint(),
+        "encoding": strategies.text_encoding.fingerprint(),
+        "precision": f"{bundle.dtype} under {options.precision.mixed_precision}",
+        **{name: bundle.identity[name] for name in sorted(sources)},
+    }
+    return {caption: Fingerprint({**shared, "caption": short_hash(caption, 32)}) for caption in captions}
+
+
+def _autocast(options: TrainOptions, device: torch.device) -> AbstractContextManager[object]:
+    """The precision that encoders run in when they run live, so that cached and live outputs are the same."""
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    dtype = dtypes.get(options.precision.mixed_precision)
+    return torch.autocast(device.type, dtype) if dtype else nullcontext()
+
+
+def _encode_text(
+    captions: Sequence[str],
+    strategies: Strategies,
+    sources: frozenset[str],
+    bundle: ModelBundle,
+    options: TrainOptions,
+    device: torch.device,
+) -> Iterator[tuple[str, Conditioning]]:
+    """Unbatched entries, on the CPU."""
+    size = options.cache.text_encoder_batch_size or options.training.train_batch_size
+    bar = tqdm(total=len(captions), desc="caching text encoder outputs", unit="caption", disable=_ranks()[0] != 0)
+    with bar, torch.no_grad(), _autocast(options, device):
+        for start in range(0, len(captions), size):
+            batch = captions[start : start + size]
+            tokens = {name: ids.to(device) for name, ids in strategies.tokenize.tokenize(batch).items()}
+            encoded = strategies.text_encoding.encode(bundle.text_encoders, tokens, sources).only(sources).to("cpu")
+            for row, caption in enumerate(batch):
+                entry = encoded.rows(row)
+                _check_finite_text(entry, caption)
+                yield caption, entry._map(lambda value: value.clone())
+            bar.update(len(batch))
+
+
+def _check_finite_text(entry: Conditioning, caption: str) -> None:
+    for tensor in entry.tensors().values():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise UserError(
+                f"a text encoder gives NaN or infinite outputs for the caption {caption!r}. Use --mixed_precision bf16."
+            )
+
+
+def cache_text_outputs(
+    data: TrainData,
+    strategies: Strategies,
+    bundle: ModelBundle,
+    options: TrainOptions,
+    device: torch.device,
+    sources: frozenset[str] | None = None,
+) -> None:
+    """Encode every caption of `data`, and the empty one, to memory or to files, and serve them from there.
+
+    sources: the encoders whose outputs are kept, for runs in which others learn; None: all of them. Does nothing when
+    neither --cache_text_encoder_outputs nor its _to_disk form is set.
+    """
+    if not options.cache.text_outputs:
+        return
+    conditioning = strategies.text_caching.conditioning
+    sources = conditioning.sources() if sources is None else sources
+    complete = sources == conditioning.sources()
+    captions = distinct_captions(data)
+    if not options.cache.cache_text_encoder_outputs_to_disk:
+        encoded = _encode_text(list(captions), strategies, sources, bundle, options, device)
+        cache = TextCache(conditioning, complete, memory=dict(encoded))
+    else:
+        files = _fill_text_files(captions, strategies, sources, bundle, options, device)
+        cache = TextCache(conditioning, complete, files=files)
+    for dataset in data.parts:
+        dataset.text_cache = cache
+
+
+def _fill_text_files(
+    captions: Mapping[str, Record | None],
+    strategies: Strategies,
+    sources: frozenset[str],
+    bundle: ModelBundle,
+    options: TrainOptions,
+    device: torch.device,
+) -> dict[str, TextFile]:
+    files = _text_files(captions, strategies, sources, options)
+    fingerprints = _text_fingerprints(captions, strategies, sources, bundle, options)
+    _wait_for_others()
+    missing = _needs_making(files, fingerprints, options, "text encoder outputs")
+    _wait_for_others()
+    mine = _share(missing, [files[caption].path for caption in missing])
+    if mine:
+        for caption, entry in _encode_text(mine, strategies, sources, bundle, options, device):
+            files[caption].save(entry, fingerprints[caption])
+    _wait_for_others()
+    logger.info("text encoder outputs: %d made, %d found on disk", len(missing), len(captions) - len(missing))
+    return files

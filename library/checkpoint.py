@@ -1,0 +1,397 @@
+"""Files written so that nothing is ever lost: atomic writes, which files to keep, and states to resume from."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from library.errors import UserError
+
+if TYPE_CHECKING:
+    from library.option_groups import OutputOptions, StateOptions
+
+logger = logging.getLogger(__name__)
+
+STATE_FORMAT = 1
+TENSORS_FILE, OPTIMIZER_FILE, TRAIN_STATE_FILE = "trainable.safetensors", "optimizer.pt", "train_state.json"
+STATE_FILES = (TENSORS_FILE, OPTIMIZER_FILE, TRAIN_STATE_FILE)
+FOREIGN_STATE_FILES = ("random_states_0.pkl", "optimizer.bin", "scheduler.bin")
+"""What accelerate writes, and sd-scripts through it."""
+
+
+# ---- atomic writes ---------------------------------------------------------------------------------------------------
+
+
+def atomic_write(path: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` make a file or a folder under a temporary name beside `path`, then put it in place in one move.
+
+    `path` holds either what was there before or all that is new, also after a crash or power loss. The temporary name ends
+    as `path` does, for writers that look at the suffix. Raises `UserError` when the disk is full.
+    """
+    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _remove(temporary)
+        write(temporary)
+        _flush(temporary)
+        _put_in_place(temporary, path)
+    except BaseException as error:
+        _remove(temporary)
+        if isinstance(error, Exception) and _is_disk_full(error):
+            free = shutil.disk_usage(path.parent).free
+            raise UserError(
+                f"no space left while writing {path}: {free:,} bytes are free. Nothing was overwritten. "
+                "Free some space, or give another --output_dir."
+            ) from error
+        raise
+
+
+def _put_in_place(temporary: Path, path: Path) -> None:
+    if path.is_dir():  # a folder with contents cannot be replaced in one move: keep the old one until the new one is there
+        old = path.with_name(f".old-{os.getpid()}-{path.name}")
+        os.rename(path, old)
+        try:
+            os.rename(temporary, path)
+        except OSError:
+            os.rename(old, path)
+            raise
+        shutil.rmtree(old)
+    else:
+        os.replace(temporary, path)
+    _fsync(path.parent)
+
+
+def _flush(path: Path) -> None:
+    """Bytes and names on the disk, not only in its cache, before anything old gives way."""
+    if path.is_dir():
+        for entry in sorted(path.rglob("*")):
+            _fsync(entry)
+    _fsync(path)
+
+
+def _fsync(path: Path) -> None:
+    if path.is_dir() and os.name == "nt":
+        return  # Windows has no handle on a folder to flush
+    descriptor = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove(path: Path) -> bool:
+    """Remove a file or folder; False when there was none."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    elif path.exists() or path.is_symlink():
+        path.unlink()
+    else:
+        return False
+    return True
+
+
+def _is_disk_full(error: BaseException) -> bool:
+    """Also through the writers' own exceptions, which keep only the text of the system's error."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    if "No space left on device" in str(error) or "(os error 28)" in str(error) or "(os error 112)" in str(error):
+        return True
+    inner = error.__cause__ or error.__context__
+    return inner is not None and _is_disk_full(inner)
+
+
+# ---- what is saved when, under which name, and what it replaces --------------------------------------------------------
+
+
+def check_output(output: OutputOptions) -> Path:
+    """The output folder, made and found to be writable before anything is loaded."""
+    if not output.output_dir:
+        raise UserError("--output_dir is missing: say where the results go.")
+    folder = Path(output.output_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(b"probe")
+    except OSError as error:
+        if _is_disk_full(error):
+            raise UserError(f"--output_dir {folder}: its disk is full. Free some space, or choose another folder.") from error
+        raise UserError(f"--output_dir {folder} cannot be written to: {error.strerror}. Choose another folder.") from error
+    return folder
+
+
+@dataclass(frozen=True)
+class CheckpointPolicy:
+    """When a run saves, the stems of what it saves, and what a new file makes superfluous. All as in sd-scripts."""
+
+    output_name: str | None
+    num_epochs: int
+    every_n_epochs: int | None
+    every_n_steps: int | None
+    last_n_epochs: int | None
+    last_n_steps: int | None
+    last_n_epochs_state: int | None
+    last_n_steps_state: int | None
+    save_state: bool
+    save_state_at_end: bool
+
+    @classmethod
+    def of(cls, output: OutputOptions, state: StateOptions, num_epochs: int) -> CheckpointPolicy:
+        """`--save_n_epoch_ratio n` means at least n files, and wins over `--save_every_n_epochs`."""
+        every_n_epochs = output.save_every_n_epochs
+        if output.save_n_epoch_ratio:
+            every_n_epochs = math.floor(num_epochs / output.save_n_epoch_ratio) or 1
+        return cls(
+            output_name=output.output_name,
+            num_epochs=num_epochs,
+            every_n_epochs=every_n_epochs or None,
+            every_n_steps=output.save_every_n_steps or None,
+            last_n_epochs=output.save_last_n_epochs,
+            last_n_steps=output.save_last_n_steps,
+            last_n_epochs_state=output.save_last_n_epochs_state or output.save_last_n_epochs,
+            last_n_steps_state=output.save_last_n_steps_state or output.save_last_n_steps,
+            save_state=state.save_state,
+            save_state_at_end=state.save_state or state.save_state_on_train_end,
+        )
+
+    def due_at_step(self, step: int) -> bool:
+        """`step` updates have been made."""
+        return self.every_n_steps is not None and step > 0 and step % self.every_n_steps == 0
+
+    def due_at_epoch(self, epoch: int) -> bool:
+        """`epoch` epochs are complete. The last one is saved as the final file only."""
+        return self.every_n_epochs is not None and epoch % self.every_n_epochs == 0 and 0 < epoch < self.num_epochs
+
+    def epoch_name(self, epoch: int) -> str:
+        return f"{self.output_name or 'epoch'}-{epoch:06d}"
+
+    def step_name(self, step: int) -> str:
+        return f"{self.output_name or 'at'}-step{step:08d}"
+
+    @property
+    def last_name(self) -> str:
+        return self.output_name or "last"
+
+    def stale_at_epoch(self, epoch: int, *, state: bool = False) -> str | None:
+        """The stem that saving `epoch` makes superfluous; state: among the state folders, which may be kept longer."""
+        kept = self.last_n_epochs_state if state else self.last_n_epochs
+        if kept is None or self.every_n_epochs is None:
+            return None
+        stale = epoch - self.every_n_epochs * kept
+        return self.epoch_name(stale) if stale > 0 else None
+
+    def stale_at_step(self, step: int, *, state: bool = False) -> str | None:
+        """As `stale_at_epoch`; here what is kept is counted in steps: those of the last n steps, and not in files."""
+        kept = self.last_n_steps_state if state else self.last_n_steps
+        if kept is None or self.every_n_steps is None:
+            return None
+        stale = step - kept - 1
+        stale -= stale % self.every_n_steps
+        return self.step_name(stale) if stale > 0 else None
+
+
+def state_name(stem: str) -> str:
+    return f"{stem}-state"
+
+
+@dataclass(frozen=True)
+class CheckpointWriter:
+    """Writes and prunes the files of one run. Only the main process has work to do here."""
+
+    folder: Path
+    policy: CheckpointPolicy
+    suffix: str
+    """Of the saved model; empty for a folder."""
+
+    def save_model(self, stem: str, write: Callable[[Path], None]) -> Path:
+        """Have `write` make the model's file or folder called `stem`, whole or not at all."""
+        path = self.folder / f"{stem}{self.suffix}"
+        atomic_write(path, write)
+        logger.info("saved %s", path)
+        return path
+
+    def prune(self, *, step: int | None = None, epoch: int | None = None, state: bool = False) -> Path | None:
+        """Remove what the model (or state) just saved at `step` or `epoch` makes superfluous; returns what was removed."""
+        if step is not None:
+            stem = self.policy.stale_at_step(step, state=state)
+        else:
+            assert epoch is not None
+            stem = self.policy.stale_at_epoch(epoch, state=state)
+        if stem is None:
+            return None
+        path = self.folder / (state_name(stem) if state else f"{stem}{self.suffix}")
+        if not _remove(path):
+            return None
+        logger.info("removed %s", path)
+        return path
+
+
+# ---- states to resume from -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SavedState:
+    """A state as read from `folder`. Tensors are on the CPU."""
+
+    folder: Path
+    trainable: dict[str, Tensor]
+    optimizer: dict[str, Any]
+    scheduler: dict[str, Any]
+    scaler: dict[str, Any] | None
+    train_state: dict[str, Any]
+
+
+def save_state(
+    folder: Path,
+    *,
+    trainable: Mapping[str, Tensor],
+    optimizer: Mapping[str, Any],
+    scheduler: Mapping[str, Any],
+    scaler: Mapping[str, Any] | None,
+    train_state: Mapping[str, Any],
+) -> None:
+    """Write a state to resume from, whole or not at all; replaces one of the same name.
+
+    `train_state` holds JSON values and at least `epoch` and `step`; sd-scripts' names for them are written too.
+    """
+    from safetensors.torch import save_file
+
+    states = {"optimizer": dict(optimizer), "scheduler": dict(scheduler), "scaler": None if scaler is None else dict(scaler)}
+    _check_plain(states, "state")
+    record = {
+        "format": STATE_FORMAT,
+        "current_epoch": train_state["epoch"],
+        "current_step": train_state["step"],
+        "torch": torch.__version__,
+        **train_state,
+    }
+
+    def write(temporary: Path) -> None:
+        temporary.mkdir()
+        save_file(_storable(trainable), temporary / TENSORS_FILE)
+        with (temporary / OPTIMIZER_FILE).open("wb") as file:
+            torch.save(states, file)
+        (temporary / TRAIN_STATE_FILE).write_text(json.dumps(record, indent=1), encoding="utf-8")
+
+    atomic_write(folder, write)
+    logger.info("saved state %s", folder)
+
+
+def _storable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous tensors that share no memory, as safetensors wants them."""
+    stored: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().contiguous()
+        pointer = tensor.untyped_storage().data_ptr()
+        stored[name] = tensor.clone() if pointer in seen or tensor.untyped_storage().nbytes() != tensor.nbytes else tensor
+        seen.add(pointer)
+    return stored
+
+
+def _check_plain(value: Any, where: str) -> None:
+    """Raise for a value that a safe read (`weights_only`) would refuse: better now than when the state is needed."""
+    if isinstance(value, Mapping):
+        for key, entry in value.items():
+            _check_plain(entry, f"{where}[{key!r}]")
+    elif isinstance(value, (list, tuple, set)):
+        for index, entry in enumerate(value):
+            _check_plain(entry, f"{where}[{index}]")
+    elif not isinstance(value, (Tensor, int, float, bool, str, bytes, complex, torch.dtype, torch.device, type(None))):
+        raise UserError(
+            f"this optimizer or schedule keeps a {type(value).__module__}.{type(value).__name__} in {where}, which cannot be "
+            "saved safely. Train without --save_state, or choose another --optimizer_type or --lr_scheduler_type."
+        )
+
+
+def load_state(folder: Path | str) -> SavedState:
+    """Read what `save_state` wrote. `UserError` when there is nothing, something of another program, or a part is missing."""
+    folder = Path(folder)
+    record = _read_record(folder)
+    from safetensors.torch import load_file
+
+    with _explained(folder / TENSORS_FILE):
+        tensors = load_file(folder / TENSORS_FILE)
+    with _explained(folder / OPTIMIZER_FILE):
+        states = torch.load(folder / OPTIMIZER_FILE, map_location="cpu", weights_only=True)
+    return SavedState(folder, tensors, states["optimizer"], states["scheduler"], states["scaler"], record)
+
+
+def _read_record(folder: Path) -> dict[str, Any]:
+    """`train_state.json`, once the folder is known to be one of ours and complete."""
+    if not folder.is_dir():
+        near = [path.name for path in sorted(folder.parent.glob("*-state"))] if folder.parent.is_dir() else []
+        found = f" There are: {', '.join(near)}." if near else ""
+        raise UserError(f"--resume {folder}: no such folder.{found}")
+    missing = [name for name in STATE_FILES if not (folder / name).is_file()]
+    if missing and any((folder / name).exists() for name in FOREIGN_STATE_FILES):
+        raise UserError(
+            f"--resume {folder}: this state was written by sd-scripts or accelerate, which do not record enough to continue "
+            "exactly. Start from the model saved beside it instead: --network_weights FILE --initial_step N for an adapter, "
+            "--pretrained_model_name_or_path FILE for a fine-tuned model."
+        )
+    if missing:
+        raise UserError(f"--resume {folder}: not a complete state, {', '.join(missing)} is missing. Resume from another one.")
+    with _explained(folder / TRAIN_STATE_FILE):
+        record = json.loads((folder / TRAIN_STATE_FILE).read_text(encoding="utf-8"))
+    if not isinstance(record, dict) or record.get("format") != STATE_FORMAT:
+        version = record.get("format") if isinstance(record, dict) else type(record).__name__
+        raise UserError(
+            f"--resume {folder}: this is a state of format {version}, and this program reads {STATE_FORMAT}. "
+            "Use the version that wrote it."
+        )
+    return record
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """A file that cannot be read becomes a `UserError` that names it."""
+    from pickle import UnpicklingError
+
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, EOFError, KeyError, UnpicklingError, SafetensorError) as error:
+        summary = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"--resume: {path} is damaged or incomplete ({summary}). Resume from another state.") from error
+
+
+# ---- which options a state depends on ----------------------------------------------------------------------------------
+
+NEUTRAL_GROUPS = frozenset({"output", "state", "hub", "logging", "sampling", "metadata", "run", "validation"})
+"""Option groups that do not change what is learned."""
+
+
+def result_options(options: Any) -> dict[str, str]:
+    """`group.flag` -> value as text, for every option that changes what is learned. Goes into a state's `options`."""
+    from dataclasses import fields, is_dataclass
+
+    found = {}
+    for group in fields(options):
+        values = getattr(options, group.name)
+        if group.name not in NEUTRAL_GROUPS and is_dataclass(values):
+            found.update({f"{group.name}.{f.name}": str(getattr(values, f.name)) for f in fields(values)})
+    return found
+
+
+def changed_options(saved: Mapping[str, Any], options: Any) -> list[str]:
+    """One line per option that differs from those recorded in a state's `options`: `--seed was 1 and is now 2`."""
+    then, now = saved.get("options", {}), result_options(options)
+    return [
+        f"--{key.split('.', 1)[1]} was {then.get(key, 'not known')} and is now {now.get(key, 'not known')}"
+        for key in sorted(then.keys() | now.keys())
+        if then.get(key) != now.get(key)
+    ]

@@ -1,0 +1,144 @@
+"""CLIP tokenizers: where they are looked for, and a small value that can be sent to data loader workers."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from functools import lru_cache
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+from library.errors import UserError
+from library.model_io import looks_like_hub_id
+
+logger = logging.getLogger(__name__)
+
+SD1_TOKENIZER = "openai/clip-vit-large-patch14"
+SD2_TOKENIZER = "stabilityai/stable-diffusion-2"
+_VOCABULARY = ("tokenizer.json", "vocab.json")
+
+
+@dataclass(frozen=True)
+class ClipTokenizer:
+    """Words to ids. Holds the `tokenizers` library's object alone: workers unpickle it without importing transformers."""
+
+    backend: Any  # tokenizers.Tokenizer
+    bos: int
+    eos: int
+    pad: int
+    folder: Path
+
+    def ids(self, text: str) -> list[int]:
+        """Token ids of `text`, without BOS, EOS and padding, not cut."""
+        found: list[int] = self.backend.encode(text, add_special_tokens=False).ids
+        return found
+
+    @property
+    def vocabulary_size(self) -> int:
+        size: int = self.backend.get_vocab_size(with_added_tokens=True)
+        return size
+
+    def fingerprint(self) -> str:
+        digest = blake2b(self.backend.to_str().encode(), digest_size=8)
+        return f"{digest.hexdigest()}-{self.bos}-{self.eos}-{self.pad}"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ClipTokenizer) and self.fingerprint() == other.fingerprint()
+
+    def __hash__(self) -> int:
+        return hash(self.fingerprint())
+
+
+@lru_cache(maxsize=8)
+def load_clip_tokenizer(folder: Path) -> ClipTokenizer:
+    """The tokenizer in `folder` (vocab.json and merges.txt, or tokenizer.json)."""
+    from transformers import CLIPTokenizer
+
+    if not _has_tokenizer(folder):
+        raise UserError(f"{folder} has no CLIP tokenizer (vocab.json with merges.txt, or tokenizer.json).")
+    loaded = CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
+    backend = loaded.backend_tokenizer
+    backend.no_padding()
+    backend.no_truncation()
+    return ClipTokenizer(backend, int(loaded.bos_token_id), int(loaded.eos_token_id), int(loaded.pad_token_id), folder)
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in _VOCABULARY)
+
+
+def find_tokenizer(
+    *, flag: str | None, model_folder: Path | None, cache_dir: str | None, hub_id: str, subfolder: str | None = None
+) -> Path:
+    """The folder of the tokenizer to use: --tokenizer, else the model folder's, else --tokenizer_cache_dir's, else the hub's.
+
+    flag: value of --tokenizer. hub_id and subfolder: the published tokenizer of the family. A download is kept in `cache_dir`
+    under sd-scripts' name, the hub id with `/` as `_`. Raises `UserError`, listing the four ways, when there is none.
+    """
+    if flag:
+        return _given(flag)
+    if model_folder is not None and _has_tokenizer(model_folder / "tokenizer"):
+        return model_folder / "tokenizer"
+    cached = Path(cache_dir).expanduser() / hub_id.replace("/", "_") if cache_dir else None
+    if cached is not None and _has_tokenizer(cached):
+        return cached
+    downloaded = _download(hub_id, subfolder)
+    if downloaded is None:
+        raise UserError(_four_ways(hub_id, model_folder, cached))
+    if cached is not None:
+        _copy_tokenizer(downloaded, cached)
+        logger.info("kept the tokenizer %s in %s", hub_id, cached)
+        return cached
+    return downloaded
+
+
+def _given(flag: str) -> Path:
+    path = Path(flag).expanduser()
+    for folder in (path, path / "tokenizer"):
+        if _has_tokenizer(folder):
+            return folder
+    if path.exists() or not looks_like_hub_id(flag):
+        raise UserError(f"--tokenizer {flag}: no CLIP tokenizer there (vocab.json with merges.txt, or tokenizer.json).")
+    found = _download(flag, None)
+    if found is None:
+        raise UserError(
+            f"--tokenizer {flag} is not a folder here, is not in the hub's cache, and the hub cannot be reached. "
+            "Give a folder with vocab.json and merges.txt."
+        )
+    return found
+
+
+def _download(hub_id: str, subfolder: str | None) -> Path | None:
+    """The tokenizer's local folder, or None when the hub (and its cache) cannot give it."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    names = ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
+    try:
+        folder = Path(snapshot_download(hub_id, allow_patterns=[f"{subfolder}/{n}" if subfolder else n for n in names]))
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError):
+        return None
+    folder = folder / subfolder if subfolder else folder
+    return folder if _has_tokenizer(folder) else None
+
+
+def _copy_tokenizer(source: Path, target: Path) -> None:
+    import shutil
+
+    target.mkdir(parents=True, exist_ok=True)
+    for path in sorted(source.iterdir()):
+        if path.is_file():
+            shutil.copyfile(path, target / path.name)
+
+
+def _four_ways(hub_id: str, model_folder: Path | None, cached: Path | None) -> str:
+    return (
+        f"no tokenizer found, and {hub_id} cannot be downloaded now. Give it in one of four ways:\n"
+        "  1. --tokenizer FOLDER, with vocab.json and merges.txt\n"
+        "  2. a diffusers model folder with a tokenizer/ folder in it as --pretrained_model_name_or_path"
+        + (f" ({model_folder} has none)\n" if model_folder else "\n")
+        + f"  3. --tokenizer_cache_dir DIR, with the files in DIR/{hub_id.replace('/', '_')}"
+        + (f" ({cached} has none)\n" if cached else "\n")
+        + "  4. run once with a connection to the hub, which keeps it for later"
+    )

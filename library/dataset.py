@@ -1,0 +1,381 @@
+"""The dataset: whole batches by (epoch, index), each a pure function of the seed, the epoch and the index.
+
+Nothing is shared between processes: a data loader worker gets the dataset by pickling, and every random choice (order,
+crop, mirroring, caption) is keyed, so batches are the same with any number of workers and after any resume.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from library.batch import TrainBatch
+from library.buckets import Size
+from library.cache_io import CachedLatents, LatentCache, TextCache, entry_key
+from library.captions import CaptionMoment, final_caption
+from library.config_util import Mode, load_data_config, rejects_preservation
+from library.data_sources import DatasetRecords, Record, check_not_empty, collect
+from library.errors import UserError
+from library.family_base import LatentSpec
+from library.image_io import Crop, choose_crop, content_seed, decode, fit, listed, vary_color
+from library.rng import keyed_random
+from library.strategy_base import Strategies, TokenizeStrategy
+
+if TYPE_CHECKING:
+    from library.option_groups import TrainOptions
+
+logger = logging.getLogger(__name__)
+
+Item = tuple[int, int]
+"""(index of a record in its part, which of its repeats)."""
+
+Batch = tuple[int, tuple[Item, ...]]
+"""(which part, its items)."""
+
+
+def pixels_to_tensor(pixels: Any) -> Tensor:
+    """uint8 [H, W, 3] -> float32 [3, H, W] in [-1, 1], with sd-scripts' operations in their order, so bits agree."""
+    image = torch.from_numpy(pixels.copy()).permute(2, 0, 1).contiguous()
+    return (image.float() / 255 - 0.5) / 0.5
+
+
+@dataclass(frozen=True)
+class Part:
+    """The pictures of one [[datasets]] that are trained together: one batch size, and batches of one bucket."""
+
+    records: tuple[Record, ...]
+    buckets: Mapping[Size, tuple[Item, ...]]
+    batch_size: int
+    multiplier: float
+
+    @classmethod
+    def of(cls, records: Sequence[Record], batch_size: int, multiplier: float) -> Part:
+        buckets: dict[Size, list[Item]] = {}
+        for index, record in enumerate(records):
+            items = buckets.setdefault(record.placement.bucket, [])
+            items += [(index, repeat) for repeat in range(record.repeats)]
+        return cls(tuple(records), {size: tuple(buckets[size]) for size in sorted(buckets)}, batch_size, multiplier)
+
+    def num_batches(self) -> int:
+        """The last batch of a bucket may be short; it is trained like the others."""
+        return sum(math.ceil(len(items) / self.batch_size) for items in self.buckets.values())
+
+
+@dataclass(frozen=True)
+class Row:
+    """One picture of a batch, as it is seen this time."""
+
+    pixels: Tensor  # [3, H, W], or [C, h, w] when the latents are cached
+    seed: int
+    crop: Crop
+    caption: str
+
+
+@dataclass(eq=False)
+class ImageDataset(Dataset[TrainBatch]):
+    """Map-style: `dataset[(epoch, index)]` is a whole batch. `num_batches` is the same in every epoch.
+
+    `evaluating` (validation): no shuffling, augmentation or caption dropout. The caches are filled before the first batch is
+    asked for, by `library.caching`.
+    """
+
+    parts: tuple[Part, ...]
+    seed: int
+    tokenizer: TokenizeStrategy
+    evaluating: bool = False
+    max_steps: int = 0
+    batches_per_step: int = 1
+    """Batches of the whole run per optimizer step (accumulation times processes): what token warm-up counts in."""
+    latent_cache: LatentCache | None = None
+    text_cache: TextCache | None = None
+    _planned: tuple[int, list[Batch]] | None = field(default=None, init=False, repr=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_planned": None}  # a worker makes its own, which is cheaper than sending it
+
+    @property
+    def num_batches(self) -> int:
+        return sum(part.num_batches() for part in self.parts)
+
+    @property
+    def num_images(self) -> int:
+        """Images seen in one epoch, counting repeats."""
+        return sum(len(items) for part in self.parts for items in part.buckets.values())
+
+    @property
+    def records(self) -> list[Record]:
+        return [record for part in self.parts for record in part.records]
+
+    def __len__(self) -> int:
+        return self.num_batches
+
+    # Order
+
+    def plan(self, epoch: int) -> list[Batch]:
+        """The batches of an epoch. Pictures are shuffled within buckets, batches over everything."""
+        if self._planned is not None and self._planned[0] == epoch:
+            return self._planned[1]
+        batches: list[Batch] = []
+        for number, part in enumerate(self.parts):
+            for size, bucket in part.buckets.items():
+                items = list(bucket)
+                if not self.evaluating:
+                    keyed_random(self.seed, epoch, "bucket", number, size).shuffle(items)
+                starts = range(0, len(items), part.batch_size)
+                batches += [(number, tuple(items[start : start + part.batch_size])) for start in starts]
+        if not self.evaluating:
+            keyed_random(self.seed, epoch, "batches").shuffle(batches)
+        self._planned = epoch, batches
+        return batches
+
+    def __getitem__(self, key: tuple[int, int]) -> TrainBatch:
+        epoch, index = key
+        number, items = self.plan(epoch)[index]
+        part = self.parts[number]
+        step = (epoch * self.num_batches + index) // self.batches_per_step
+        moment = CaptionMoment(self.seed, epoch, step if not self.evaluating else sys.maxsize, self.max_steps)
+        records = [part.records[record] for record, _ in items]
+        rows = [self._row(record, repeat, moment) for record, (_, repeat) in zip(records, items, strict=True)]
+        return self._collate(records, rows, part.multiplier)
+
+    # One picture
+
+    def _row(self, record: Record, repeat: int, moment: CaptionMoment) -> Row:
+        key = f"{record.key}#{repeat}"
+        draw = keyed_random(self.seed, moment.epoch, "augment", key)
+        flipped = record.subset.flip_aug and draw.random() < 0.5 and not self.evaluating
+        if self.latent_cache is not None:
+            entry = self.latent_cache.get(entry_key(record.path, record.recipe))
+            crop = choose_crop(record.placement)
+            pixels, seed = _choose(entry, flipped), entry.seed
+        else:
+            image, digest = decode(record.path)
+            _check_size(record, (image.shape[1], image.shape[0]))
+            random_crop = record.subset.random_crop and not self.evaluating
+            crop = choose_crop(record.placement, draw if random_crop else None)
+            image = fit(image, record.placement, crop, record.subset.resize_interpolation)
+            if record.subset.color_aug and not self.evaluating:
+                image = vary_color(image, draw)
+            pixels, seed = pixels_to_tensor(image[:, ::-1] if flipped else image), content_seed(digest)
+        caption = final_caption(record.caption, record.subset.captions, moment, key, drop=not self.evaluating)
+        return Row(pixels, seed, crop.mirrored() if flipped else crop, caption)
+
+    def _collate(self, records: Sequence[Record], rows: Sequence[Row], multiplier: float) -> TrainBatch:
+        stacked = torch.stack([row.pixels for row in rows])
+        captions = tuple(row.caption for row in rows)
+        cached = self.text_cache.batch(captions) if self.text_cache is not None else None
+        needs_tokens = self.text_cache is None or not self.text_cache.complete
+        preserve = [record.subset.preserves for record in records]
+        return TrainBatch(
+            captions=captions,
+            images=stacked if self.latent_cache is None else None,
+            latents=stacked if self.latent_cache is not None else None,
+            tokens=dict(self.tokenizer.tokenize(captions)) if needs_tokens else None,
+            conditioning=cached,
+            loss_weights=torch.tensor([record.loss_weight for record in records], dtype=torch.float32),
+            original_sizes=torch.tensor([record.size[::-1] for record in records]),
+            crop_top_lefts=torch.tensor([(row.crop.top, row.crop.left) for row in rows]),
+            target_sizes=torch.tensor([record.placement.bucket[::-1] for record in records]),
+            preserve=torch.tensor(preserve) if any(preserve) else None,
+            latent_seeds=tuple(row.seed for row in rows),
+            multiplier=multiplier,
+        )
+
+
+def _choose(entry: CachedLatents, flipped: bool) -> Tensor:
+    if not flipped:
+        return entry.latents
+    assert entry.flipped is not None, "latents of the mirror image were not cached"
+    return entry.flipped
+
+
+def _check_size(record: Record, size: Size) -> None:
+    if size != record.size:
+        raise UserError(
+            f"{record.path} is {size[0]}x{size[1]}, but its metadata (or the file when training began) says "
+            f"{record.size[0]}x{record.size[1]}. Correct image_size in the metadata file; leave images alone while training."
+        )
+
+
+# Loading
+
+
+class EpochKeys(Sampler[tuple[int, int]]):
+    """One process's keys: batches rank, rank + world, ... of each epoch in [epoch, epochs), the first from number `start` on.
+
+    Where the batches do not divide evenly, the first ones of the epoch fill up the end, so that every process has as many.
+    """
+
+    def __init__(self, num_batches: int, *, epoch: int, epochs: int, start: int, rank: int, world: int) -> None:
+        self.num_batches = num_batches
+        self.epoch, self.epochs, self.start = epoch, epochs, start
+        self.rank, self.world = rank, world
+
+    @property
+    def per_epoch(self) -> int:
+        return math.ceil(self.num_batches / self.world)
+
+    def __len__(self) -> int:
+        return max(0, (self.epochs - self.epoch) * self.per_epoch - self.start)
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        for epoch in range(self.epoch, self.epochs):
+            for number in range(self.start if epoch == self.epoch else 0, self.per_epoch):
+                yield epoch, (number * self.world + self.rank) % self.num_batches
+
+
+class _Guarded(Dataset[Any]):
+    """Gives a `UserError` back instead of raising it: a worker process would wrap it in a traceback."""
+
+    def __init__(self, dataset: ImageDataset) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, key: tuple[int, int]) -> TrainBatch | UserError:
+        try:
+            return self.dataset[key]
+        except UserError as error:
+            return error
+
+
+class BatchLoader(DataLoader[Any]):
+    """A data loader of `TrainBatch`es that raises the `UserError` a worker met."""
+
+    def __iter__(self) -> Iterator[TrainBatch]:  # type: ignore[override]
+        for item in super().__iter__():
+            if isinstance(item, UserError):
+                raise item
+            yield item
+
+
+def _one_thread(_: int) -> None:
+    """Workers are processes already: OpenCV's threads would fight over the same cores."""
+    import cv2
+
+    cv2.setNumThreads(0)
+
+
+def batches_per_rank(dataset: ImageDataset, world: int) -> int:
+    """Batches of one process in an epoch."""
+    return math.ceil(dataset.num_batches / world)
+
+
+def make_loader(
+    dataset: ImageDataset,
+    *,
+    epoch: int,
+    start: int,
+    rank: int,
+    world: int,
+    options: TrainOptions,
+    pin: bool,
+    epochs: int | None = None,
+) -> BatchLoader:
+    """This process's batches from its own batch `start` of `epoch` to the end of epoch `epochs` - 1 (of `epoch` when None).
+
+    Latents in memory leave nothing for workers to do that is worth sending batches between processes, so none are started.
+    """
+    dataset.batches_per_step = options.training.gradient_accumulation_steps * world
+    keys = EpochKeys(
+        dataset.num_batches, epoch=epoch, epochs=epochs or epoch + 1, start=start, rank=rank, world=world
+    )  # fmt: skip
+    in_memory = dataset.latent_cache is not None and dataset.latent_cache.in_memory
+    workers = 0 if in_memory else min(options.training.max_data_loader_n_workers, os.cpu_count() or 1)
+    return BatchLoader(
+        _Guarded(dataset),
+        sampler=keys,
+        batch_size=None,
+        num_workers=workers,
+        worker_init_fn=_one_thread,
+        pin_memory=pin,
+    )
+
+
+# Building
+
+
+@dataclass
+class TrainData:
+    """The data of a run: every [[datasets]] together, for training and for validation."""
+
+    train: ImageDataset
+    validation: ImageDataset | None
+    datasets: tuple[DatasetRecords, ...]
+    latent: LatentSpec
+    options: TrainOptions
+    from_file: bool
+    """Whether the datasets came from a configuration file, which changes the form of the metadata."""
+
+    @property
+    def parts(self) -> list[ImageDataset]:
+        return [self.train] + ([self.validation] if self.validation else [])
+
+    def metadata(self, world: int = 1) -> dict[str, str]:
+        """The `ss_` keys about data, in sd-scripts' form. world: number of processes, for the totals."""
+        from library.data_metadata import data_metadata
+
+        return data_metadata(self, world)
+
+    def summary(self) -> str:
+        """What was found, for people: pictures, repeats, buckets."""
+        from library.data_metadata import data_summary
+
+        return data_summary(self)
+
+
+def build_train_data(options: TrainOptions, latent: LatentSpec, strategies: Strategies, *, mode: Mode) -> TrainData:
+    """Read the dataset configuration and look at every picture's header. Raises `UserError`; loads no model.
+
+    `options.training.seed` has to be set (`with_seed`); None counts as 0.
+    """
+    config = load_data_config(options, latent.bucket_step)
+    rejects_preservation(config, mode)
+    seed = options.training.seed or 0
+    datasets = collect(config, prior_loss_weight=options.loss.prior_loss_weight, seed=seed)
+    check_not_empty(datasets)
+    _check_cacheable(datasets, options)
+    train = [Part.of(d.train, d.config.batch_size, d.config.network_multiplier) for d in datasets if d.train]
+    held_out = [Part.of(d.validation, d.config.batch_size, d.config.network_multiplier) for d in datasets if d.validation]
+    dataset = ImageDataset(tuple(train), seed, strategies.tokenize)
+    dataset.max_steps = _max_steps(dataset, options)
+    validation = ImageDataset(tuple(held_out), seed, strategies.tokenize, evaluating=True) if held_out else None
+    data = TrainData(dataset, validation, datasets, latent, options, config.source is not None)
+    logger.info("%s", data.summary())
+    return data
+
+
+def _max_steps(dataset: ImageDataset, options: TrainOptions) -> int:
+    """Optimizer steps of the run on one process: what a token warm-up below 1 is a share of."""
+    training = options.training
+    if training.max_train_epochs is None:
+        return training.max_train_steps
+    return training.max_train_epochs * math.ceil(dataset.num_batches / training.gradient_accumulation_steps)
+
+
+def _check_cacheable(datasets: Sequence[DatasetRecords], options: TrainOptions) -> None:
+    """Raise `UserError` for subsets whose pictures or captions change between epochs while they are to be cached."""
+    subsets = [count.config for dataset in datasets for count in dataset.counts]
+    wrong = []
+    if options.cache.latents:
+        wrong += [
+            f"{subset.name}: color_aug and random_crop change the pictures, which --cache_latents keeps. Turn one off."
+            for subset in subsets
+            if subset.color_aug or subset.random_crop
+        ]
+    if options.cache.text_outputs:
+        wrong += [
+            f"{subset.name}: shuffle_caption, enable_wildcard, token_warmup_step and caption_tag_dropout_rate change the "
+            "captions, whose encoding --cache_text_encoder_outputs keeps. Turn them or it off."
+            for subset in subsets
+            if not subset.captions.is_static
+        ]
+    if wrong:
+        raise UserError(listed(wrong, "subsets that cannot be cached"))

@@ -1,0 +1,390 @@
+"""Reading checkpoints lazily and thriftily: one tensor at a time, never the model twice.
+
+Every format becomes a `TensorSource`: a table of names, shapes and places in files. Only names and shapes are read when it is
+opened. Tensors are read into fresh memory rather than mapped, so a file that has been read does not count against this
+process's memory, and can be replaced while it is open.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+import zipfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from hashlib import blake2b
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from library.errors import UserError
+from library.key_layout import KeyMap
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+SAFETENSORS_DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
+WEIGHT_SUFFIXES = (".safetensors", *PICKLE_SUFFIXES)
+
+INERT_GLOBALS = ("pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",)
+"""Classes that published checkpoints name beside their weights, as keys of a table nobody reads. They are read as an empty
+class of ours, so nothing of theirs is imported or run."""
+
+_MAX_HEADER = 100 * 2**20  # safetensors' own limit
+_SHARD = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.\w+)")
+
+
+class _Inert:
+    """What stands in for a class of `INERT_GLOBALS`."""
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """One tensor of a file. `stride` and `offset` of its elements within the storage that begins at byte `start`."""
+
+    file: Path
+    start: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int = 0
+    stride: tuple[int, ...] | None = None  # None: contiguous
+    held: Tensor | None = field(default=None, compare=False, repr=False)
+    """The tensor itself, for formats that can only be read whole."""
+
+    @property
+    def num_elements(self) -> int:
+        return torch.Size(self.shape).numel()
+
+    def read(self) -> Tensor:
+        """The tensor, contiguous, in memory of its own."""
+        if self.held is not None:
+            return self.held.clone(memory_format=torch.contiguous_format)
+        span = self.num_elements
+        if self.stride is not None and span:
+            span = 1 + sum((size - 1) * step for size, step in zip(self.shape, self.stride, strict=True))
+        flat = torch.empty(span, dtype=self.dtype)
+        if span:
+            self._fill(flat)
+        if self.stride is None:
+            return flat.view(self.shape)
+        return flat.as_strided(self.shape, self.stride).contiguous()
+
+    def _fill(self, flat: Tensor) -> None:
+        view = memoryview(flat.view(torch.uint8).numpy())
+        with self.file.open("rb") as stream:
+            stream.seek(self.start + self.offset * self.dtype.itemsize)
+            if stream.readinto(view) != len(view):
+                raise UserError(f"{self.file} ended while it was read: it has been changed or replaced. Start again.")
+
+    def sample(self, count: int = 256) -> bytes:
+        """Bytes from the middle of the tensor: enough to tell one set of weights from another."""
+        if self.held is not None:
+            middle = self.held.reshape(-1)[self.num_elements // 2 :][:count].contiguous()
+            return middle.view(torch.uint8).numpy().tobytes()
+        with self.file.open("rb") as stream:
+            stream.seek(self.start + (self.offset + self.num_elements // 2) * self.dtype.itemsize)
+            return stream.read(min(count, self.num_elements - self.num_elements // 2) * self.dtype.itemsize)
+
+
+@dataclass(frozen=True)
+class TensorSource:
+    """Named tensors on disk."""
+
+    path: Path
+    entries: Mapping[str, TensorEntry]
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.entries
+
+    def keys(self) -> list[str]:
+        return list(self.entries)
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        return self.entries[key].shape
+
+    def dtype(self, key: str) -> torch.dtype:
+        return self.entries[key].dtype
+
+    def get(self, key: str, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Tensor:
+        """One tensor, read now. `dtype` casts floating-point tensors only; None keeps what the file has."""
+        tensor = self.entries[key].read()
+        return tensor.to(device=device, dtype=dtype if dtype is not None and tensor.is_floating_point() else None)
+
+    def under(self, prefix: str) -> TensorSource:
+        """The tensors whose names begin with `prefix`, without it."""
+        kept = {key[len(prefix) :]: entry for key, entry in self.entries.items() if key.startswith(prefix)}
+        return replace(self, entries=kept)
+
+    def only(self, keys: Iterable[str]) -> TensorSource:
+        return replace(self, entries={key: self.entries[key] for key in keys})
+
+    def fingerprint(self) -> str:
+        """A hash of names, shapes, dtypes and a sample of every tensor. Moving or copying a file does not change it."""
+        digest = blake2b(digest_size=12)
+        for key in sorted(self.entries):
+            entry = self.entries[key]
+            digest.update(f"{key} {entry.shape} {entry.dtype}".encode())
+            digest.update(entry.sample())
+        return digest.hexdigest()
+
+
+# ---- opening -------------------------------------------------------------------------------------------------------
+
+
+def open_checkpoint(path: Path | str) -> TensorSource:
+    """A .safetensors, .ckpt, .pt, .pth or .bin file, or any file of an N-of-M shard set.
+
+    Raises `UserError` for a missing, half-written, foreign or unsafe file.
+    """
+    path = Path(path)
+    shards = _shard_set(path)
+    if len(shards) == 1:
+        return _open_file(shards[0])
+    opened = [_open_file(shard) for shard in shards]
+    entries: dict[str, TensorEntry] = {}
+    for shard in opened:
+        twice = entries.keys() & shard.entries.keys()
+        if twice:
+            raise UserError(f"'{min(twice)}' is in more than one shard of {path}: the set is mixed up. Download it again.")
+        entries.update(shard.entries)
+    return TensorSource(path, entries, opened[0].metadata)
+
+
+def _shard_set(path: Path) -> list[Path]:
+    match = _SHARD.fullmatch(path.name)
+    if match is None:
+        return [path]
+    count = int(match["count"])
+    shards = [path.with_name(f"{match['stem']}-{n:05d}-of-{count:05d}{match['suffix']}") for n in range(1, count + 1)]
+    missing = [shard.name for shard in shards if not shard.is_file()]
+    if missing:
+        raise UserError(f"{path.parent} lacks {len(missing)} of {count} shards: {', '.join(missing[:4])}. Download them again.")
+    return shards
+
+
+def _open_file(path: Path) -> TensorSource:
+    if not path.is_file():
+        near = sorted(p.name for p in path.parent.glob("*") if p.suffix in WEIGHT_SUFFIXES) if path.parent.is_dir() else []
+        raise UserError(f"no such file: {path}." + (f" {path.parent} has: {', '.join(near[:6])}." if near else ""))
+    if path.suffix == ".safetensors":
+        return _open_safetensors(path)
+    if path.suffix in PICKLE_SUFFIXES:
+        return _open_pickle(path)
+    raise UserError(f"{path}: unknown kind of file '{path.suffix}'. Known: {', '.join(WEIGHT_SUFFIXES)}.")
+
+
+def _open_safetensors(path: Path) -> TensorSource:
+    """Eight bytes give the length of a JSON table of names, dtypes, shapes and byte ranges; the data follows it."""
+    size = path.stat().st_size
+    with path.open("rb") as stream:
+        head = stream.read(8)
+        length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
+        if not 2 <= length <= _MAX_HEADER:
+            raise UserError(f"{path} is not a safetensors file ({size} bytes). Download or save it again.")
+        if size < 8 + length:
+            raise UserError(f"{path} is cut off: {size} bytes, and its header alone needs {8 + length}. Download it again.")
+        try:
+            header: dict[str, Any] = json.loads(stream.read(length))
+        except ValueError as error:
+            raise UserError(f"{path}: the header is not readable ({error}). Download or save the file again.") from error
+    metadata = header.pop("__metadata__", {}) or {}
+    entries: dict[str, TensorEntry] = {}
+    needed = 8 + length
+    for key, item in header.items():
+        if item["dtype"] not in SAFETENSORS_DTYPES:
+            raise UserError(f"{path}: '{key}' has dtype {item['dtype']}. Known: {', '.join(SAFETENSORS_DTYPES)}.")
+        begin, end = item["data_offsets"]
+        entry = TensorEntry(path, 8 + length + begin, SAFETENSORS_DTYPES[item["dtype"]], tuple(item["shape"]))
+        if end - begin != entry.num_elements * entry.dtype.itemsize:
+            raise UserError(f"{path}: the size of '{key}' does not fit its shape. The file is damaged; download it again.")
+        entries[key] = entry
+        needed = max(needed, 8 + length + end)
+    if size < needed:
+        raise UserError(
+            f"{path} is cut off: it has {size:,} bytes and needs {needed:,}. "
+            "A download or a save was interrupted; get the file again."
+        )
+    return TensorSource(path, entries, metadata)
+
+
+def _open_pickle(path: Path) -> TensorSource:
+    """A torch file. Only tensors and plain containers are accepted: nothing in the file is ever run."""
+    zipped = zipfile.is_zipfile(path)
+    if not zipped and path.open("rb").read(2) == b"PK":
+        raise UserError(f"{path} is cut off ({path.stat().st_size:,} bytes): its end is missing. Get the file again.")
+    # on the meta device torch only notes where in the file each tensor is; files older than torch 1.6 are read whole
+    loaded = _load_weights_only(path, "meta" if zipped else "cpu")
+    while isinstance(loaded, Mapping) and isinstance(loaded.get("state_dict"), Mapping):
+        loaded = loaded["state_dict"]
+    tensors = {key: value for key, value in loaded.items() if isinstance(value, Tensor)} if isinstance(loaded, Mapping) else {}
+    if not tensors:
+        raise UserError(f"{path} holds no named tensors. Is it a model checkpoint?")
+    return TensorSource(path, {key: _pickle_entry(path, value) for key, value in tensors.items()})
+
+
+def _load_weights_only(path: Path, device: str) -> Any:
+    import pickle
+
+    inert: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [(_Inert, name) for name in INERT_GLOBALS]
+    try:
+        with torch.serialization.safe_globals(inert):
+            return torch.load(path, map_location=device, weights_only=True)
+    except pickle.UnpicklingError as error:
+        unsafe = _unsafe_globals(path)
+        if unsafe:
+            raise UserError(
+                f"{path} needs code that a checkpoint should not need ({', '.join(unsafe[:4])}), so it was not opened: "
+                "such a file can do anything to this computer. Convert it to safetensors with a tool and on a machine "
+                "you trust it on, and use that."
+            ) from error
+        raise UserError(f"{path} is not a readable checkpoint: {error}") from error
+    except (RuntimeError, EOFError, OSError, ValueError) as error:
+        raise UserError(f"{path} ({path.stat().st_size:,} bytes) is damaged or cut off: {error}. Get it again.") from error
+
+
+def _unsafe_globals(path: Path) -> list[str]:
+    try:
+        found = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except (RuntimeError, ValueError, EOFError, KeyError):
+        return []
+    return sorted(set(found) - set(INERT_GLOBALS))
+
+
+def _pickle_entry(path: Path, tensor: Tensor) -> TensorEntry:
+    if not tensor.is_meta:
+        return TensorEntry(path, 0, tensor.dtype, tuple(tensor.shape), held=tensor.detach())
+    start: int = tensor.untyped_storage()._checkpoint_offset  # type: ignore[attr-defined]
+    stride = None if tensor.is_contiguous() else tensor.stride()
+    return TensorEntry(path, start, tensor.dtype, tuple(tensor.shape), tensor.storage_offset(), stride)
+
+
+# ---- filling a module ----------------------------------------------------------------------------------------------
+
+
+def load_into(
+    module: nn.Module,
+    source: TensorSource,
+    key_map: KeyMap,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    optional: tuple[str, ...] = (),
+) -> nn.Module:
+    """Fill `module`, whose parameters are on the meta device, with `source`'s tensors; frozen and in eval mode.
+
+    Strict: missing and unexpected keys, and shapes that differ, are one `UserError`. Names of `source` that match a
+    pattern of `optional` may be there without being used. Returns `module`.
+    """
+    origins, unknown = key_map.origins(source.keys())
+    expected = module.state_dict()
+    missing = sorted(expected.keys() - origins.keys())
+    unexpected = sorted(unknown + [origins[name].key for name in origins.keys() - expected.keys()])
+    unexpected = [key for key in unexpected if not any(re.fullmatch(pattern, key) for pattern in optional)]
+    if missing or unexpected:
+        listed = [f"{len(keys)} {kind}: {', '.join(keys[:8])}" for kind, keys in _kinds(missing, unexpected) if keys]
+        raise UserError(f"{source.path} does not fit {type(module).__name__}. {'; '.join(listed)}.")
+    tensors: dict[str, Tensor] = {}
+    for name, parameter in expected.items():
+        origin = origins[name]
+        tensor = origin.take(source.get(origin.key, dtype)).contiguous()
+        if tensor.shape != parameter.shape:
+            raise UserError(
+                f"{source.path}: '{origin.key}' has shape {tuple(tensor.shape)}, "
+                f"and {type(module).__name__} needs {tuple(parameter.shape)}."
+            )
+        if tensor.untyped_storage().nbytes() > tensor.nbytes:
+            tensor = tensor.clone()  # a part of a fused tensor, which would keep the whole of it in memory
+        tensors[name] = tensor.to(device)
+    module.load_state_dict(tensors, strict=True, assign=True)
+    return module.to(device).requires_grad_(False).eval()
+
+
+def _kinds(missing: list[str], unexpected: list[str]) -> tuple[tuple[str, list[str]], ...]:
+    return ("missing", missing), ("unexpected", unexpected)
+
+
+def empty_module(make: Callable[[], nn.Module]) -> nn.Module:
+    """`make()` with its parameters on the meta device (no memory, no initialisation) and its buffers real."""
+    from accelerate import init_empty_weights
+
+    with init_empty_weights(include_buffers=False):
+        return make()
+
+
+# ---- where a model is ----------------------------------------------------------------------------------------------
+
+
+def open_component(folder: Path) -> TensorSource:
+    """The weights of one diffusers or transformers component folder: safetensors before pickles, plain before variants."""
+    for pattern in ("*.safetensors", "*.bin"):
+        found = sorted(folder.glob(pattern), key=lambda path: (path.name.count("."), "ema" in path.name, path.name))
+        whole = [path for path in found if _SHARD.fullmatch(path.name) is None]
+        if found:
+            return open_checkpoint((whole or found)[0])
+    raise UserError(f"{folder} has no weights (*.safetensors or *.bin). Is the model downloaded completely?")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A component's config. Raises `UserError` when it is missing or not JSON."""
+    try:
+        loaded: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is missing: {path.parent} is not a complete model folder.") from error
+    except ValueError as error:
+        raise UserError(f"{path} is not readable JSON: {error}") from error
+    return loaded
+
+
+def looks_like_hub_id(name: str) -> bool:
+    """`owner/name`, and nothing on disk by that name."""
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and Path(name).suffix not in WEIGHT_SUFFIXES
+
+
+def find_model(name: str, flag: str, *, allow_patterns: tuple[str, ...] | None = None) -> Path:
+    """The local file or folder that `name` (given as `flag`) means, downloading a hub id's snapshot when it is one."""
+    path = Path(name).expanduser()
+    if path.exists():
+        return path
+    if not looks_like_hub_id(name):
+        raise UserError(f"{flag}: no such file or folder: {name}. Give a file, a diffusers folder or a hub id (owner/name).")
+    return download_snapshot(name, flag, allow_patterns=allow_patterns)
+
+
+def download_snapshot(
+    name: str, flag: str, *, allow_patterns: tuple[str, ...] | None = None, ignore_patterns: tuple[str, ...] | None = None
+) -> Path:
+    """The local snapshot of a hub repository, from the hub's cache when it is there."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, RepositoryNotFoundError
+
+    try:
+        allow, ignore = (list(patterns) if patterns else None for patterns in (allow_patterns, ignore_patterns))
+        return Path(snapshot_download(name, allow_patterns=allow, ignore_patterns=ignore))
+    except RepositoryNotFoundError as error:
+        raise UserError(
+            f"{flag}: {name} is neither a path here nor a repository of the hub that you may read. "
+            "Check the spelling; for a private or gated one, log in first (hf auth login)."
+        ) from error
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
+        raise UserError(
+            f"{flag}: {name} is not a path here, is not in the hub's cache, and the hub cannot be reached. "
+            "Download it on a connected machine and give the path of the file or folder."
+        ) from error

@@ -1,0 +1,312 @@
+"""Options that contradict each other or name things that are not there: a table, looked at before any model is read."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from library.errors import UserError, suggest
+from library.option_groups import (
+    DreamBoothOptions,
+    FineTuneOptions,
+    FullTrainOptions,
+    NetworkTrainOptions,
+    TrainingOptions,
+    TrainOptions,
+)
+from library.options import flags_of, flat
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """`broken` is asked of options of type `scope` only. `{flag}` in the message stands for that flag's value.
+
+    A broken rule ends the program, unless it is a warning: an option that has no effect, or is likely not what was meant.
+    """
+
+    broken: Callable[[Any], bool]
+    message: str
+    scope: type[TrainOptions] = TrainOptions
+    warning: bool = False
+
+
+def _varies_captions(o: TrainOptions) -> bool:
+    """Whether a picture's caption differs from step to step."""
+    data = o.data
+    rates = (data.caption_dropout_rate, data.caption_dropout_every_n_epochs, data.caption_tag_dropout_rate)
+    return data.shuffle_caption or data.enable_wildcard or data.token_warmup_step > 0 or any(rates)
+
+
+def _has_folders(o: TrainOptions) -> bool:
+    return o.data.dataset_config is None and (o.data.train_data_dir is not None or o.data.in_json is not None)
+
+
+_MODEL_AND_OUTPUT = (
+    Rule(
+        lambda o: o.model.pretrained_model_name_or_path is None,
+        "--pretrained_model_name_or_path is missing: the base model, as a file, a diffusers folder or a hub id.",
+    ),
+    Rule(lambda o: o.output.output_dir is None, "--output_dir is missing: the folder that trained models are written to."),
+    Rule(
+        lambda o: o.output.output_dir is not None and Path(o.output.output_dir).is_file(),
+        "--output_dir {output_dir}: is a file. Name a folder.",
+    ),
+    Rule(
+        lambda o: o.model.v2 and o.training.clip_skip is not None,
+        "--clip_skip {clip_skip} with --v2: Stable Diffusion 2.x already skips its last layer; results may be worse.",
+        warning=True,
+    ),
+)
+
+_PRECISION = (
+    Rule(
+        lambda o: o.precision.full_bf16 and o.precision.full_fp16,
+        "--full_bf16 and --full_fp16 exclude each other. Remove one.",
+    ),
+    Rule(
+        lambda o: o.precision.full_bf16 and o.precision.mixed_precision != "bf16",
+        "--full_bf16 needs --mixed_precision bf16, which is '{mixed_precision}'.",
+    ),
+    Rule(
+        lambda o: o.precision.full_fp16 and o.precision.mixed_precision != "fp16",
+        "--full_fp16 needs --mixed_precision fp16, which is '{mixed_precision}'.",
+    ),
+)
+
+_NOISE_AND_LOSS = (
+    Rule(
+        lambda o: o.noise.noise_offset_random_strength and o.noise.noise_offset is None,
+        "--noise_offset_random_strength needs --noise_offset, whose strength it draws.",
+    ),
+    Rule(
+        lambda o: o.noise.adaptive_noise_scale is not None and o.noise.noise_offset is None,
+        "--adaptive_noise_scale needs --noise_offset, which it raises.",
+    ),
+    Rule(
+        lambda o: o.noise.ip_noise_gamma_random_strength and o.noise.ip_noise_gamma is None,
+        "--ip_noise_gamma_random_strength needs --ip_noise_gamma, whose strength it draws.",
+    ),
+    Rule(
+        lambda o: (o.noise.min_timestep or 0) >= (1000 if o.noise.max_timestep is None else o.noise.max_timestep),
+        "--min_timestep {min_timestep} has to be below --max_timestep {max_timestep}.",
+    ),
+    Rule(
+        lambda o: o.noise.zero_terminal_snr and not o.model.v_parameterization,
+        "--zero_terminal_snr without --v_parameterization: a noise prediction learns nothing at the last step.",
+        warning=True,
+    ),
+    Rule(
+        lambda o: o.loss.scale_v_pred_loss_like_noise_pred and not o.model.v_parameterization,
+        "--scale_v_pred_loss_like_noise_pred needs --v_parameterization.",
+    ),
+    Rule(
+        lambda o: o.loss.v_pred_like_loss and o.model.v_parameterization,
+        "--v_pred_like_loss is for noise predictions. Remove it, or --v_parameterization.",
+    ),
+)
+
+_DATA = (
+    Rule(
+        lambda o: o.data.dataset_config is None and not _has_folders(o) and not isinstance(o, FineTuneOptions),
+        "no training data: give --dataset_config, or --train_data_dir.",
+    ),
+    Rule(
+        lambda o: o.data.dataset_config is None and o.data.in_json is None,
+        "no training data: fine_tune.py needs --in_json or --dataset_config (train_db.py learns from folders alone).",
+        scope=FineTuneOptions,
+    ),
+    Rule(
+        lambda o: o.data.dataset_config is None and o.data.in_json is not None,
+        "--in_json: train_db.py learns from picture folders. Use fine_tune.py for a metadata file.",
+        scope=DreamBoothOptions,
+    ),
+    Rule(
+        lambda o: o.data.dataset_config and (o.data.train_data_dir or o.data.reg_data_dir or o.data.in_json),
+        "--train_data_dir, --reg_data_dir and --in_json have no effect beside --dataset_config {dataset_config}.",
+        warning=True,
+    ),
+    Rule(
+        lambda o: _has_folders(o) and o.data.in_json is not None and o.data.reg_data_dir is not None,
+        "--reg_data_dir has no effect beside --in_json.",
+        warning=True,
+    ),
+    Rule(
+        lambda o: _has_folders(o) and o.data.resolution is None,
+        "--resolution is missing: the size trained at, such as 512 or 512,768.",
+    ),
+    Rule(
+        lambda o: o.data.enable_bucket and o.data.min_bucket_reso > o.data.max_bucket_reso,
+        "--min_bucket_reso {min_bucket_reso} is larger than --max_bucket_reso {max_bucket_reso}.",
+    ),
+    Rule(
+        lambda o: o.cache.latents and (o.data.color_aug or o.data.random_crop),
+        "--cache_latents keeps one encoding per picture, so neither --color_aug nor --random_crop can be used with it.",
+    ),
+    Rule(
+        lambda o: o.cache.text_outputs and _varies_captions(o),
+        "--cache_text_encoder_outputs keeps one encoding per caption, so nothing may change captions: remove it, or "
+        "--shuffle_caption, --enable_wildcard, --token_warmup_step and the caption dropouts.",
+    ),
+)
+
+_RUN = (
+    Rule(
+        lambda o: o.training.max_train_epochs and o.training.max_train_steps != TrainingOptions().max_train_steps,
+        "--max_train_epochs {max_train_epochs} goes before --max_train_steps {max_train_steps}, which has no effect.",
+        warning=True,
+    ),
+    Rule(
+        lambda o: o.optimizer.use_8bit_adam and o.optimizer.use_lion_optimizer,
+        "--use_8bit_adam and --use_lion_optimizer exclude each other. Remove one.",
+    ),
+    Rule(
+        lambda o: o.optimizer.optimizer_type and (o.optimizer.use_8bit_adam or o.optimizer.use_lion_optimizer),
+        "--optimizer_type {optimizer_type} stands beside --use_8bit_adam or --use_lion_optimizer. Keep --optimizer_type.",
+    ),
+    Rule(
+        lambda o: not {"learning_rate", "unet_lr", "text_encoder_lr"} & o.explicit,
+        "--learning_rate is not given; {learning_rate} is too low for most purposes (adapters: about 1e-4).",
+        warning=True,
+    ),
+    Rule(
+        lambda o: o.logging.log_with in ("tensorboard", "all") and o.logging.logging_dir is None,
+        "--log_with {log_with} needs --logging_dir, the folder of TensorBoard's files.",
+    ),
+    Rule(
+        lambda o: o.logging.log_with in ("wandb", "all") and importlib.util.find_spec("wandb") is None,
+        "--log_with {log_with} needs the package wandb: pip install wandb.",
+    ),
+    Rule(
+        lambda o: _previews(o) and o.sampling.sample_prompts is None,
+        "previews are asked for, but there is no --sample_prompts; none will be made.",
+        warning=True,
+    ),
+    Rule(
+        lambda o: o.sampling.sample_prompts is not None and not _previews(o),
+        "--sample_prompts has no effect without --sample_every_n_steps, --sample_every_n_epochs or --sample_at_first.",
+        warning=True,
+    ),
+)
+
+
+def _previews(o: TrainOptions) -> bool:
+    return bool(o.sampling.sample_every_n_steps or o.sampling.sample_every_n_epochs or o.sampling.sample_at_first)
+
+
+_NETWORK = (
+    Rule(
+        lambda o: o.network.network_module is None,
+        "--network_module is missing: networks.lora, for example.",
+        scope=NetworkTrainOptions,
+    ),
+    Rule(
+        lambda o: o.network.network_train_unet_only and o.network.network_train_text_encoder_only,
+        "--network_train_unet_only and --network_train_text_encoder_only exclude each other. Remove one.",
+        scope=NetworkTrainOptions,
+    ),
+    Rule(
+        lambda o: o.cache.text_outputs and not o.network.network_train_unet_only,
+        "--cache_text_encoder_outputs fixes what the text encoder gives, so it cannot learn: add --network_train_unet_only.",
+        scope=NetworkTrainOptions,
+    ),
+    Rule(
+        lambda o: o.network.dim_from_weights and o.network.network_weights is None,
+        "--dim_from_weights needs --network_weights, the file the ranks are taken from.",
+        scope=NetworkTrainOptions,
+    ),
+    Rule(
+        lambda o: len(o.network.base_weights_multiplier or ()) > len(o.network.base_weights or ()),
+        "--base_weights_multiplier has more values than --base_weights has files: {base_weights_multiplier}, {base_weights}.",
+        scope=NetworkTrainOptions,
+    ),
+)
+
+_FULL = (
+    Rule(
+        lambda o: o.cache.text_outputs and o.full.trains_text_encoder,
+        "--cache_text_encoder_outputs fixes what the text encoder gives, so it cannot learn: add --no-train_text_encoder.",
+        scope=FullTrainOptions,
+    ),
+    Rule(
+        lambda o: o.full.learning_rate_te is not None and not o.full.trains_text_encoder,
+        "--learning_rate_te {learning_rate_te} has no effect: the text encoder is not trained (--train_text_encoder).",
+        scope=FullTrainOptions,
+        warning=True,
+    ),
+    Rule(
+        lambda o: (o.full.stop_text_encoder_training or 0) > 0 and not o.full.train_text_encoder,
+        "--stop_text_encoder_training {stop_text_encoder_training} has no effect: the text encoder is not trained "
+        "(--train_text_encoder).",
+        scope=FullTrainOptions,
+        warning=True,
+    ),
+    Rule(
+        lambda o: o.full.use_safetensors and o.full.save_model_as is not None,
+        "--use_safetensors has no effect beside --save_model_as {save_model_as}.",
+        scope=FullTrainOptions,
+        warning=True,
+    ),
+)
+
+RULES: tuple[Rule, ...] = (*_MODEL_AND_OUTPUT, *_PRECISION, *_NOISE_AND_LOSS, *_DATA, *_RUN, *_NETWORK, *_FULL)
+
+FILES = ("dataset_config", "in_json", "sample_prompts", "log_tracker_config", "network_weights", "base_weights")
+"""Flags that name files which have to exist. Models, VAEs and tokenizers may be hub ids: the family looks at those."""
+FOLDERS = ("train_data_dir", "reg_data_dir", "resume")
+_IGNORED_BESIDE_DATASET_CONFIG = ("train_data_dir", "reg_data_dir", "in_json")
+
+
+def check_rules(options: TrainOptions, extra_rules: tuple[Rule, ...] = ()) -> None:
+    """Raise one `UserError` with everything that is wrong, one line each; log what is only doubtful.
+
+    extra_rules: a family's own.
+    """
+    values = flat(options)
+    problems = [*_flag_problems(options, values), *_path_problems(values)]
+    for rule in (*RULES, *extra_rules):
+        if isinstance(options, rule.scope) and rule.broken(options):
+            message = rule.message.format_map(values)
+            if rule.warning:
+                logger.warning(message)
+            else:
+                problems.append(message)
+    if problems:
+        raise UserError("\n".join(problems))
+
+
+def _flag_problems(options: TrainOptions, values: dict[str, Any]) -> Iterator[str]:
+    """What a flag's own line says of its value."""
+    for name, flag in flags_of(type(options), type(options.family)).items():
+        if values[name] == flag.default:
+            continue
+        if flag.planned:
+            yield f"--{name} is known, but not implemented here yet. Remove it."
+        elif flag.inert:
+            logger.warning("--%s has no effect: %s", name, flag.inert)
+        too_far = flag.out_of_range(values[name])
+        if too_far and not flag.planned:
+            yield too_far
+
+
+def _path_problems(values: dict[str, Any]) -> Iterator[str]:
+    ignored = _IGNORED_BESIDE_DATASET_CONFIG if values["dataset_config"] else ()
+    for name, kind in [(name, "file") for name in FILES] + [(name, "folder") for name in FOLDERS]:
+        value = values.get(name)
+        for path in value if isinstance(value, tuple) else (value,):
+            if path is None or name in ignored:
+                continue
+            if not (Path(path).is_file() if kind == "file" else Path(path).is_dir()):
+                yield f"--{name} {path}: {_missing(Path(path), kind)}"
+
+
+def _missing(path: Path, kind: str) -> str:
+    if path.exists():
+        return f"is not a {kind}."
+    near = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+    return f"does not exist.{suggest(path.name, near)}"

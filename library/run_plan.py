@@ -1,0 +1,94 @@
+"""What learns, at which rate and in which precision: decided from the options alone, before anything is loaded."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Literal, cast
+
+import torch
+
+from library.family_base import ModelBundle, ModelFamily
+from library.optimizers import LearningRates
+from library.run_setup import compute_dtype, learning_dtype
+from library.trainable import DENOISER, AdapterTrainable, FullTrainable, Trainable, split_pairs
+
+if TYPE_CHECKING:
+    from library.option_groups import FullTrainOptions, NetworkTrainOptions, TrainOptions
+
+Mode = Literal["network", "full"]
+
+
+class RunPlan(ABC):
+    """One of the two ways to train."""
+
+    rates: LearningRates
+    load_dtype: torch.dtype
+
+    @abstractmethod
+    def check(self) -> None:
+        """Raise `UserError` for what can be known to be wrong without a model."""
+
+    @abstractmethod
+    def build(self, family: ModelFamily, bundle: ModelBundle) -> Trainable: ...
+
+
+def plan_of(options: TrainOptions, mode: Mode) -> RunPlan:
+    if mode == "network":
+        return NetworkPlan(cast("NetworkTrainOptions", options))
+    return FullPlan(cast("FullTrainOptions", options))
+
+
+def _rates(learning_rate: float, unet: float | None, text: float | list[float] | tuple[float, ...] | None) -> LearningRates:
+    """One text encoder rate stands for all encoders; a list gives each its own."""
+    if text is None:
+        text = ()
+    values = tuple(text) if isinstance(text, (list, tuple)) else (text,)
+    return LearningRates(default=learning_rate, denoiser=unet, text_encoders=values)
+
+
+class NetworkPlan(RunPlan):
+    """An adapter network on a model that stays frozen in the compute dtype."""
+
+    def __init__(self, options: NetworkTrainOptions) -> None:
+        self.options = options
+        network = options.network
+        self.rates = _rates(options.optimizer.learning_rate, network.unet_lr, network.text_encoder_lr)
+        self.load_dtype = compute_dtype(options.precision)
+
+    def check(self) -> None:
+        from networks.external import load_network_module
+        from networks.network_args import parse_network_args
+        from networks.network_base import NetworkFactory
+
+        module = load_network_module(self.options.network.network_module or "")
+        arguments = split_pairs(self.options.network.network_args or (), "--network_args")
+        if isinstance(module, NetworkFactory):
+            parse_network_args(module.algorithm.arguments, arguments, module=module.name)
+
+    def build(self, family: ModelFamily, bundle: ModelBundle) -> Trainable:
+        return AdapterTrainable.create(family, bundle, self.options)
+
+
+class FullPlan(RunPlan):
+    """The denoiser, and the text encoders where asked for; frozen parts are kept in the compute dtype."""
+
+    def __init__(self, options: FullTrainOptions) -> None:
+        self.options = options
+        text = options.full.learning_rate_te
+        self.rates = _rates(options.optimizer.learning_rate, None, text)
+        self.load_dtype = learning_dtype(options.precision)
+
+    def check(self) -> None:
+        """Nothing beyond the option rules."""
+
+    def build(self, family: ModelFamily, bundle: ModelBundle) -> Trainable:
+        parts = {DENOISER}
+        if self.options.full.trains_text_encoder:
+            parts |= set(bundle.text_encoder_names)
+        frozen = compute_dtype(self.options.precision)
+        for name in set(bundle.text_encoder_names) - parts:
+            bundle.part(name).to(frozen)
+        if self.options.memory.gradient_checkpointing:
+            for part in sorted(parts):
+                family.enable_gradient_checkpointing(part, bundle.part(part))
+        return FullTrainable(family, bundle, parts, self.options)

@@ -1,0 +1,143 @@
+"""What a run needs before its first step: precision, processes, the seed, and how many updates it makes."""
+
+from __future__ import annotations
+
+import logging
+import math
+import secrets
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
+from torch import nn
+
+if TYPE_CHECKING:
+    from library.option_groups import PrecisionOptions, TrainingOptions, TrainOptions
+
+logger = logging.getLogger(__name__)
+
+OptionsT = TypeVar("OptionsT", bound="TrainOptions")
+
+DTYPES = {
+    "no": torch.float32,
+    "float": torch.float32,
+    "fp32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+}
+
+
+def compute_dtype(precision: PrecisionOptions) -> torch.dtype:
+    """The dtype of frozen weights and of autocast: float32 without mixed precision."""
+    return DTYPES[precision.mixed_precision]
+
+
+def learning_dtype(precision: PrecisionOptions) -> torch.dtype:
+    """The dtype of the weights that learn: float32 unless `--full_bf16` asks for bfloat16."""
+    return torch.bfloat16 if precision.full_bf16 else torch.float32
+
+
+def save_dtype(precision: PrecisionOptions) -> torch.dtype | None:
+    """The dtype of saved tensors; None keeps the one they learn in."""
+    return DTYPES[precision.save_precision] if precision.save_precision else None
+
+
+def make_accelerator(options: TrainOptions) -> Accelerator:
+    """Processes, device and mixed precision. Accumulation is counted by the loop, which knows the true size of each update."""
+    handlers: list[Any] = []
+    if options.training.ddp_timeout:
+        handlers.append(InitProcessGroupKwargs(timeout=timedelta(minutes=options.training.ddp_timeout)))
+    if PartialState._shared_state:
+        # a second run in one process may use another precision; accelerate keeps the first one's otherwise
+        AcceleratorState._reset_state()
+    return Accelerator(mixed_precision=options.precision.mixed_precision, kwargs_handlers=handlers)
+
+
+def with_seed(options: OptionsT, seed: int | None) -> OptionsT:
+    """`options` with a seed all processes share: `seed` (of a resumed state), else --seed, else a fresh one, which is logged."""
+    chosen = [seed if seed is not None else options.training.seed]
+    if chosen[0] is None:
+        chosen = [secrets.randbelow(2**32)]
+        if PartialState().num_processes > 1:
+            broadcast_object_list(chosen)
+        logger.info("no --seed given: using %d", chosen[0])
+    return replace(options, training=replace(options.training, seed=chosen[0]))
+
+
+def seed_default_generators(seed: int) -> None:
+    """Key the generators that only foreign code uses (dropout of adapters and models), once per micro-step."""
+    torch.manual_seed(seed)
+
+
+@dataclass(frozen=True)
+class RunLength:
+    """How long a run is, in micro-batches of one process and in updates of the weights."""
+
+    batches_per_epoch: int
+    accumulation: int
+    total_updates: int
+
+    @property
+    def updates_per_epoch(self) -> int:
+        """The last update of an epoch takes what is left, however few."""
+        return math.ceil(self.batches_per_epoch / self.accumulation)
+
+    @property
+    def num_epochs(self) -> int:
+        return math.ceil(self.total_updates / self.updates_per_epoch)
+
+    @classmethod
+    def of(cls, training: TrainingOptions, batches_per_epoch: int) -> RunLength:
+        """--max_train_epochs wins over --max_train_steps, as in sd-scripts."""
+        accumulation = training.gradient_accumulation_steps
+        total = training.max_train_steps
+        if training.max_train_epochs is not None:
+            total = training.max_train_epochs * math.ceil(batches_per_epoch / accumulation)
+        return cls(batches_per_epoch, accumulation, total)
+
+
+@dataclass
+class TrainState:
+    """Where a run is. With the seed this is all that has to be known to continue it exactly."""
+
+    step: int = 0
+    """Updates made."""
+    epoch: int = 0
+    """Epochs completed."""
+    position: int = 0
+    """This process's micro-batches already trained in the current epoch."""
+    micro_step: int = 0
+    """This process's micro-batches since the run began: the key of its random numbers."""
+
+    def advance(self, micro_batches: int, length: RunLength) -> bool:
+        """Count one update of `micro_batches`; True when it completed an epoch."""
+        self.step += 1
+        self.position += micro_batches
+        self.micro_step += micro_batches
+        if self.position < length.batches_per_epoch:
+            return False
+        self.epoch, self.position = self.epoch + 1, 0
+        return True
+
+
+def average_gradients(parameters: list[nn.Parameter], accelerator: Accelerator) -> None:
+    """Mean gradient over all processes, in one collective per dtype. Nothing to do on one process.
+
+    A parameter without a gradient here counts as zero, so that every process sends the same shapes.
+    """
+    if accelerator.num_processes == 1:
+        return
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    for dtype in sorted({p.dtype for p in parameters}, key=str):
+        gradients = [p.grad for p in parameters if p.grad is not None and p.dtype == dtype]
+        flat = torch.cat([g.flatten() for g in gradients])
+        torch.distributed.all_reduce(flat)
+        flat /= accelerator.num_processes
+        for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(mean.view_as(gradient))

@@ -1,0 +1,136 @@
+"""What a run leaves behind: logs, saved models, states to resume from, previews. The loop says when, this knows where."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from library.checkpoint import CheckpointPolicy, CheckpointWriter, result_options, save_state, state_name
+from library.metadata import RunMetadata
+from library.run_setup import save_dtype
+from library.sampling import PreviewWriter
+from library.tracking import Tracker
+
+if TYPE_CHECKING:
+    from library.train_util import Trainer
+
+logger = logging.getLogger(__name__)
+
+
+class RunWriter:
+    """Everything written during one run of `trainer`. Files are the main process's work; previews are shared."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+        options, accelerator = trainer.options, trainer.accelerator
+        self.is_main = accelerator.is_main_process
+        self.folder = Path(options.output.output_dir or ".")
+        self.policy = CheckpointPolicy.of(options.output, options.state, trainer.length.num_epochs)
+        self.files = CheckpointWriter(self.folder, self.policy, trainer.trainable.suffix)
+        self.metadata = RunMetadata(trainer)
+        self.previews = PreviewWriter.of(
+            trainer.family,
+            trainer.strategies,
+            options,
+            trainer.device,
+            rank=accelerator.process_index,
+            world=accelerator.num_processes,
+            autocast=accelerator.autocast,
+        )
+        self.tracker = Tracker(
+            options.logging,
+            self.folder,
+            total_steps=trainer.length.total_updates,
+            steps_per_epoch=trainer.length.updates_per_epoch,
+            resume_step=trainer.state.step if options.state.resume else None,
+            config=result_options(options),
+            enabled=self.is_main,
+        )
+
+    # ---- when ------------------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        trainer = self.trainer
+        logger.info(
+            "training: %d images an epoch, %d updates in %d epochs, seed %s",
+            trainer.data.train.num_images,
+            trainer.length.total_updates,
+            trainer.length.num_epochs,
+            trainer.options.training.seed,
+        )
+        self.previews.encode_frozen(trainer.bundle, trainer.trainable.parts)
+        if trainer.state.step == 0:
+            self._preview(epoch=None)
+
+    def after_update(self, logs: Mapping[str, Tensor | float], rates: Mapping[str, float], *, epoch_done: bool) -> None:
+        state = self.trainer.state
+        self.tracker.push(state.step, state.epoch, logs, rates)
+        epoch = state.epoch if epoch_done else None
+        if epoch is not None:
+            self.tracker.end_epoch(state.step, epoch)
+        if self.policy.due_at_step(state.step):
+            self._save(self.policy.step_name(state.step), with_state=self.policy.save_state)
+            self._prune(step=state.step)
+        if epoch is not None and self.policy.due_at_epoch(epoch):
+            self._save(self.policy.epoch_name(epoch), with_state=self.policy.save_state)
+            self._prune(epoch=epoch)
+        self._preview(epoch=epoch)
+
+    def finish(self) -> None:
+        self._save(self.policy.last_name, with_state=self.policy.save_state_at_end)
+        self.tracker.close()
+
+    def interrupted(self) -> str:
+        """Save the state, whatever was asked for, and say how to go on."""
+        step = self.trainer.state.step
+        folder = self._save_state(self.policy.step_name(step))
+        self.tracker.close()
+        return f"stopped after step {step}. Its state is saved. To go on, run the same command with --resume {folder}"
+
+    # ---- what ------------------------------------------------------------------------------------------------------
+
+    def _save(self, stem: str, *, with_state: bool) -> None:
+        if not self.is_main:
+            return
+        trainer = self.trainer
+        self.tracker.flush()
+        metadata = self.metadata.at(trainer.state)
+        dtype = save_dtype(trainer.options.precision)
+        with trainer.update_rule.evaluating():
+            self.files.save_model(stem, lambda path: trainer.trainable.save(path, dtype=dtype, metadata=metadata))
+        if with_state:
+            self._save_state(stem)
+
+    def _save_state(self, stem: str) -> Path:
+        trainer = self.trainer
+        folder = self.folder / state_name(stem)
+        if self.is_main:
+            self.tracker.flush()
+            scaler = trainer.accelerator.scaler
+            save_state(
+                folder,
+                trainable=trainer.trainable.state_dict(),
+                optimizer=trainer.optimizer.state_dict(),
+                scheduler=trainer.scheduler.state_dict(),
+                scaler=None if scaler is None else scaler.state_dict(),
+                train_state=trainer.train_state(),
+            )
+        return folder
+
+    def _prune(self, *, step: int | None = None, epoch: int | None = None) -> None:
+        if self.is_main:
+            for state in (False, True) if self.policy.save_state else (False,):
+                self.files.prune(step=step, epoch=epoch, state=state)
+
+    def _preview(self, *, epoch: int | None) -> None:
+        trainer = self.trainer
+        if not self.previews.due(trainer.state.step, epoch):
+            return
+        with ExitStack() as stack:
+            stack.enter_context(trainer.update_rule.evaluating())
+            self.previews.write(trainer.bundle, trainer.trainable.denoiser, step=trainer.state.step, epoch=epoch)

@@ -1,0 +1,201 @@
+"""Stable Diffusion 1.x/2.x as a model family."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from library.clip_tokenizer import SD1_TOKENIZER, SD2_TOKENIZER, find_tokenizer, load_clip_tokenizer
+from library.family_base import LatentSpec, ModelBundle, ModelFamily, SampleRequest
+from library.objectives import DiscreteDDPM
+from library.sd_saving import SINGLE_FILE_FORMATS, SdCheckpoint, check_single_file
+from library.sd_utils import TITLE, VAE_SCALE, SdModel, check_flags, describe
+from library.strategy_base import Strategies
+from library.strategy_sd import (
+    TEXT_ENCODER,
+    SdConditioning,
+    SdLatentsCachingStrategy,
+    SdTextEncoderOutputsCachingStrategy,
+    SdTextEncodingStrategy,
+    SdTokenizeStrategy,
+)
+from networks.lora_sd import ARCH
+
+if TYPE_CHECKING:
+    from library.batch import TrainBatch
+    from library.option_groups import TrainOptions
+    from networks.network_targets import NetworkArch
+
+
+class SdFamily(ModelFamily):
+    """Stable Diffusion 1.x/2.x: a UNet that predicts noise or v, conditioned on CLIP's hidden states."""
+
+    name: ClassVar[str] = "sd"
+    title: ClassVar[str] = TITLE
+    scripts: ClassVar[Mapping[str, str]] = {"network": "train_network.py", "full": "train_db.py", "metadata": "fine_tune.py"}
+    arch: ClassVar[NetworkArch] = ARCH
+
+    # ---- facts -------------------------------------------------------------------------------------------------------
+
+    def latent(self, options: TrainOptions) -> LatentSpec:
+        config = describe(options.model).vae.config
+        return LatentSpec(
+            channels=config.get("latent_channels", 4),
+            stride=2 ** (len(config["block_out_channels"]) - 1),
+            scale=config.get("scaling_factor", VAE_SCALE),
+        )
+
+    def check(self, options: TrainOptions) -> None:
+        model = describe(options.model)
+        check_flags(model, options.model, zero_terminal_snr=options.noise.zero_terminal_snr)
+        tokenizer_folder(model, options)
+        full = getattr(options, "full", None)
+        if full is not None and full.save_model_as in SINGLE_FILE_FORMATS:
+            check_single_file(model)
+
+    def base_model_version(self, options: TrainOptions) -> str:
+        suffix = "_v" if options.model.v_parameterization else ""
+        return f"sd_{describe(options.model).version}{suffix}"
+
+    def modelspec_architecture(self, options: TrainOptions) -> str:
+        if describe(options.model).version == "v1":
+            return "stable-diffusion-v1"
+        return "stable-diffusion-v2-768-v" if options.model.v_parameterization else "stable-diffusion-v2-512"
+
+    # ---- the model ---------------------------------------------------------------------------------------------------
+
+    def load(self, options: TrainOptions, *, device: torch.device, dtype: torch.dtype) -> ModelBundle:
+        model = describe(options.model)
+        check_flags(model, options.model, zero_terminal_snr=options.noise.zero_terminal_snr)
+        dtypes = {name: dtype for name in model.parts}
+        if options.precision.no_half_vae:
+            dtypes["vae"] = torch.float32
+        loaders = {
+            name: (lambda part=part, kind=dtypes[name]: part.load(dtype=kind, device=device))
+            for name, part in model.parts.items()
+        }
+        return ModelBundle(
+            loaders=loaders,
+            text_encoder_names=(TEXT_ENCODER,),
+            device=device,
+            dtype=dtype,
+            identity={
+                name: f"{model.parts[name].identity()}-{str(dtypes[name]).removeprefix('torch.')}"
+                for name in ("vae", "text_encoder")
+            },
+            facts={
+                "source": model.path,
+                "format": model.format,
+                "version": model.version,
+                "model": model,
+                "v_prediction": options.model.v_parameterization,
+                "zero_terminal_snr": options.noise.zero_terminal_snr,
+                "tokenizer": tokenizer_folder(model, options),
+            },
+        )
+
+    def strategies(self, options: TrainOptions) -> Strategies:
+        model = describe(options.model)
+        size = model.text_encoder.config.get("max_position_embeddings", 77)
+        return Strategies(
+            tokenize=SdTokenizeStrategy(
+                tokenizer=load_clip_tokenizer(tokenizer_folder(model, options)),
+                max_length=options.training.max_token_length or size - 2,
+                size=size,
+                weighted=options.loss.weighted_captions,
+            ),
+            text_encoding=SdTextEncodingStrategy(clip_skip=options.training.clip_skip),
+            latents_caching=SdLatentsCachingStrategy(),
+            text_caching=SdTextEncoderOutputsCachingStrategy(),
+        )
+
+    def enable_gradient_checkpointing(self, part: str, module: nn.Module) -> None:
+        modules: Any = module
+        if part == "denoiser":
+            modules.enable_gradient_checkpointing()
+        else:
+            modules.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+    # ---- steps -------------------------------------------------------------------------------------------------------
+
+    def objective(self, options: TrainOptions) -> DiscreteDDPM:
+        noise, loss = options.noise, options.loss
+        return DiscreteDDPM(
+            v_prediction=options.model.v_parameterization,
+            zero_terminal_snr=noise.zero_terminal_snr,
+            min_timestep=noise.min_timestep or 0,
+            max_timestep=1000 if noise.max_timestep is None else noise.max_timestep,
+            min_snr_gamma=loss.min_snr_gamma or None,
+            debiased=loss.debiased_estimation_loss,
+            scale_v_like_noise=loss.scale_v_pred_loss_like_noise_pred,
+            v_like_loss=loss.v_pred_like_loss or None,
+            huber_schedule=loss.huber_schedule,
+            huber_c=loss.huber_c,
+            huber_scale=loss.huber_scale,
+        )
+
+    def predict(
+        self, denoiser: nn.Module, x_t: Tensor, t: Tensor, cond: SdConditioning, batch: TrainBatch | None
+    ) -> Tensor:
+        context = cond.context
+        if not torch.is_autocast_enabled(x_t.device.type):
+            dtype = next(denoiser.parameters()).dtype
+            x_t, context = x_t.to(dtype), context.to(dtype)
+        output: Tensor = denoiser(x_t, t, encoder_hidden_states=context, return_dict=False)[0]
+        return output
+
+    def sample(self, denoiser: nn.Module, request: SampleRequest, options: TrainOptions, device: torch.device) -> Tensor:
+        from library.sampling import make_scheduler, sample_diffusion
+
+        spec = self.latent(options)
+        both = SdConditioning.collate([request.negative.rows(0), request.positive.rows(0)]).to(device)
+        positive = both.rows(slice(1, 2))
+
+        def predict(x_t: Tensor, t: Tensor) -> Tensor:
+            """Guided prediction of one latent, [1, C, h, w]; t: [1]. Both halves of the guidance run as one batch."""
+            if request.guidance == 1.0:
+                return self.predict(denoiser, x_t, t, positive, None)
+            negative, guided = self.predict(denoiser, x_t.expand(2, -1, -1, -1), t.expand(2), both, None).float().chunk(2)
+            return negative + request.guidance * (guided - negative)
+
+        shape = (1, spec.channels, request.height // spec.stride, request.width // spec.stride)
+        scheduler = make_scheduler(request.sampler, self.objective(options))
+        return sample_diffusion(predict, scheduler, shape, request.steps, request.guidance, request.seed, device)
+
+    def decode(self, vae: nn.Module, latents: Tensor, options: TrainOptions) -> Tensor:
+        weight = next(vae.parameters())
+        stored = self.latent(options).denormalize(latents).to(weight.device, weight.dtype)
+        module: Any = vae
+        with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+            images: Tensor = module.decode(stored, return_dict=False)[0]
+        return images.float().clamp(-1, 1)
+
+    # ---- saving ------------------------------------------------------------------------------------------------------
+
+    def save_checkpoint(
+        self, bundle: ModelBundle, path: Path, *, format: str, dtype: torch.dtype | None, metadata: Mapping[str, str]
+    ) -> None:
+        facts = bundle.facts
+        checkpoint = SdCheckpoint(
+            model=facts["model"],
+            modules={name: bundle.part(name) for name in ("denoiser", TEXT_ENCODER) if bundle.loaded(name)},
+            v_prediction=facts["v_prediction"],
+            zero_terminal_snr=facts["zero_terminal_snr"],
+            tokenizer_folder=facts["tokenizer"],
+        )
+        checkpoint.write(path, format=format, dtype=dtype, metadata=metadata)
+
+
+def tokenizer_folder(model: SdModel, options: TrainOptions) -> Path:
+    """Where the tokenizer is; downloads it when that is what is left. Raises `UserError` when there is none."""
+    return find_tokenizer(
+        flag=options.model.tokenizer,
+        model_folder=model.path if model.path.is_dir() else None,
+        cache_dir=options.model.tokenizer_cache_dir,
+        hub_id=SD1_TOKENIZER if model.version == "v1" else SD2_TOKENIZER,
+        subfolder=None if model.version == "v1" else "tokenizer",
+    )

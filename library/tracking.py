@@ -1,0 +1,316 @@
+"""Logs of a run: TensorBoard, wandb, `metrics.csv`, the progress bar and the loss curve. The GPU is never waited for."""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import io
+import logging
+import math
+import time
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from library.checkpoint import atomic_write
+from library.errors import UserError
+
+if TYPE_CHECKING:
+    from library.option_groups import LoggingOptions
+
+logger = logging.getLogger(__name__)
+
+METRICS_FILE = "metrics.csv"
+CURRENT, AVERAGE, EPOCH_AVERAGE = "loss/current", "loss/average", "loss/epoch_average"
+LARGEST_WINDOW = 10_000
+
+
+@dataclass(frozen=True)
+class Row:
+    """What is logged for one step."""
+
+    step: int
+    epoch: int
+    values: Mapping[str, float]
+
+
+@dataclass
+class _Pending:
+    step: int
+    epoch: int
+    names: list[str]
+    host: Tensor
+    known: dict[str, float]
+    copied: Any
+
+    def row(self) -> Row:
+        self.copied.synchronize()  # the copy was asked for a whole step ago: done, unless the run ends here
+        return Row(self.step, self.epoch, {**dict(zip(self.names, self.host.tolist(), strict=True)), **self.known})
+
+
+class LossLog:
+    """Numbers from the device, one step late: they are copied while the next step runs, so that no step waits for them.
+
+    On the CPU there is nothing to wait for, and a row comes back at once.
+    """
+
+    def __init__(self) -> None:
+        self._pending: _Pending | None = None
+
+    def push(self, step: int, epoch: int, values: Mapping[str, Tensor | float]) -> list[Row]:
+        """Scalars of one step; returns the rows that are ready, oldest first."""
+        on_device = {name: value for name, value in values.items() if isinstance(value, Tensor) and value.is_cuda}
+        known = {name: float(value) for name, value in values.items() if name not in on_device}
+        ready = self.flush()
+        if not on_device:
+            return [*ready, Row(step, epoch, known)]
+        stacked = torch.stack([value.detach().float().reshape(()) for value in on_device.values()])
+        host = torch.empty(stacked.shape, dtype=torch.float32, pin_memory=True)
+        host.copy_(stacked, non_blocking=True)
+        copied = torch.cuda.Event()
+        copied.record()  # type: ignore[no-untyped-call]
+        self._pending = _Pending(step, epoch, list(on_device), host, known, copied)
+        return ready
+
+    def flush(self) -> list[Row]:
+        """The row still on its way, if any."""
+        pending, self._pending = self._pending, None
+        return [] if pending is None else [pending.row()]
+
+
+class MovingAverage:
+    """Mean of the last `window` values. The sum is exact, so it does not depend on what was before them."""
+
+    def __init__(self, window: int) -> None:
+        self.values: deque[float] = deque(maxlen=max(1, min(window, LARGEST_WINDOW)))
+
+    def add(self, value: float) -> float:
+        self.values.append(value)
+        return self.mean
+
+    @property
+    def mean(self) -> float:
+        return math.fsum(self.values) / len(self.values) if self.values else math.nan
+
+
+class MetricsFile:
+    """`metrics.csv`: a line per row, on disk at once; a new name adds a column."""
+
+    def __init__(self, path: Path, *, resume_step: int | None) -> None:
+        """`resume_step`: keep the rows of an earlier run up to that step; None: a new run, an earlier file is set aside."""
+        self.path = path
+        self.columns = ["step", "epoch", CURRENT, AVERAGE, EPOCH_AVERAGE]
+        kept: list[dict[str, str]] = []
+        if path.exists() and resume_step is None:
+            stamp = time.strftime("%Y%m%d%H%M%S", time.localtime(path.stat().st_mtime))
+            path.rename(path.with_name(f"{path.stem}-{stamp}{path.suffix}"))
+        elif path.exists():
+            kept = [row for row in read_metrics(path) if int(row["step"]) <= (resume_step or 0)]
+        self._rewrite(kept)
+
+    def add(self, row: Row) -> None:
+        line = {"step": str(row.step), "epoch": str(row.epoch), **{name: repr(value) for name, value in row.values.items()}}
+        if not line.keys() <= set(self.columns):
+            self._rewrite([*read_metrics(self.path), line])
+            return
+        with self.path.open("a", newline="", encoding="utf-8") as file:
+            csv.DictWriter(file, self.columns).writerow(line)
+
+    def _rewrite(self, rows: list[dict[str, str]]) -> None:
+        self.columns = list(dict.fromkeys([*self.columns, *(name for row in rows for name in row)]))
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, self.columns)
+        writer.writeheader()
+        writer.writerows(rows)
+        atomic_write(self.path, lambda path: _write_text(path, text.getvalue()))
+
+
+def _write_text(path: Path, text: str) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        file.write(text)
+
+
+def read_metrics(path: Path) -> list[dict[str, str]]:
+    """Every whole row of a `metrics.csv`, without its empty cells. A last line cut short by a crash is left out."""
+    with path.open(newline="", encoding="utf-8") as file:
+        reader = csv.reader(file)
+        header = next(reader, [])
+        whole = [cells for cells in reader if len(cells) == len(header) and cells[0].isdigit()]
+    return [{name: cell for name, cell in zip(header, cells, strict=True) if cell} for cells in whole]
+
+
+def check_trackers(options: LoggingOptions) -> list[str]:
+    """The trackers that are asked for, "tensorboard" and "wandb"; a `UserError` where one cannot work."""
+    wanted = {"tensorboard": ["tensorboard"], "wandb": ["wandb"], "all": ["tensorboard", "wandb"]}
+    names = wanted[options.log_with] if options.log_with else ["tensorboard"] if options.logging_dir else []
+    if "tensorboard" in names and not options.logging_dir:
+        raise UserError(f"--log_with {options.log_with} needs --logging_dir: say where TensorBoard's files go.")
+    for name in names:
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise UserError(f"--log_with: the package {name} is not installed. Install it: pip install {name}") from error
+    return names
+
+
+@dataclass
+class Tracker:
+    """Everything a run logs, through one door. Only the main process logs; the others' trackers do nothing."""
+
+    options: LoggingOptions
+    folder: Path
+    """Where `metrics.csv` goes: the output folder."""
+    total_steps: int
+    steps_per_epoch: int
+    resume_step: int | None = None
+    """Updates already made, when a run is continued; None for a new one."""
+    name: str = "network_train"
+    """Of the run, unless `--log_tracker_name` gives one."""
+    config: Mapping[str, Any] = field(default_factory=dict)
+    """Options to send to the trackers, where `--log_config` asks for it."""
+    enabled: bool = True
+
+    def __post_init__(self) -> None:
+        self.log = LossLog()
+        self.average = MovingAverage(self.steps_per_epoch)
+        self.tensorboard: Any = None
+        self.wandb: Any = None
+        self.bar: Any = None
+        if not self.enabled:
+            return
+        self.metrics = MetricsFile(self.folder / METRICS_FILE, resume_step=self.resume_step)
+        for row in read_metrics(self.metrics.path):
+            if CURRENT in row:
+                self.average.add(float(row[CURRENT]))
+        trackers = check_trackers(self.options)
+        if "tensorboard" in trackers:
+            self._start_tensorboard()
+        if "wandb" in trackers:
+            self._start_wandb()
+
+    # ---- what the loop calls ---------------------------------------------------------------------------------------
+
+    def push(self, step: int, epoch: int, logs: Mapping[str, Tensor | float], rates: Mapping[str, float | None]) -> None:
+        """Log update `step`. `logs` has "loss" and further tags; `rates` the learning rate of each parameter group by name."""
+        if not self.enabled:
+            return
+        values: dict[str, Tensor | float] = {CURRENT if name == "loss" else name: value for name, value in logs.items()}
+        for name, rate in rates.items():
+            if rate is not None:
+                values[name if name.startswith("lr/") else f"lr/{name}"] = rate
+        self._show_step(step)
+        for row in self.log.push(step, epoch, values):
+            self._write_step(row)
+
+    def flush(self) -> None:
+        """Write what is still on its way from the device. To be called before a state is saved and at the end."""
+        for row in self.log.flush():
+            self._write_step(row)
+
+    def end_epoch(self, step: int, epoch: int) -> None:
+        """Log the mean loss of the epoch that update `step` completed; `epoch` counts from 1."""
+        if self.enabled:
+            self.flush()
+            self._write(Row(step, epoch, {EPOCH_AVERAGE: self.average.mean}), at=epoch)
+
+    def add(self, step: int, epoch: int, values: Mapping[str, float]) -> None:
+        """Log numbers that are known already, such as those of a validation."""
+        if self.enabled:
+            self.flush()
+            self._write(Row(step, epoch, values), at=step)
+
+    def close(self) -> None:
+        self.flush()
+        if self.bar is not None:
+            self.bar.close()
+        if self.tensorboard is not None:
+            self.tensorboard.close()
+        if self.wandb is not None:
+            self.wandb.finish()
+
+    # ---- where it goes ---------------------------------------------------------------------------------------------
+
+    def _write_step(self, row: Row) -> None:
+        values = dict(row.values)
+        if CURRENT in values:
+            values = {CURRENT: values.pop(CURRENT), AVERAGE: self.average.add(row.values[CURRENT]), **values}
+        self._write(Row(row.step, row.epoch, values), at=row.step)
+        rate = next((value for name, value in values.items() if name.startswith("lr/")), None)
+        if self.bar is not None and AVERAGE in values:
+            shown = {"avr_loss": f"{values[AVERAGE]:.4f}"} | ({"lr": f"{rate:.2e}"} if rate is not None else {})
+            self.bar.set_postfix(shown, refresh=False)
+
+    def _write(self, row: Row, *, at: int) -> None:
+        """`at`: the position on TensorBoard's axis, which counts epochs for their averages, as in sd-scripts."""
+        self.metrics.add(row)
+        if self.tensorboard is not None:
+            for name, value in row.values.items():
+                self.tensorboard.add_scalar(name, value, at)
+        if self.wandb is not None:
+            self.wandb.log({**row.values, "global_step": row.step, "epoch": row.epoch})
+
+    def _show_step(self, step: int) -> None:
+        """Steps done, rate and time left; the bar starts with the first step so that loading does not count."""
+        if self.bar is None:
+            from tqdm import tqdm
+
+            self.bar = tqdm(total=self.total_steps, initial=step - 1, desc="steps", smoothing=0.1, dynamic_ncols=True)
+        self.bar.update(1)
+
+    def _start_tensorboard(self) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        assert self.options.logging_dir is not None
+        run = f"{self.options.log_prefix or ''}{time.strftime('%Y%m%d%H%M%S')}"
+        folder = Path(self.options.logging_dir) / run / (self.options.log_tracker_name or self.name)
+        self.tensorboard = SummaryWriter(str(folder))  # type: ignore[no-untyped-call]
+        if self.options.log_config:
+            lines = "\n".join(f"    {key} = {value}" for key, value in self.config.items())
+            self.tensorboard.add_text("config", lines)
+
+    def _start_wandb(self) -> None:
+        wandb = importlib.import_module("wandb")
+        if self.options.wandb_api_key:
+            wandb.login(key=self.options.wandb_api_key)
+        self.wandb = wandb.init(
+            project=self.options.log_tracker_name or self.name,
+            name=self.options.wandb_run_name,
+            config=dict(self.config) if self.options.log_config else None,
+            **_tracker_config(self.options.log_tracker_config).get("wandb", {}),
+        )
+
+
+def _tracker_config(path: str | None) -> dict[str, Any]:
+    if path is None:
+        return {}
+    import toml
+
+    try:
+        return toml.load(path)
+    except (OSError, toml.TomlDecodeError) as error:
+        raise UserError(f"--log_tracker_config {path} cannot be read: {error}") from error
+
+
+def draw_loss(csv_path: Path, png_path: Path) -> None:
+    """The loss curve of a `metrics.csv`: every step, and a running mean over about a twentieth of the run."""
+    from matplotlib.figure import Figure
+
+    rows = [row for row in read_metrics(csv_path) if CURRENT in row]
+    if not rows:
+        raise UserError(f"{csv_path} has no losses to draw yet.")
+    steps = [int(row["step"]) for row in rows]
+    losses = [float(row[CURRENT]) for row in rows]
+    window = MovingAverage(max(5, len(losses) // 20))
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    axes.plot(steps, losses, color="tab:blue", alpha=0.3, linewidth=0.8, label="each step")
+    axes.plot(steps, [window.add(loss) for loss in losses], color="tab:blue", linewidth=1.8, label="running mean")
+    axes.set(xlabel="step", ylabel="loss", title=f"{len(steps)} steps")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    atomic_write(png_path, lambda path: figure.savefig(path, format="png", dpi=120))

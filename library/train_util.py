@@ -1,0 +1,208 @@
+"""The loop: one for every family, for adapters and for full fine-tuning.
+
+`Trainer` composes what the model is (`ModelFamily`), what learns (`Trainable`) and what is predicted (`Objective`); it knows
+none of them by name. Everything random in a step is keyed by (seed, rank, micro-step, stream), so a run continues exactly
+from the small `TrainState` it saves.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from library.batch import TrainBatch
+from library.caching import cache_latents, cache_text_outputs
+from library.checkpoint import SavedState, check_output, load_state
+from library.dataset import TrainData, batches_per_rank, build_train_data, make_loader
+from library.errors import Interrupted, UserError
+from library.family_base import ModelBundle, ModelFamily
+from library.interrupts import InterruptFlag
+from library.losses import element_loss, reduce_loss
+from library.noise import make_noise, perturb
+from library.objectives import Noised
+from library.optimizers import LearningRates, StandardUpdate, create_optimizer, group_rates
+from library.rng import StepRng, key_to_seed
+from library.run_plan import Mode, plan_of
+from library.run_setup import RunLength, TrainState, average_gradients, make_accelerator, seed_default_generators, with_seed
+from library.run_writer import RunWriter
+from library.schedulers import create_scheduler
+from library.strategy_base import Conditioning, Strategies
+from library.trainable import Trainable
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from library.option_groups import FullTrainOptions, NetworkTrainOptions, TrainOptions
+
+logger = logging.getLogger(__name__)
+
+
+class Trainer:
+    """One run. `fit` trains to the end; `loss` is one micro-batch."""
+
+    def __init__(
+        self,
+        family: ModelFamily,
+        trainable: Trainable,
+        data: TrainData,
+        strategies: Strategies,
+        options: TrainOptions,
+        accelerator: Accelerator,
+        rates: LearningRates,
+    ) -> None:
+        self.family = family
+        self.trainable = trainable
+        self.data = data
+        self.strategies = strategies
+        self.options = options
+        self.accelerator = accelerator
+        self.device = accelerator.device
+        self.bundle = trainable.bundle
+        self.latent = family.latent(options)
+        self.objective = family.objective(options)
+        self.state = TrainState()
+        self.rng = StepRng(options.training.seed or 0, rank=accelerator.process_index)
+        self.length = RunLength.of(options.training, batches_per_rank(data.train, accelerator.num_processes))
+
+        groups = trainable.param_groups(rates)
+        self.parameters = [parameter for group in groups for parameter in group.params]
+        optimizer = create_optimizer(options.optimizer, groups)
+        self.scheduler = create_scheduler(options.schedule, optimizer, self.length.total_updates)
+        self.optimizer = accelerator.prepare(optimizer)
+        self.update_rule = StandardUpdate(self.optimizer, options.optimizer.max_grad_norm, accelerator)
+
+    # ---- one micro-batch -------------------------------------------------------------------------------------------
+
+    def loss(self, batch: TrainBatch) -> Tensor:
+        """The loss of one micro-batch on this device, a scalar with gradient."""
+        x0 = self.latent.normalize(self.latents(batch))
+        cond = self.conditioning(batch)
+        t = self.objective.sample_times(x0, self.rng("time", x0.device), batch.quantile)
+        noise = make_noise(x0, self.options.noise, self.rng)
+        noised = self.objective.corrupt(x0, noise, t, perturb(noise, self.options.noise, self.rng))
+        pred = self.predict(noised, t, cond, batch)
+        target = self.preserve_prior(noised, t, cond, batch)
+        error = element_loss(pred.float(), target.float(), self.options.loss.loss_type, self.objective.huber_threshold(t))
+        return reduce_loss(error, mask=batch.mask, weight=self.objective.weight(t) * batch.loss_weights)
+
+    def predict(self, noised: Noised, t: Tensor, cond: Conditioning, batch: TrainBatch) -> Tensor:
+        with self.accelerator.autocast():
+            return self.family.predict(self.trainable.denoiser, noised.x_t, t, cond, batch)
+
+    def preserve_prior(self, noised: Noised, t: Tensor, cond: Conditioning, batch: TrainBatch) -> Tensor:
+        """The target; for rows that ask for it, what the frozen model predicts."""
+        if batch.preserve is None:
+            return noised.target
+        with torch.no_grad(), self.trainable.reference():
+            prior = self.predict(noised, t, cond, batch)
+        return torch.where(batch.preserve.view(-1, 1, 1, 1), prior.float(), noised.target)
+
+    def latents(self, batch: TrainBatch) -> Tensor:
+        """Stored latents, cached or encoded now: the same either way."""
+        if batch.latents is not None:
+            return batch.latents
+        assert batch.images is not None
+        with torch.no_grad():
+            return self.strategies.latents_caching.encode(self.bundle.vae, batch.images, batch.latent_seeds)
+
+    def conditioning(self, batch: TrainBatch) -> Conditioning:
+        """Cached fields as they are; the others from their encoders, with gradient where an encoder learns."""
+        cached = batch.conditioning
+        live = self.strategies.text_caching.conditioning.sources() if cached is None else cached.missing()
+        if not live:
+            assert cached is not None
+            return cached
+        assert batch.tokens is not None
+        learns = bool(live & self.trainable.parts)
+        with torch.set_grad_enabled(learns and torch.is_grad_enabled()), self.accelerator.autocast():
+            encoded = self.strategies.text_encoding.encode(self.bundle.text_encoders, batch.tokens, frozenset(live))
+        return encoded if cached is None else cached.merged(encoded)
+
+    # ---- one update ------------------------------------------------------------------------------------------------
+
+    def update(self, group: Sequence[TrainBatch]) -> dict[str, Tensor]:
+        """One step of the weights over `group`'s micro-batches, each weighted by its share of the images."""
+        images = sum(len(batch) for batch in group)
+        total = torch.zeros((), device=self.device)
+        for offset, batch in enumerate(group):
+            self.rng = self.rng.at(self.state.micro_step + offset)
+            seed_default_generators(key_to_seed(self.rng.seed, self.rng.rank, self.rng.step, "default"))
+            loss = self.loss(batch.to(self.device)) * (len(batch) / images)
+            self.accelerator.backward(loss)
+            total += loss.detach()
+        average_gradients(self.parameters, self.accelerator)
+        if self.update_rule.step(self.parameters):
+            self.scheduler.step()
+        return {"loss": total, **self.trainable.after_step()}
+
+    def groups(self) -> Iterator[list[TrainBatch]]:
+        """The micro-batches of each update, from where the run stands to its end."""
+        loader = iter(
+            make_loader(
+                self.data.train,
+                epoch=self.state.epoch,
+                start=self.state.position,
+                epochs=self.length.num_epochs,
+                rank=self.accelerator.process_index,
+                world=self.accelerator.num_processes,
+                options=self.options,
+                pin=self.device.type == "cuda",
+            )
+        )
+        while self.state.step < self.length.total_updates:
+            left = self.length.batches_per_epoch - self.state.position
+            yield [next(loader) for _ in range(min(self.length.accumulation, left))]
+
+    # ---- the run ---------------------------------------------------------------------------------------------------
+
+    def fit(self, writer: RunWriter) -> None:
+        """Train from `state` to the end. Ctrl-C saves the state after the running step and raises `Interrupted`."""
+        self.trainable.train()
+        writer.start()
+        with InterruptFlag() as interrupt:
+            for group in self.groups():
+                rates = group_rates(self.optimizer)
+                self.trainable.before_step(self.state.step)
+                logs = self.update(group)
+                epoch_done = self.state.advance(len(group), self.length)
+                writer.after_update(logs, rates, epoch_done=epoch_done)
+                if interrupt.requested:
+                    raise Interrupted(writer.interrupted())
+        writer.finish()
+
+    def train_state(self) -> dict[str, Any]:
+        """What `restore` needs beside the tensors, and what has to be the same when it is used."""
+        return {
+            **asdict(self.state),
+            "seed": self.options.training.seed,
+            "world": self.accelerator.num_processes,
+            "batches_per_epoch": self.length.batches_per_epoch,
+            "accumulation": self.length.accumulation,
+        }
+
+    def restore(self, saved: SavedState) -> None:
+        """Continue from `saved`; a state of another data set or process count is an error that says both values."""
+        now, then = self.train_state(), saved.train_state
+        for key, remedy in (
+            ("seed", "--seed"),
+            ("world", "the number of processes"),
+            ("batches_per_epoch", "the data set and the batch size"),
+            ("accumulation", "--gradient_accumulation_steps"),
+        ):
+            if now[key] != then[key]:
+                raise UserError(
+                    f"cannot continue exactly from {saved.folder}: {key} was {then[key]} and is now {now[key]}. "
+                    f"Resume with {remedy} as it was."
+                )
+        self.trainable.load_state_dict(saved.trainable)
+        self.optimizer.load_state_dict(saved.optimizer)
+        self.scheduler.load_state_dict(saved.scheduler)
+        if self.accelerator.scaler is not None and saved.scaler is not None:
+            self.accelerator.scaler.load_state_dict(saved.scaler)
+        self.state = TrainState(**{key: then[key] for key in asdict(self.state)})

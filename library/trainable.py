@@ -1,0 +1,245 @@
+"""What learns, how it attaches to the model, and what is written: an adapter network, or parts of the model itself."""
+
+from __future__ import annotations
+
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from library.errors import UserError
+from library.family_base import ModelBundle, ModelFamily
+from library.optimizers import LearningRates, ParamGroup
+
+if TYPE_CHECKING:
+    from library.option_groups import FullTrainOptions, NetworkOptions, NetworkTrainOptions
+    from networks.external import NetworkModule
+    from networks.network_interface import AdapterNetwork
+
+logger = logging.getLogger(__name__)
+
+DENOISER = "denoiser"
+
+
+class Trainable(ABC):
+    """The learning tensors of one run."""
+
+    bundle: ModelBundle
+    parts: frozenset[str]
+    """Parts of the bundle whose outputs change as training goes on; the others may be cached."""
+
+    @property
+    def denoiser(self) -> nn.Module:
+        return self.bundle.denoiser
+
+    @abstractmethod
+    def param_groups(self, rates: LearningRates) -> list[ParamGroup]: ...
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Tensor]:
+        """Every learning tensor of every part; restoring it restores the run."""
+
+    @abstractmethod
+    def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None: ...
+
+    @abstractmethod
+    def reference(self) -> AbstractContextManager[None]:
+        """The frozen model, for prior preservation. Raises `UserError` where there is none."""
+
+    @abstractmethod
+    def train(self, mode: bool = True) -> None:
+        """Training or evaluation mode of everything that learns."""
+
+    @abstractmethod
+    def save(self, path: Path, *, dtype: torch.dtype | None, metadata: Mapping[str, str]) -> None:
+        """Write what other programs read to `path`; the caller makes that atomic."""
+
+    @property
+    @abstractmethod
+    def suffix(self) -> str:
+        """Of the saved file; empty for a folder."""
+
+    def before_step(self, step: int) -> None:
+        """Called before update number `step`, counted from 0."""
+
+    def after_step(self) -> dict[str, Tensor]:
+        """Called after every update; returns tensors to log."""
+        return {}
+
+
+def split_pairs(pairs: Sequence[str], flag: str) -> dict[str, str]:
+    """`key=value` texts to a dict. Raises `UserError` for a text without `=` and for a key that is given twice."""
+    values: dict[str, str] = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals or key in values:
+            problem = "is given twice" if equals else "is not of the form key=value"
+            raise UserError(f"{flag}: '{pair}' {problem}.")
+        values[key] = value
+    return values
+
+
+def make_network(module: NetworkModule, bundle: ModelBundle, options: NetworkOptions, seed: int) -> AdapterNetwork:
+    """The network that `--network_...` describe, on the parts that learn; not attached yet."""
+    arguments = split_pairs(options.network_args or (), "--network_args")
+    parts = {DENOISER} if options.trains_denoiser else set()
+    encoders: dict[str, nn.Module] = {}
+    if options.trains_text_encoder:
+        encoders = bundle.text_encoders
+        parts |= encoders.keys()
+    weights = options.network_weights
+    shared: dict[str, Any] = {"neuron_dropout": options.network_dropout, "init_seed": seed, "parts": parts, **arguments}
+    if weights and options.dim_from_weights:
+        return module.create_network_from_weights(1.0, weights, None, encoders, bundle.denoiser, **shared)[0]
+    network = module.create_network(
+        1.0, options.network_dim, options.network_alpha, None, encoders, bundle.denoiser, **shared
+    )
+    if weights:
+        network.load_weights(weights)
+    return network
+
+
+def merge_base_weights(module: NetworkModule, bundle: ModelBundle, options: NetworkOptions) -> None:
+    """Merge `--base_weights` into the model, each at its multiplier (1 where none is given)."""
+    files, multipliers = options.base_weights or (), options.base_weights_multiplier or ()
+    for index, file in enumerate(files):
+        multiplier = multipliers[index] if index < len(multipliers) else 1.0
+        network, _ = module.create_network_from_weights(
+            multiplier, file, None, bundle.text_encoders, bundle.denoiser, for_inference=True
+        )
+        network.merge_into_base()
+        logger.info("merged %s at %g", file, multiplier)
+
+
+class AdapterTrainable(Trainable):
+    """An adapter network on a frozen model."""
+
+    def __init__(self, bundle: ModelBundle, network: AdapterNetwork, options: NetworkTrainOptions) -> None:
+        self.bundle = bundle
+        self.network = network
+        self.options = options
+        self.parts = network.parts
+
+    @classmethod
+    def create(cls, family: ModelFamily, bundle: ModelBundle, options: NetworkTrainOptions) -> AdapterTrainable:
+        """Base weights merged, the network made and attached, gradient checkpointing on where it is asked for."""
+        from networks.external import load_network_module
+
+        module = load_network_module(options.network.network_module or "").for_arch(family.arch)
+        merge_base_weights(module, bundle, options.network)
+        network = make_network(module, bundle, options.network, options.training.seed or 0)
+        network.to(bundle.device, torch.bfloat16 if options.precision.full_bf16 else torch.float32)
+        network.attach()
+        if options.memory.gradient_checkpointing:
+            for part in sorted(network.parts | {DENOISER}):
+                family.enable_gradient_checkpointing(part, bundle.part(part))
+        return cls(bundle, network, options)
+
+    def param_groups(self, rates: LearningRates) -> list[ParamGroup]:
+        return self.network.param_groups(rates)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return dict(self.network.state_dict())
+
+    def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
+        self.network.load_state_dict(dict(tensors))
+
+    def reference(self) -> AbstractContextManager[None]:
+        return self.network.reference()
+
+    def train(self, mode: bool = True) -> None:
+        self.network.train(mode)
+        for part in self.parts:  # gradient checkpointing of the frozen parts works in training mode only
+            self.bundle.part(part).train(mode)
+
+    def save(self, path: Path, *, dtype: torch.dtype | None, metadata: Mapping[str, str]) -> None:
+        self.network.save_weights(path, dtype, dict(metadata))
+
+    @property
+    def suffix(self) -> str:
+        return f".{self.options.network.save_model_as}"
+
+    def after_step(self) -> dict[str, Tensor]:
+        return self.network.after_step(self.options.network.scale_weight_norms)
+
+
+class FullTrainable(Trainable):
+    """Parts of the model itself. The weights learn in float32 unless `full_bf16` says otherwise."""
+
+    def __init__(self, family: ModelFamily, bundle: ModelBundle, parts: Iterable[str], options: FullTrainOptions) -> None:
+        self.family = family
+        self.bundle = bundle
+        self.options = options
+        self.parts = frozenset(parts)
+        for part in sorted(self.parts):
+            bundle.part(part).requires_grad_(True).train()
+
+    def _named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        for part in sorted(self.parts):
+            for name, parameter in self.bundle.part(part).named_parameters():
+                yield f"{part}.{name}", parameter
+
+    def param_groups(self, rates: LearningRates) -> list[ParamGroup]:
+        groups = []
+        for part, name, rate in self._rates(rates):
+            parameters = [p for p in self.bundle.part(part).parameters() if p.requires_grad]
+            groups.append(ParamGroup(name, parameters, rate))
+        return groups
+
+    def _rates(self, rates: LearningRates) -> Iterator[tuple[str, str, float]]:
+        """(part, log name, rate) of every learning part, the denoiser first."""
+        if DENOISER in self.parts:
+            yield DENOISER, "unet", rates.default if rates.denoiser is None else rates.denoiser
+        names = self.bundle.text_encoder_names
+        for index, part in enumerate(names):
+            if part in self.parts:
+                rate = rates.text_encoders[index] if index < len(rates.text_encoders) else None
+                name = "textencoder" if len(names) == 1 else f"textencoder{index + 1}"
+                yield part, name, rates.default if rate is None else rate
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {name: parameter.detach() for name, parameter in self._named_parameters()}
+
+    def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
+        own = dict(self._named_parameters())
+        if own.keys() != tensors.keys():
+            different = sorted(own.keys() ^ tensors.keys())
+            raise UserError(
+                f"the saved state has other parameters than this run ({len(different)} differ, first: {different[0]}). "
+                "Resume with the base model and the training flags it was saved with."
+            )
+        with torch.no_grad():
+            for name, parameter in own.items():
+                parameter.copy_(tensors[name])
+
+    def reference(self) -> AbstractContextManager[None]:
+        raise UserError("prior preservation needs the frozen model, and full fine-tuning changes it. Train an adapter instead.")
+
+    def train(self, mode: bool = True) -> None:
+        for part in self.parts:
+            self.bundle.part(part).train(mode)
+
+    def before_step(self, step: int) -> None:
+        """From `--stop_text_encoder_training` on, the text encoders stay as they are."""
+        stop = self.options.full.stop_text_encoder_training
+        if stop is None or step < stop or self.parts == {DENOISER}:
+            return
+        for part in self.parts - {DENOISER}:
+            self.bundle.part(part).requires_grad_(False)
+
+    @property
+    def format(self) -> str:
+        """The source's format unless `--save_model_as` names one."""
+        return self.options.full.save_model_as or str(self.bundle.facts["format"])
+
+    @property
+    def suffix(self) -> str:
+        return {"safetensors": ".safetensors", "ckpt": ".ckpt"}.get(self.format, "")
+
+    def save(self, path: Path, *, dtype: torch.dtype | None, metadata: Mapping[str, str]) -> None:
+        self.family.save_checkpoint(self.bundle, path, format=self.format, dtype=dtype, metadata=metadata)

@@ -1,0 +1,140 @@
+"""LoRA: a low-rank weight beside a Linear or Conv2d layer, up @ down * alpha / rank (https://arxiv.org/abs/2106.09685)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from library.errors import UserError
+from networks.network_args import NetworkArgs
+from networks.network_base import Adapter, Layer, LayerSize, bind
+from networks.network_files import ALGORITHM_SIGNS
+
+Matrix = nn.Linear | nn.Conv2d
+DOWN, UP = "lora_down.weight", "lora_up.weight"
+
+
+class LoRA(Adapter):
+    """`lora_down` maps to the rank (with a convolution's kernel, stride and padding), `lora_up` (1x1) to the output."""
+
+    plus_parameters = frozenset({UP})
+    lora_down: Matrix
+    lora_up: Matrix
+    alpha: Tensor
+    scale: float
+
+    def __init__(self, layer: Layer, size: LayerSize, args: NetworkArgs, generator: torch.Generator) -> None:
+        super().__init__(layer, size, args, generator)
+        base = layer.module
+        if isinstance(base, nn.Conv2d) and (base.groups != 1 or base.padding_mode != "zeros"):
+            raise UserError(f"{layer.key}: LoRA cannot adapt a convolution with groups or a padding mode other than zeros.")
+        self.rank = size.rank
+        self.dropout, self.rank_dropout = args.dropout or 0.0, args.rank_dropout or 0.0
+        self.lora_down, self.lora_up = _matrices(base, size.rank)
+        nn.init.kaiming_uniform_(self.lora_down.weight, a=math.sqrt(5), generator=generator)
+        nn.init.zeros_(self.lora_up.weight)
+        self.register_buffer("alpha", torch.tensor(float(size.alpha or size.rank)))
+        self.register_load_state_dict_post_hook(_read_scale)
+        _read_scale(self)
+
+    def delta(self, x: Tensor) -> Tensor:
+        down, up = self.lora_down.weight.to(x.dtype), self.lora_up.weight.to(x.dtype)
+        if isinstance(self.base, nn.Conv2d):
+            hidden = F.conv2d(x, down, None, self.base.stride, self.base.padding, self.base.dilation)  # type: ignore[arg-type]
+            return F.conv2d(self._drop(hidden, rank_dim=1) * self._strength, up)
+        hidden = F.linear(x, down)  # [B, ..., r]
+        return F.linear(self._drop(hidden, rank_dim=-1) * self._strength, up)
+
+    @property
+    def _strength(self) -> float:
+        """Applied at the rank-sized tensor, which is far smaller than the output."""
+        return self.scale * self.multiplier
+
+    def _drop(self, hidden: Tensor, rank_dim: int) -> Tensor:
+        """`dropout` on single values, and `rank_dropout` on whole ranks of a sample; what is kept is scaled up."""
+        if not self.training:
+            return hidden
+        if self.dropout:
+            hidden = F.dropout(hidden, self.dropout)
+        if self.rank_dropout:
+            shape = [1] * hidden.ndim
+            shape[0], shape[rank_dim] = hidden.shape[0], self.rank
+            kept = torch.rand(shape, device=hidden.device) >= self.rank_dropout
+            hidden = hidden * kept.to(hidden.dtype) / (1 - self.rank_dropout)
+        return hidden
+
+    def delta_weight(self) -> Tensor:
+        product = self.lora_up.weight.float().flatten(1) @ self.lora_down.weight.float().flatten(1)
+        return (product * self._strength).view(self.base.weight.shape)
+
+    def weight_norm(self) -> Tensor:
+        """||up @ down||^2 = sum(up^T up * down down^T): rank-sized products instead of a whole weight."""
+        up, down = self.lora_up.weight.float().flatten(1), self.lora_down.weight.float().flatten(1)
+        return ((up.T @ up) * (down @ down.T)).sum().clamp(min=0).sqrt() * abs(self.scale)
+
+    def rescale(self, ratio: Tensor) -> None:
+        root = ratio.sqrt()
+        self.lora_up.weight.mul_(root)
+        self.lora_down.weight.mul_(root)
+
+    @classmethod
+    def size_in_file(cls, key: str, tensors: Mapping[str, Tensor]) -> LayerSize:
+        if foreign := [name for name in tensors if name not in (DOWN, UP, "alpha")]:
+            wrote = next((ALGORITHM_SIGNS[name] for name in foreign if name in ALGORITHM_SIGNS), "another algorithm")
+            raise UserError(
+                f"{key} holds {foreign[0]}: the file was made by {wrote}, not by plain LoRA. "
+                "Use the network module that made it (--network_module lycoris.kohya reads LyCORIS files)."
+            )
+        if DOWN not in tensors or UP not in tensors:
+            raise UserError(f"{key} lacks {DOWN if DOWN not in tensors else UP}: the file is incomplete.")
+        rank = tensors[DOWN].shape[0]
+        return LayerSize(rank, float(tensors["alpha"]) if "alpha" in tensors else float(rank))
+
+    def load_file_tensors(self, tensors: Mapping[str, Tensor], source: str) -> None:
+        size = self.size_in_file(self.key, tensors)
+        if size.rank != self.rank:
+            spatial = isinstance(self.base, nn.Conv2d) and self.base.kernel_size != (1, 1)
+            option = "conv_dim" if spatial else "--network_dim"
+            raise UserError(f"rank mismatch: file {size.rank}, {option} {self.rank} ({source}). Use --dim_from_weights.")
+        state: dict[str, Any] = {"alpha": torch.tensor(size.alpha or size.rank)}
+        for name, own in ((DOWN, self.lora_down.weight), (UP, self.lora_up.weight)):
+            given = tensors[name]
+            if _without_ones(given) != _without_ones(own):  # a 1x1 convolution is often stored as a matrix, and back
+                raise UserError(
+                    f"shape mismatch: {self.key}.{name} is {tuple(given.shape)} in {source}, "
+                    f"this model needs {tuple(own.shape)}. The file was made for another model."
+                )
+            state[name] = given.reshape(own.shape)
+        self.load_state_dict(state)
+
+
+def _matrices(base: Matrix, rank: int) -> tuple[Matrix, Matrix]:
+    """Down and up, uninitialised: `skip_init` keeps torch's global generator out of it."""
+
+    def make(kind: type[Matrix], *args: Any) -> Any:
+        return nn.utils.skip_init(kind, *args, bias=False, dtype=torch.float32)
+
+    if isinstance(base, nn.Conv2d):
+        return make(nn.Conv2d, base.in_channels, rank, base.kernel_size), make(nn.Conv2d, rank, base.out_channels, 1)
+    return make(nn.Linear, base.in_features, rank), make(nn.Linear, rank, base.out_features)
+
+
+def _without_ones(tensor: Tensor) -> tuple[int, ...]:
+    """Shape as a matrix where trailing dimensions are 1."""
+    return tuple(tensor.shape[:2]) + tuple(size for size in tensor.shape[2:] if size != 1)
+
+
+def _read_scale(adapter: nn.Module, _keys: object = None) -> None:
+    """alpha / rank as a plain number: read once per load, so that no step waits for the device."""
+    assert isinstance(adapter, LoRA)
+    adapter.scale = float(adapter.alpha) / adapter.rank
+
+
+factory = bind(LoRA)
+create_network = factory.create_network
+create_network_from_weights = factory.create_network_from_weights

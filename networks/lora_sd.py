@@ -1,0 +1,47 @@
+"""What adapters must know about Stable Diffusion 1.x and 2.x. Diffusers' module names are the names in files."""
+
+from __future__ import annotations
+
+import re
+
+from networks.network_targets import BlockTable, NetworkArch, TargetGroup
+
+_BLOCK = re.compile(r"_(down|up)_blocks_(\d+)_(resnets|attentions|downsamplers|upsamplers)_(\d+)_")
+
+
+def clip_text_name(path: str) -> str:
+    """transformers 5 dropped CLIPTextModel's `text_model.`; files keep it. CLIPTextModelWithProjection still has it."""
+    return path if path.startswith(("text_model.", "text_projection")) else f"text_model.{path}"
+
+
+def block_index(key: str) -> int | None:
+    """0-11 down (0 is `conv_in`, never adapted), 12 middle, 13-24 up, as the checkpoint counts its blocks; None outside.
+
+    Level i's layer j is the 3i + j th after its side's first number; a sampler belongs to the last block of its level.
+    """
+    found = _BLOCK.search(key)
+    if found is None:
+        return 12 if "_mid_block_" in key else None
+    side, level, kind, place = found.groups()
+    within = 3 * int(level) + (int(place) if kind in ("resnets", "attentions") else 2)
+    return within + (1 if side == "down" else 13)
+
+
+ARCH = NetworkArch(
+    name="sd",
+    groups=(
+        TargetGroup(
+            part="denoiser",
+            prefix="lora_unet",
+            containers=("Transformer2DModel",),
+            conv_containers=("ResnetBlock2D", "Downsample2D", "Upsample2D"),
+        ),
+        TargetGroup(
+            part="text_encoder",
+            prefix="lora_te",
+            containers=("CLIPAttention", "CLIPSdpaAttention", "CLIPMLP"),
+            canonical=clip_text_name,
+        ),
+    ),
+    blocks=BlockTable(index=block_index, lead=0, down=12, mid=1, up=12, tail=0),
+)

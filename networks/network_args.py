@@ -1,0 +1,153 @@
+"""`--network_args`: read once into a frozen dataclass. An unknown name or a wrong type is an error before any layer is made.
+
+Imports no torch: options can be checked before anything heavy is loaded.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, TypeVar
+
+from library.errors import UserError, suggest
+
+ArgsT = TypeVar("ArgsT")
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of value: what the user should have written, and the conversion (raises ValueError or TypeError)."""
+
+    expected: str
+    convert: Callable[[Any], Any]
+
+
+def _integer(value: Any) -> int:
+    if isinstance(value, bool) or (isinstance(value, float) and not value.is_integer()):
+        raise ValueError(value)
+    return int(value)
+
+
+def _number(value: Any) -> float:
+    number = math.nan if isinstance(value, bool) else float(value)
+    if not math.isfinite(number):
+        raise ValueError(value)
+    return number
+
+
+def _boolean(value: Any) -> bool:
+    known = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+    return known[str(value).strip().lower()]
+
+
+def _items(value: Any) -> list[Any]:
+    if isinstance(value, str):
+        return [item.strip() for item in value.split(",")]
+    return list(value) if isinstance(value, Sequence) else [value]
+
+
+def _rate_weights(value: Any) -> tuple[float, ...] | str:
+    """Numbers (an empty item is 0, as in sd-scripts), or a preset's name with an optional `+offset`."""
+    if isinstance(value, str) and value.split("+")[0].strip() in RATE_PRESETS:
+        _, _, offset = value.partition("+")
+        _number(offset or 0)
+        return value
+    return tuple(_number(0 if item == "" else item) for item in _items(value))
+
+
+RATE_PRESETS: dict[str, Callable[[float], float]] = {
+    "cosine": lambda depth: math.sin(math.pi * (1 - depth) / 2),
+    "sine": lambda depth: math.sin(math.pi * depth / 2),
+    "linear": lambda depth: depth,
+    "reverse_linear": lambda depth: 1 - depth,
+    "zeros": lambda depth: 0.0,
+}
+"""Block learning rates by name: weight as a function of the block's position, 0 = first and 1 = last block of its list."""
+
+INTEGER = Kind("a whole number", _integer)
+NUMBER = Kind("a number", _number)
+BOOLEAN = Kind("true or false", _boolean)
+INTEGERS = Kind("whole numbers separated by commas", lambda value: tuple(_integer(item) for item in _items(value)))
+NUMBERS = Kind("numbers separated by commas", lambda value: tuple(_number(item) for item in _items(value)))
+RATE_WEIGHTS = Kind(f"numbers separated by commas, or one of {', '.join(RATE_PRESETS)} with an optional +x", _rate_weights)
+
+
+SIZE_ARGS = ("conv_dim", "conv_alpha", "block_dims", "block_alphas", "conv_block_dims", "conv_block_alphas")
+"""Arguments without effect where ranks and alphas come from a file."""
+
+
+def arg(kind: Kind, help: str) -> Any:
+    """A network argument; None unless the user gave it."""
+    return field(default=None, metadata={"kind": kind, "help": help})
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkArgs:
+    """Arguments of every network that adapts layers one by one. Lists of blocks follow the arch's `BlockTable`."""
+
+    conv_dim: int | None = arg(INTEGER, "rank of convolutions larger than 1x1; they are left alone without it")
+    conv_alpha: float | None = arg(NUMBER, "alpha of those convolutions (1)")
+    block_dims: tuple[int, ...] | None = arg(INTEGERS, "rank per block; 0 leaves a block out")
+    block_alphas: tuple[float, ...] | None = arg(NUMBERS, "alpha per block")
+    conv_block_dims: tuple[int, ...] | None = arg(INTEGERS, "conv_dim per block")
+    conv_block_alphas: tuple[float, ...] | None = arg(NUMBERS, "conv_alpha per block")
+    down_lr_weight: tuple[float, ...] | str | None = arg(RATE_WEIGHTS, "learning rate factors, down blocks, shallow first")
+    mid_lr_weight: tuple[float, ...] | None = arg(NUMBERS, "learning rate factors, middle blocks")
+    up_lr_weight: tuple[float, ...] | str | None = arg(RATE_WEIGHTS, "learning rate factors, up blocks, deep first")
+    block_lr_zero_threshold: float | None = arg(NUMBER, "factors not above this are 0, and their blocks are left out (0)")
+    dropout: float | None = arg(NUMBER, "LyCORIS' name for --network_dropout")
+    rank_dropout: float | None = arg(NUMBER, "probability of dropping one rank for one sample")
+    module_dropout: float | None = arg(NUMBER, "probability of skipping one adapted layer for one step")
+    loraplus_lr_ratio: float | None = arg(NUMBER, "LoRA+: learning rate of the up matrices over that of the down matrices")
+    loraplus_unet_lr_ratio: float | None = arg(NUMBER, "the same, for the denoiser only")
+    loraplus_text_encoder_lr_ratio: float | None = arg(NUMBER, "the same, for text encoders only")
+
+    def __post_init__(self) -> None:
+        for name in ("dropout", "rank_dropout", "module_dropout"):
+            probability = getattr(self, name)
+            if probability is not None and not 0 <= probability < 1:
+                raise UserError(f"--network_args {name}={probability}: a probability, at least 0 and less than 1.")
+        for name in ("loraplus_lr_ratio", "loraplus_unet_lr_ratio", "loraplus_text_encoder_lr_ratio"):
+            ratio = getattr(self, name)
+            if ratio is not None and ratio < 0:
+                raise UserError(f"--network_args {name}={ratio}: a factor, at least 0.")
+        for name in ("conv_dim", "block_dims", "conv_block_dims"):
+            ranks = getattr(self, name)
+            if ranks is not None and min([ranks] if isinstance(ranks, int) else ranks) < 0:
+                raise UserError(f"--network_args {name}={ranks}: ranks cannot be negative.")
+
+    @property
+    def has_block_rates(self) -> bool:
+        return not (self.down_lr_weight is None and self.mid_lr_weight is None and self.up_lr_weight is None)
+
+    @property
+    def adapts_spatial_convs(self) -> bool:
+        """Whether convolutions larger than 1x1 are adapted, and the blocks that hold them searched."""
+        return bool(self.conv_dim) or self.conv_block_dims is not None
+
+    def plus_ratio(self, is_denoiser: bool) -> float | None:
+        own = self.loraplus_unet_lr_ratio if is_denoiser else self.loraplus_text_encoder_lr_ratio
+        return self.loraplus_lr_ratio if own is None else own
+
+
+def parse_network_args(spec: type[ArgsT], values: Mapping[str, Any], *, module: str) -> ArgsT:
+    """`values` (strings from the command line, or typed ones from a file) as a `spec`. None counts as not given.
+
+    `module` is the network module's name, for messages. Raises `UserError` with every unknown name or wrong value at once.
+    """
+    kinds: dict[str, Kind] = {f.name: f.metadata["kind"] for f in fields(spec)}  # type: ignore[arg-type]
+    parsed: dict[str, Any] = {}
+    unknown = [name for name in values if name not in kinds]
+    problems = [f"unknown network argument '{name}'.{suggest(name, kinds)}" for name in unknown]
+    for name, value in values.items():
+        if name in unknown or value is None:
+            continue
+        try:
+            parsed[name] = kinds[name].convert(value)
+        except (ValueError, TypeError, KeyError):
+            problems.append(f"--network_args {name}={value}: expected {kinds[name].expected}.")
+    if problems:
+        known = f" Known to {module}: {', '.join(kinds)}." if unknown else ""
+        raise UserError(" ".join(problems) + known)
+    return spec(**parsed)

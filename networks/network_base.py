@@ -1,0 +1,391 @@
+"""The adapter engine: one adapted layer, a network of them, and how networks are made for a model.
+
+An algorithm (LoRA, ...) is an `Adapter` subclass; a model family is a `NetworkArch` table. `bind` joins the two.
+An adapter replaces its layer's `forward`, never the layer: the base model's keys, dtype and block swap see no change.
+"""
+
+from __future__ import annotations
+
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from library.errors import UserError
+from library.optimizers import LearningRates, ParamGroup
+from library.rng import keyed_generator
+from networks.network_args import SIZE_ARGS, NetworkArgs, parse_network_args
+from networks.network_files import by_layer, describe_family, read_weights, shorten
+from networks.network_interface import AdapterNetwork, text_encoder_rate
+from networks.network_targets import (
+    DENOISER,
+    BlockTable,
+    Layer,
+    LayerSize,
+    NetworkArch,
+    TargetGroup,
+    every_layer,
+    infer_arch,
+    plan_sizes,
+    target_layers,
+)
+
+__all__ = [
+    "Adapter",
+    "AdapterNetwork",
+    "BlockTable",
+    "Layer",
+    "LayerNetwork",
+    "LayerSize",
+    "NetworkArch",
+    "NetworkFactory",
+    "TargetGroup",
+    "bind",
+]
+
+logger = logging.getLogger(__name__)
+
+
+class Adapter(nn.Module, ABC):
+    """One adapted layer. Its parameters and buffers are float32 whatever the layer's dtype, and named as in files."""
+
+    arguments: ClassVar[type[NetworkArgs]] = NetworkArgs
+    """What `--network_args` may hold for this algorithm."""
+    plus_parameters: ClassVar[frozenset[str]] = frozenset()
+    """Parameters that LoRA+ trains at the higher rate."""
+
+    @abstractmethod
+    def __init__(self, layer: Layer, size: LayerSize, args: NetworkArgs, generator: torch.Generator) -> None:
+        super().__init__()
+        self._base = (layer.module,)  # in a tuple: the base layer must not become a submodule
+        self._replaced: Callable[[Tensor], Tensor] | None = None
+        self.key = layer.key
+        self.module_dropout = args.module_dropout or 0.0
+        self.multiplier = 1.0
+
+    @property
+    def base(self) -> nn.Linear | nn.Conv2d:
+        return self._base[0]
+
+    @abstractmethod
+    def delta(self, x: Tensor) -> Tensor:
+        """What is added to base(x), in x's dtype; the multiplier is in it."""
+
+    @abstractmethod
+    def delta_weight(self) -> Tensor:
+        """The same as a weight of the base's shape, float32, without dropout."""
+
+    @abstractmethod
+    def rescale(self, ratio: Tensor) -> None:
+        """Multiply the adapter's weight by `ratio` (a 0-d tensor) in place, spread evenly over its factors."""
+
+    @classmethod
+    @abstractmethod
+    def size_in_file(cls, key: str, tensors: Mapping[str, Tensor]) -> LayerSize:
+        """Rank and alpha of the layer `key` of a file. Raises `UserError` when another algorithm wrote it."""
+
+    def weight_norm(self) -> Tensor:
+        """Frobenius norm of the adapter's weight at multiplier 1, a 0-d tensor."""
+        return self.delta_weight().norm() / self.multiplier
+
+    def file_tensors(self) -> dict[str, Tensor]:
+        """Tensors as files hold them, by their name inside the layer."""
+        return dict(self.state_dict())
+
+    @abstractmethod
+    def load_file_tensors(self, tensors: Mapping[str, Tensor], source: str) -> None:
+        """Take the tensors of this layer from a file. Raises `UserError` naming `source` when they do not fit."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Stands in for the base layer's forward while attached."""
+        assert self._replaced is not None
+        out = self._replaced(x)
+        if self.multiplier == 0:
+            return out
+        if self.training and self.module_dropout and torch.rand(()).item() < self.module_dropout:
+            return out
+        return out + self.delta(x).to(out.dtype)
+
+    def attach(self) -> None:
+        assert self._replaced is None, f"{self.key} is attached already"
+        self._replaced = self.base.forward
+        self.base.forward = self.forward  # type: ignore[method-assign, assignment]
+
+    def detach(self) -> None:
+        """Give the base layer its forward back. Networks stacked on one layer are taken off in reverse order."""
+        if self._replaced is None:
+            return
+        assert self.base.__dict__.get("forward") == self.forward, f"{self.key}: detach what was attached after it first"
+        del self.base.forward
+        if self.base.forward != self._replaced:  # the replaced one was an instance's too
+            self.base.forward = self._replaced  # type: ignore[method-assign, assignment]
+        self._replaced = None
+
+    @torch.no_grad()
+    def merge_into_base(self) -> None:
+        """Add the adapter to the base weight: computed in float32, stored in the base's dtype."""
+        weight = self.base.weight
+        if not weight.is_floating_point() or weight.dtype.itemsize < 2:
+            raise UserError(f"cannot merge {self.key} into a {weight.dtype} weight. Load the base model in fp16, bf16 or fp32.")
+        weight.copy_(weight.float() + self.delta_weight().to(weight.device))
+
+
+class LayerNetwork(AdapterNetwork):
+    """Our networks: adapters by file key. Children are named by key, so `state_dict` has the file's names."""
+
+    def __init__(self, arch: NetworkArch, args: NetworkArgs, layers: Sequence[Layer], adapters: Sequence[Adapter]) -> None:
+        super().__init__({layer.part for layer in layers})
+        self.arch, self.args = arch, args
+        self._part_of = {layer.key: layer.part for layer in layers}
+        for adapter in adapters:
+            self.add_module(adapter.key, adapter)
+
+    def adapters(self) -> Iterator[Adapter]:
+        for child in self.children():
+            assert isinstance(child, Adapter)
+            yield child
+
+    def set_multiplier(self, multiplier: float) -> None:
+        super().set_multiplier(multiplier)
+        for adapter in self.adapters():
+            adapter.multiplier = multiplier
+
+    def attach(self) -> None:
+        for adapter in self.adapters():
+            adapter.attach()
+
+    def detach(self) -> None:
+        for adapter in self.adapters():
+            adapter.detach()
+
+    def keep_parts(self, parts: Collection[str]) -> None:
+        """Drop the adapters of all other parts. Only while detached."""
+        for adapter in list(self.adapters()):
+            if self._part_of[adapter.key] not in parts:
+                delattr(self, adapter.key)
+                del self._part_of[adapter.key]
+        self.parts = frozenset(self._part_of.values())
+
+    def param_groups(self, rates: LearningRates) -> list[ParamGroup]:
+        groups: dict[str, ParamGroup] = {}
+        self.requires_grad_(False)
+        block_weights = self.arch.blocks.rate_weights(self.args) if self.arch.blocks else None
+        for adapter in self.adapters():
+            name, rate = self._group_of(adapter.key, rates, block_weights)
+            ratio = self.args.plus_ratio(self._part_of[adapter.key] == DENOISER)
+            for inner, parameter in adapter.named_parameters():
+                plus = ratio is not None and inner in adapter.plus_parameters
+                own_name, own_rate = (f"{name} plus", rate * (ratio or 0.0)) if plus else (name, rate)
+                if own_rate:
+                    parameter.requires_grad_(True)
+                    groups.setdefault(own_name, ParamGroup(own_name, [], own_rate)).params.append(parameter)
+        if not groups:
+            raise UserError(
+                "every learning rate of the network is 0, so nothing would learn. Set --learning_rate or --unet_lr."
+            )
+        return list(groups.values())
+
+    def _group_of(self, key: str, rates: LearningRates, block_weights: Sequence[float] | None) -> tuple[str, float]:
+        """Name and rate of the parameter group of the layer `key`."""
+        part = self._part_of[key]
+        if part != DENOISER:
+            return text_encoder_rate(rates, part, self.arch.text_parts)
+        rate = rates.default if rates.denoiser is None else rates.denoiser
+        if block_weights is None or self.arch.blocks is None:
+            return "unet", rate
+        block = self.arch.blocks.of(key)
+        return ("unet", rate) if block is None else (f"unet_block{block}", rate * block_weights[block])
+
+    @torch.no_grad()
+    def limit_norms(self, max_norm: float) -> dict[str, Tensor]:
+        """Stays on the device: nothing waits for the result."""
+        norms, ratios = [], []
+        for adapter in self.adapters():
+            norm = adapter.weight_norm()
+            ratio = max_norm / norm.clamp(min=max_norm)
+            adapter.rescale(ratio)
+            norms.append(norm * ratio)
+            ratios.append(ratio)
+        limited = torch.stack(norms)
+        return {
+            "max_norm/keys_scaled": (torch.stack(ratios) < 1).sum(),
+            "max_norm/average_key_norm": limited.mean(),
+            "max_norm/max_key_norm": limited.max(),
+        }
+
+    def file_state_dict(self, dtype: torch.dtype | None) -> dict[str, Tensor]:
+        return {
+            f"{adapter.key}.{name}": tensor.detach().to("cpu", dtype or tensor.dtype).contiguous()
+            for adapter in self.adapters()
+            for name, tensor in adapter.file_tensors().items()
+        }
+
+    def load_file_state_dict(self, tensors: Mapping[str, Tensor], source: str, strict: bool = True) -> None:
+        file_layers = by_layer(tensors)
+        own = {adapter.key: adapter for adapter in self.adapters()}
+        shared = [key for key in own if key in file_layers]
+        if not shared:
+            raise UserError(_no_match(source, file_layers, own))
+        absent_parts = [g.part for g in self.arch.groups if g.part in self.parts and not any(map(g.holds, file_layers))]
+        if absent_parts:
+            logger.info("%s has nothing for %s, which starts untrained", source, ", ".join(absent_parts))
+        prefixes = [group for group in self.arch.groups if group.part not in self.parts]
+        extra = [key for key in file_layers if key not in own and not any(group.holds(key) for group in prefixes)]
+        missing = [key for key in own if key not in file_layers and self._part_of[key] not in absent_parts]
+        if strict and (extra or missing):
+            text = f"{source} does not fit this network:"
+            text += f" it has {len(extra)} layers more ({shorten(extra)})." if extra else ""
+            text += f" it lacks {len(missing)} layers ({shorten(missing)})." if missing else ""
+            raise UserError(f"{text} Use --dim_from_weights to train exactly the file's layers.")
+        for key in shared:
+            own[key].load_file_tensors(file_layers[key], source)
+
+    def merge_into_base(self) -> None:
+        self.detach()
+        for adapter in self.adapters():
+            adapter.merge_into_base()
+
+    def apply_to(self, text_encoder: object, unet: object, apply_text_encoder: bool = True, apply_unet: bool = True) -> None:
+        self.keep_parts({part for part in self.parts if (apply_unet if part == DENOISER else apply_text_encoder)})
+        self.attach()
+
+
+def _no_match(source: str, found: Collection[str], wanted: Collection[str]) -> str:
+    return (
+        f"{source} has no weights for this model. It has {shorten(found) or 'no keys'}; expected keys such as "
+        f"{shorten(wanted)}.{describe_family(found)}"
+    )
+
+
+@dataclass(frozen=True)
+class NetworkFactory:
+    """Makes networks of one algorithm; a trainer binds it to its family's table, otherwise the model's classes decide.
+
+    Arguments are sd-scripts'. `text_encoder`: a module, a list in table order, a dict by part name, or None. `parts`: adapt
+    only these of the given parts. `init_seed` and a layer's key decide its initial weights. A network is not attached yet.
+    """
+
+    algorithm: type[Adapter]
+    arch: NetworkArch | None = None
+
+    @property
+    def name(self) -> str:
+        """For messages and metadata: `networks.lora`."""
+        return self.algorithm.__module__
+
+    def for_arch(self, arch: NetworkArch) -> NetworkFactory:
+        return replace(self, arch=arch)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> LayerNetwork:
+        return self.create_network(*args, **kwargs)
+
+    def create_network(
+        self,
+        multiplier: float,
+        network_dim: int | None,
+        network_alpha: float | None,
+        vae: object,
+        text_encoder: object,
+        unet: nn.Module | None,
+        neuron_dropout: float | None = None,
+        *,
+        init_seed: int = 0,
+        parts: Collection[str] | None = None,
+        **kwargs: Any,
+    ) -> LayerNetwork:
+        """An untrained network, which changes nothing. Defaults are sd-scripts': dim 4, alpha 1 (0: the rank). `vae` is unused.
+
+        Raises `UserError` for unknown or wrong network arguments and for a table group that matches no layer.
+        """
+        args = self._parse(kwargs, neuron_dropout)
+        dim = 4 if network_dim is None else network_dim
+        if dim < 1:
+            raise UserError(f"--network_dim {dim}: a rank of at least 1 is needed.")
+        arch, modules = self._modules(text_encoder, unet, parts)
+        layers = target_layers(arch, modules, spatial=args.adapts_spatial_convs)
+        sizes = plan_sizes(layers, arch, args, dim=dim, alpha=1.0 if network_alpha is None else network_alpha)
+        if not sizes:
+            raise UserError("every block's rank or learning rate factor is 0, so there is nothing to train.")
+        return self._build(arch, args, [layer for layer in layers if layer.key in sizes], sizes, multiplier, init_seed)
+
+    def create_network_from_weights(
+        self,
+        multiplier: float,
+        file: str | Path | None,
+        vae: object,
+        text_encoder: object,
+        unet: nn.Module | None,
+        weights_sd: Mapping[str, Tensor] | None = None,
+        for_inference: bool = False,
+        *,
+        neuron_dropout: float | None = None,
+        init_seed: int = 0,
+        parts: Collection[str] | None = None,
+        **kwargs: Any,
+    ) -> tuple[LayerNetwork, dict[str, Tensor]]:
+        """The network of a file (or of its tensors `weights_sd`), with the file's layers, ranks, alphas and weights; and the
+        tensors. Layers are found by name anywhere in the model. `for_inference`: no dropout."""
+        args = self._parse(kwargs, neuron_dropout)
+        tensors = dict(weights_sd) if weights_sd is not None else read_weights(file or "")
+        source = Path(file).name if file else "the given weights"
+        unused = [name for name in SIZE_ARGS if getattr(args, name) is not None]
+        if unused:
+            logger.warning("network_args %s have no effect: ranks come from %s", ", ".join(unused), source)
+        arch, modules = self._modules(text_encoder, unet, parts)
+        known = every_layer(arch, modules)
+        file_layers = by_layer(tensors)
+        matched = [layer for key, layer in known.items() if key in file_layers]
+        if not matched:
+            raise UserError(_no_match(source, file_layers, known))
+        sizes = {layer.key: self.algorithm.size_in_file(layer.key, file_layers[layer.key]) for layer in matched}
+        network = self._build(arch, args, matched, sizes, multiplier, init_seed)
+        network.load_file_state_dict(tensors, source)
+        network.train(not for_inference)
+        return network, tensors
+
+    def _parse(self, kwargs: Mapping[str, Any], neuron_dropout: float | None) -> NetworkArgs:
+        """One dropout from the two names for it."""
+        args = parse_network_args(self.algorithm.arguments, kwargs, module=self.name)
+        if neuron_dropout is None or args.dropout == neuron_dropout:
+            return args
+        if args.dropout is not None:
+            raise UserError(f"--network_dropout {neuron_dropout} and --network_args dropout={args.dropout} differ. Give one.")
+        return replace(args, dropout=neuron_dropout)
+
+    def _modules(
+        self, text_encoder: object, unet: nn.Module | None, parts: Collection[str] | None
+    ) -> tuple[NetworkArch, dict[str, nn.Module]]:
+        arch = self.arch or infer_arch(text_encoder, unet)
+        modules = arch.parts_of(text_encoder, unet)
+        modules = {part: module for part, module in modules.items() if parts is None or part in parts}
+        if not modules:
+            raise UserError("no model part is left to adapt: both the denoiser and the text encoders are excluded.")
+        return arch, modules
+
+    def _build(
+        self,
+        arch: NetworkArch,
+        args: NetworkArgs,
+        layers: Sequence[Layer],
+        sizes: Mapping[str, LayerSize],
+        multiplier: float,
+        seed: int,
+    ) -> LayerNetwork:
+        adapters = [
+            self.algorithm(layer, sizes[layer.key], args, keyed_generator("network", seed, layer.key)) for layer in layers
+        ]
+        network = LayerNetwork(arch, args, layers, adapters)
+        network.set_multiplier(multiplier)
+        counts = {part: sum(layer.part == part for layer in layers) for part in dict.fromkeys(layer.part for layer in layers)}
+        logger.info("%s: adapted layers: %s", self.name, ", ".join(f"{part} {count}" for part, count in counts.items()))
+        return network
+
+
+def bind(algorithm: type[Adapter], arch: NetworkArch | None = None) -> NetworkFactory:
+    """A network module's factory: `factory = bind(LoRA)`; its two methods are the module's `create_network...` functions."""
+    return NetworkFactory(algorithm, arch)

@@ -1,0 +1,116 @@
+"""Adapter files: reading, writing, the two hashes in them, and what to say when a file does not fit."""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save, save_file
+from torch import Tensor
+
+from library.errors import UserError
+
+LayerTensors = dict[str, dict[str, Tensor]]
+"""Tensors by layer key and by their name in the layer: {"lora_unet_...": {"lora_down.weight": ...}}."""
+
+FAMILY_SIGNS: dict[str, str] = {
+    "lora_unet_input_blocks_": "SDXL",
+    "lora_unet_double_blocks_": "FLUX.1, Chroma or HunyuanImage",
+    "lora_unet_joint_blocks_": "Stable Diffusion 3",
+    "lora_unet_noise_refiner_": "Lumina-Image 2.0",
+    "lora_unet_blocks_": "Anima",
+    "lora_unet_down_blocks_": "Stable Diffusion 1.x/2.x, or SDXL with diffusers' names",
+    "unet.": "diffusers or peft",
+    "transformer.": "diffusers or peft",
+    "diffusion_model.": "a family with original names",
+}
+"""Start of a key -> what such a file is for."""
+
+ALGORITHM_SIGNS: dict[str, str] = {
+    "hada_w1_a": "LoHa",
+    "lokr_w1": "LoKr",
+    "lokr_w1_a": "LoKr",
+    "oft_blocks": "OFT",
+    "dora_scale": "DoRA",
+    "lora_mid.weight": "LoCon with a CP decomposition",
+    "on_input": "IA3",
+    "diff": "full difference",
+    "w_norm": "trained norms",
+}
+"""Tensor name in a layer -> the algorithm that writes it."""
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """All tensors of a `.safetensors`, `.ckpt` or `.pt` file, on the CPU. Never runs pickled code."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"network weights not found: {path}. Check --network_weights / --base_weights.")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
+        raise UserError(
+            f"cannot read {path}: {error}. The file is damaged or incomplete; copy or download it again."
+        ) from error
+    tensors = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else {}
+    if not tensors or not all(isinstance(value, Tensor) for value in tensors.values()):
+        raise UserError(f"{path} holds no network weights: expected a dict of tensors, found {type(loaded).__name__}.")
+    return dict(tensors)
+
+
+def write_weights(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write `tensors` to `path`, with `metadata` and the two hashes where the format has room for them (`.safetensors`).
+
+    Writes to `path` itself; the caller makes that atomic.
+    """
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        torch.save(dict(tensors), path)
+        return
+    save_file(dict(tensors), path, {**metadata, **weights_hashes(tensors, metadata)})
+
+
+def weights_hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
+    """`sshs_model_hash` and `sshs_legacy_hash`, by which A1111-style UIs know a network again.
+
+    Both are taken from the file as it would be with the `ss_` metadata alone, since tools rewrite the rest:
+    SHA-256 of everything after the header, and the first 8 digits of that of the 64 KiB at 1 MiB (the Additional
+    Networks extension's old hash; of nothing for a smaller file).
+    """
+    kept = {name: value for name, value in metadata.items() if name.startswith("ss_")}
+    data = memoryview(save(dict(tensors), kept))
+    start = 8 + int.from_bytes(data[:8], "little")
+    return {
+        "sshs_model_hash": hashlib.sha256(data[start:]).hexdigest(),
+        "sshs_legacy_hash": hashlib.sha256(data[0x100000:0x110000]).hexdigest()[:8],
+    }
+
+
+def by_layer(tensors: Mapping[str, Tensor]) -> LayerTensors:
+    """Flat file keys grouped by layer: the key's part before the first dot names the layer."""
+    layers: LayerTensors = {}
+    for name, tensor in tensors.items():
+        layer, _, inner = name.partition(".")
+        layers.setdefault(layer, {})[inner] = tensor
+    return layers
+
+
+def shorten(names: Iterable[str], shown: int = 3) -> str:
+    """The first few names, and how many more there are."""
+    names = list(names)
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + more
+
+
+def describe_family(keys: Iterable[str]) -> str:
+    """`" It looks like a network for SDXL."`, or an empty string where the keys say nothing."""
+    keys = list(keys)
+    for sign, family in FAMILY_SIGNS.items():
+        if any(key.startswith(sign) for key in keys):
+            return f" It looks like a network for {family}."
+    return ""

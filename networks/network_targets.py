@@ -1,0 +1,253 @@
+"""Which layers of a model are adapted, under which names, at which rank. Everything a model family says here is a table."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from library.errors import UserError
+from networks.network_args import RATE_PRESETS, NetworkArgs
+
+logger = logging.getLogger(__name__)
+
+DENOISER = "denoiser"
+
+KNOWN_ARCHS: dict[str, str] = {"sd": "networks.lora_sd:ARCH"}
+"""Arch name -> where its table is; used only where nobody says which family the model belongs to."""
+
+
+def same_name(path: str) -> str:
+    return path
+
+
+@dataclass(frozen=True)
+class TargetGroup:
+    """Layers of one model part: every Linear and Conv2d inside modules of the named classes."""
+
+    part: str
+    """Name in the model bundle: "denoiser", or a text encoder's."""
+    prefix: str
+    """Of the file's keys: `lora_unet`, `lora_te`."""
+    containers: tuple[str, ...]
+    """Class names. Convolutions larger than 1x1 inside them count only when `conv_dim` is set."""
+    conv_containers: tuple[str, ...] = ()
+    """Class names searched as well when `conv_dim` is set."""
+    canonical: Callable[[str], str] = field(default=same_name)
+    """Module path in our class -> path in sd-scripts' class, which the file's keys spell."""
+
+    def key(self, path: str) -> str:
+        """The file's name of the layer at `path`."""
+        return f"{self.prefix}_{self.canonical(path)}".replace(".", "_")
+
+    def holds(self, key: str) -> bool:
+        return key.startswith(f"{self.prefix}_")
+
+
+@dataclass(frozen=True)
+class BlockTable:
+    """How the denoiser's blocks are counted for block-wise ranks and rates."""
+
+    index: Callable[[str], int | None]
+    """Layer key -> block number; None for a layer outside every block."""
+    lead: int
+    down: int
+    mid: int
+    up: int
+    tail: int
+    """Number of blocks of each kind, in counting order. `lead` and `tail` have no learning rate factor of their own."""
+
+    def of(self, key: str) -> int | None:
+        """Block number of a layer, checked against the table's size."""
+        index = self.index(key)
+        if index is not None and index >= self.count:
+            raise UserError(f"{key} is in block {index}, block arguments know {self.count} blocks: another model layout.")
+        return index
+
+    @property
+    def count(self) -> int:
+        return self.lead + self.down + self.mid + self.up + self.tail
+
+    def rate_weights(self, args: NetworkArgs) -> tuple[float, ...] | None:
+        """Learning rate factor per block, or None when no factors were given."""
+        if not args.has_block_rates:
+            return None
+        threshold = args.block_lr_zero_threshold or 0.0
+        weights = [1.0] * self.lead
+        for name, count in (("down", self.down), ("mid", self.mid), ("up", self.up)):
+            given = getattr(args, f"{name}_lr_weight")
+            factors = [1.0] * count if given is None else _expand(f"{name}_lr_weight", given, count)
+            weights += [factor if given is None or factor > threshold else 0.0 for factor in factors]
+        return tuple(weights + [1.0] * self.tail)
+
+
+def _expand(name: str, given: tuple[float, ...] | str, count: int) -> list[float]:
+    """A preset or a list as `count` factors. As in sd-scripts a short list is filled with 1 and a long one cut; both warn."""
+    if isinstance(given, str):
+        preset, _, offset = given.partition("+")
+        depth = [i / max(count - 1, 1) for i in range(count)]
+        return [RATE_PRESETS[preset.strip()](d) + float(offset or 0) for d in depth]
+    if len(given) != count:
+        logger.warning("%s has %d values for %d blocks: missing ones are 1, further ones unused", name, len(given), count)
+    return (list(given) + [1.0] * count)[:count]
+
+
+@dataclass(frozen=True)
+class NetworkArch:
+    """All that adapters must know about a model family."""
+
+    name: str
+    groups: tuple[TargetGroup, ...]
+    blocks: BlockTable | None = None
+
+    @property
+    def text_parts(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(group.part for group in self.groups if group.part != DENOISER))
+
+    def parts_of(self, text_encoder: object, unet: nn.Module | None) -> dict[str, nn.Module]:
+        """sd-scripts' arguments as modules by part name. text_encoder: a module, list in table order, dict by name, or None."""
+        parts: dict[str, nn.Module] = {} if unet is None else {DENOISER: unet}
+        if isinstance(text_encoder, Mapping):
+            named = dict(text_encoder)
+        else:
+            listed = list(text_encoder) if isinstance(text_encoder, (list, tuple)) else [text_encoder]
+            if len(listed) > len(self.text_parts):
+                raise UserError(
+                    f"{len(listed)} text encoders given, the '{self.name}' network table has {len(self.text_parts)}."
+                )
+            named = dict(zip(self.text_parts, listed))  # noqa: B905 (fewer encoders than the table names are allowed)
+        unknown = sorted(named.keys() - set(self.text_parts))
+        if unknown:
+            raise UserError(f"the '{self.name}' network table has no part '{unknown[0]}', only {', '.join(self.text_parts)}.")
+        return parts | {name: module for name, module in named.items() if module is not None}
+
+
+def infer_arch(text_encoder: object, unet: nn.Module | None) -> NetworkArch:
+    """The known arch whose container classes stand in the model. Raises `UserError` when none fits."""
+    given = text_encoder.values() if isinstance(text_encoder, Mapping) else text_encoder
+    modules: list[object] = [unet] if unet is not None else list(given) if isinstance(given, Iterable) else [given]
+    classes = {type(m).__name__ for module in modules if isinstance(module, nn.Module) for m in module.modules()}
+    for place in KNOWN_ARCHS.values():
+        module_name, _, attribute = place.partition(":")
+        arch: NetworkArch = getattr(importlib.import_module(module_name), attribute)
+        if any(classes & set(g.containers) for g in arch.groups if (g.part == DENOISER) == (unet is not None)):
+            return arch
+    names = ", ".join(type(module).__name__ for module in modules)
+    raise UserError(f"no network table fits this model ({names}). Known: {', '.join(KNOWN_ARCHS)}. Pass the arch explicitly.")
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer that can be adapted. `key` is its name in files."""
+
+    key: str
+    part: str
+    module: nn.Linear | nn.Conv2d
+
+    @property
+    def is_spatial(self) -> bool:
+        """A convolution larger than 1x1: it takes `conv_dim`."""
+        return isinstance(self.module, nn.Conv2d) and self.module.kernel_size != (1, 1)
+
+
+def _linear_and_conv(group: TargetGroup, root: nn.Module) -> Iterator[tuple[str, Layer]]:
+    for path, module in root.named_modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            yield path, Layer(group.key(path), group.part, module)
+
+
+def every_layer(arch: NetworkArch, parts: Mapping[str, nn.Module]) -> dict[str, Layer]:
+    """Every Linear and Conv2d of the arch's parts by key, inside containers or not: what a file may name."""
+    groups = [group for group in arch.groups if group.part in parts]
+    return {layer.key: layer for group in groups for _, layer in _linear_and_conv(group, parts[group.part])}
+
+
+def target_layers(arch: NetworkArch, parts: Mapping[str, nn.Module], *, spatial: bool) -> list[Layer]:
+    """The layers the arch's table names in the given parts. Raises `UserError` for a group that matches none."""
+    found = []
+    for group in arch.groups:
+        if group.part not in parts:
+            continue
+        root = parts[group.part]
+        wanted = group.containers + (group.conv_containers if spatial else ())
+        inside = {
+            f"{path}.{inner}".strip(".")
+            for path, module in root.named_modules()
+            if type(module).__name__ in wanted
+            for inner, _ in module.named_modules()
+        }
+        layers = [
+            layer for path, layer in _linear_and_conv(group, root) if path in inside and (spatial or not layer.is_spatial)
+        ]
+        if not layers:
+            raise UserError(
+                f"no layer to adapt in {group.part} ({type(root).__name__}): the '{arch.name}' network table looks inside "
+                f"{', '.join(wanted)}, and finds none there. Is this the model family's own script and network module?"
+            )
+        found += layers
+    return found
+
+
+@dataclass(frozen=True)
+class LayerSize:
+    """Rank and alpha of one adapter; its output is scaled by alpha / rank."""
+
+    rank: int
+    alpha: float
+
+
+def plan_sizes(
+    layers: Sequence[Layer], arch: NetworkArch, args: NetworkArgs, *, dim: int, alpha: float
+) -> dict[str, LayerSize]:
+    """Rank and alpha by layer key. A layer of rank 0, or in a block whose learning rate factor is 0, is left out."""
+    plain, spatial = LayerSize(dim, alpha), LayerSize(args.conv_dim or 0, _or(args.conv_alpha, 1.0))
+    blocks = _block_sizes(arch, args, plain, spatial)
+    sizes = {}
+    for layer in layers:
+        index = arch.blocks.of(layer.key) if blocks and arch.blocks and layer.part == DENOISER else None
+        if blocks and index is not None:
+            size = blocks[index][layer.is_spatial]
+        else:
+            size = spatial if layer.is_spatial else plain
+        if size.rank:
+            sizes[layer.key] = size
+    return sizes
+
+
+def _or(value: float | None, default: float) -> float:
+    return default if value is None else value
+
+
+def _block_sizes(
+    arch: NetworkArch, args: NetworkArgs, plain: LayerSize, spatial: LayerSize
+) -> list[tuple[LayerSize, LayerSize]] | None:
+    """(size, size of larger convolutions) per block, or None when nothing was given per block."""
+    lists = {name: getattr(args, name) for name in ("block_dims", "block_alphas", "conv_block_dims", "conv_block_alphas")}
+    given = {name: values for name, values in lists.items() if values is not None}
+    if not given and not args.has_block_rates:
+        return None
+    if arch.blocks is None:
+        raise UserError(
+            f"the '{arch.name}' network table has no blocks: remove {', '.join(given) or 'the *_lr_weight'} arguments."
+        )
+    count = arch.blocks.count
+    for name, values in given.items():
+        if len(values) != count:
+            raise UserError(
+                f"--network_args {name} has {len(values)} values, this model has {count} blocks. Give one per block."
+            )
+    defaults: dict[str, float] = {
+        "block_dims": plain.rank,
+        "block_alphas": plain.alpha,
+        "conv_block_dims": spatial.rank,
+        "conv_block_alphas": spatial.alpha,
+    }
+    columns = [given.get(name, [default] * count) for name, default in defaults.items()]
+    weights = arch.blocks.rate_weights(args) or (1.0,) * count
+    return [
+        (LayerSize(dim if weight else 0, alpha), LayerSize(conv_dim if weight else 0, conv_alpha))
+        for dim, alpha, conv_dim, conv_alpha, weight in zip(*columns, weights)  # noqa: B905 (all have `count` values)
+    ]

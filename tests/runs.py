@@ -1,0 +1,120 @@
+"""Real runs at tiny size, for the contract, golden, resume and hostile tests: options, a tiny model and a few pictures."""
+
+from __future__ import annotations
+
+import csv
+import importlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import tiny
+import torch
+from library.family_base import family_class
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from library.train_util import Trainer
+
+Mode = Literal["network", "full"]
+
+
+@dataclass(frozen=True)
+class FamilyCase:
+    """One row per family: everything the contract tests need to know about it."""
+
+    family: str
+    write_model: Callable[[Path], Path]
+    scripts: dict[Mode, str]
+    resolution: int = 64
+    extra: tuple[str, ...] = ()
+    full_extra: tuple[str, ...] = field(default=())
+
+
+CASES: dict[str, FamilyCase] = {
+    "sd": FamilyCase(
+        family="sd",
+        write_model=lambda folder: tiny.write_sd_checkpoint(folder / "sd.safetensors", version="v1"),
+        scripts={"network": "train_network", "full": "train_db"},
+    ),
+}
+MODES: tuple[Mode, ...] = ("network", "full")
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """A tiny model and seven captioned pictures of two shapes (with repeats: seven batches of two an epoch), made once a session; every run has its own output folder."""
+
+    case: FamilyCase
+    model: Path
+    tokenizer: Path
+    images: Path
+
+    def arguments(self, mode: Mode, output: Path, *extra: str) -> list[str]:
+        """A command line that trains; later flags win, so `extra` can override any of it."""
+        arguments = [
+            f"--pretrained_model_name_or_path={self.model}",
+            f"--tokenizer={self.tokenizer}",
+            f"--train_data_dir={self.images}",
+            f"--resolution={self.case.resolution}",
+            "--enable_bucket",
+            "--min_bucket_reso=32",
+            "--max_bucket_reso=128",
+            "--bucket_reso_steps=32",
+            "--train_batch_size=2",
+            "--learning_rate=1e-3",
+            "--max_train_steps=4",
+            "--max_data_loader_n_workers=0",
+            "--seed=7",
+            f"--output_dir={output}",
+            "--output_name=tiny",
+            *self.case.extra,
+        ]
+        if mode == "network":
+            arguments += ["--network_module=networks.lora", "--network_dim=4", "--network_alpha=2"]
+        else:
+            arguments += list(self.case.full_extra)
+        return [*arguments, *extra]
+
+    def script(self, mode: Mode) -> str:
+        return self.case.scripts[mode]
+
+    def train(self, mode: Mode, output: Path, *extra: str) -> Path:
+        """Run the script's own `main` to its end; gives the output folder."""
+        importlib.import_module(self.script(mode)).main(self.arguments(mode, output, *extra))
+        return output
+
+    def trainer(self, mode: Mode, output: Path, *extra: str) -> Trainer:
+        """Everything built and nothing trained."""
+        from library.train_util import build_trainer
+
+        parse = importlib.import_module(self.script(mode)).parse_options
+        return build_trainer(family_class(self.case.family)(), parse(self.arguments(mode, output, *extra)), mode)
+
+
+def make_workspace(case: FamilyCase, folder: Path) -> Workspace:
+    images = folder / "images"
+    tiny.write_images(images / "2_thing", 5, (64, 64))
+    tiny.write_images(images / "2_wide", 2, (96, 48))
+    return Workspace(case, case.write_model(folder), tiny.write_clip_tokenizer(folder / "tokenizer"), images)
+
+
+def rows(output: Path, column: str) -> list[float]:
+    """One column of the metrics file, a value for every update."""
+    with (output / "metrics.csv").open(newline="") as file:
+        return [float(row[column]) for row in csv.DictReader(file)]
+
+
+def losses(output: Path) -> list[float]:
+    return rows(output, "loss/current")
+
+
+def assert_same_tensors(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    assert one.keys() == other.keys()
+    different = [name for name in one if not torch.equal(one[name], other[name])]
+    assert not different, f"{len(different)} of {len(one)} tensors differ, first: {different[:3]}"
+
+
+def first_batches(trainer: Trainer, count: int) -> Sequence:
+    return [trainer.data.train[(0, index)] for index in range(count)]

@@ -1,0 +1,180 @@
+"""One suite over every family and everything that can be trained: a new family is a row in `runs.CASES`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import runs
+import torch
+from runs import CASES, MODES, Mode, Workspace
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+PRODUCT = [(family, mode) for family in CASES for mode in MODES]
+
+
+@pytest.fixture(scope="session")
+def workspaces(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Workspace]:
+    return {name: runs.make_workspace(case, tmp_path_factory.mktemp(name)) for name, case in CASES.items()}
+
+
+@pytest.mark.parametrize(("family", "mode"), PRODUCT)
+def test_every_learning_tensor_gets_a_gradient_and_nothing_else_does(
+    family: str, mode: Mode, workspaces: dict[str, Workspace], tmp_path: Path
+) -> None:
+    trainer = workspaces[family].trainer(mode, tmp_path)
+    if mode == "network":  # at the start the up matrices are zero, which hides the down matrices' gradients
+        for parameter in trainer.parameters:
+            torch.nn.init.normal_(parameter.data, std=0.1, generator=torch.Generator().manual_seed(1))
+    trainer.loss(trainer.data.train[(0, 0)]).backward()
+    silent = [p.shape for p in trainer.parameters if p.grad is None or not p.grad.abs().any()]
+    assert trainer.parameters
+    assert not silent, f"{len(silent)} of {len(trainer.parameters)} parameters learn nothing"
+    learning = {id(p) for p in trainer.parameters}
+    for part in ("denoiser", *trainer.bundle.text_encoder_names):
+        for name, parameter in trainer.bundle.part(part).named_parameters():
+            assert id(parameter) in learning or parameter.grad is None, name
+
+
+@pytest.mark.parametrize(("family", "mode"), PRODUCT)
+def test_predict_gives_the_shape_of_the_latents(
+    family: str, mode: Mode, workspaces: dict[str, Workspace], tmp_path: Path
+) -> None:
+    trainer = workspaces[family].trainer(mode, tmp_path)
+    batch = trainer.data.train[(0, 0)]
+    x0 = trainer.latent.normalize(trainer.latents(batch))
+    t = trainer.objective.sample_times(x0, trainer.rng("time"))
+    noised = trainer.objective.corrupt(x0, torch.ones_like(x0), t)
+    assert trainer.predict(noised, t, trainer.conditioning(batch), batch).shape == x0.shape
+
+
+@pytest.mark.parametrize(("family", "mode"), PRODUCT)
+@pytest.mark.parametrize("where", ["memory", "disk"])
+def test_caches_change_nothing(
+    family: str, mode: Mode, where: str, workspaces: dict[str, Workspace], tmp_path: Path
+) -> None:
+    disk = "_to_disk" if where == "disk" else ""
+    frozen_text = ["--network_train_unet_only"] if mode == "network" else ["--stop_text_encoder_training=-1"]
+    cached = workspaces[family].trainer(
+        mode,
+        tmp_path / "cached",
+        *frozen_text,
+        f"--cache_latents{disk}",
+        f"--cache_text_encoder_outputs{disk}",
+        f"--cache_dir={tmp_path / 'cache'}",
+    )
+    live = workspaces[family].trainer(mode, tmp_path / "live", *frozen_text)
+    for one, other in zip(runs.first_batches(cached, 3), runs.first_batches(live, 3), strict=True):
+        assert one.images is None
+        assert other.images is not None
+        assert torch.allclose(cached.latents(one), live.latents(other), atol=1e-6)
+        with torch.no_grad():
+            assert torch.allclose(cached.loss(one), live.loss(other), rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", CASES)
+def test_an_adapter_changes_nothing_until_it_learns(
+    family: str, workspaces: dict[str, Workspace], tmp_path: Path
+) -> None:
+    trainer = workspaces[family].trainer("network", tmp_path)
+    batch = trainer.data.train[(0, 0)]
+    with torch.no_grad():
+        with trainer.trainable.reference():
+            expected = trainer.loss(batch)
+        assert torch.equal(trainer.loss(batch), expected)
+
+
+def _randomised(trainer: object) -> None:
+    for parameter in trainer.parameters:  # type: ignore[attr-defined]
+        torch.nn.init.normal_(parameter.data, std=0.05, generator=torch.Generator().manual_seed(parameter.numel()))
+
+
+@pytest.mark.parametrize("family", CASES)
+def test_merging_an_adapter_gives_what_it_gave(family: str, workspaces: dict[str, Workspace], tmp_path: Path) -> None:
+    trainer = workspaces[family].trainer("network", tmp_path)
+    _randomised(trainer)
+    batch = trainer.data.train[(0, 0)]
+    network = trainer.trainable.network  # type: ignore[attr-defined]
+    with torch.no_grad():
+        with trainer.trainable.reference():
+            untrained = trainer.loss(batch)
+        expected = trainer.loss(batch)
+        network.merge_into_base()
+        network.detach()
+        merged = trainer.loss(batch)
+    assert not torch.allclose(untrained, expected, rtol=1e-3)
+    assert torch.allclose(merged, expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", CASES)
+def test_a_saved_adapter_loads_to_the_same_output(family: str, workspaces: dict[str, Workspace], tmp_path: Path) -> None:
+    trainer = workspaces[family].trainer("network", tmp_path / "first")
+    _randomised(trainer)
+    path = tmp_path / "adapter.safetensors"
+    trainer.trainable.save(path, dtype=None, metadata={})
+    again = workspaces[family].trainer("network", tmp_path / "again", f"--network_weights={path}", "--dim_from_weights")
+    batch = trainer.data.train[(0, 0)]
+    with torch.no_grad():
+        assert torch.allclose(again.loss(batch), trainer.loss(batch), rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", CASES)
+def test_adapter_key_names_are_the_published_ones(
+    family: str, workspaces: dict[str, Workspace], tmp_path: Path
+) -> None:
+    trainer = workspaces[family].trainer("network", tmp_path, "--network_args", "conv_dim=2", "conv_alpha=1")
+    path = tmp_path / "adapter.safetensors"
+    trainer.trainable.save(path, dtype=torch.float16, metadata={})
+    names = "\n".join(sorted(load_file(path))) + "\n"
+    golden = Path(__file__).parent / "golden" / f"{family}_lora_keys.txt"
+    assert names == golden.read_text(), f"if this is intended, write the new names to {golden}"
+
+
+@pytest.mark.parametrize(("family", "mode"), PRODUCT)
+def test_gradient_checkpointing_changes_nothing(
+    family: str, mode: Mode, workspaces: dict[str, Workspace], tmp_path: Path
+) -> None:
+    plain = workspaces[family].train(mode, tmp_path / "plain")
+    saving = workspaces[family].train(mode, tmp_path / "saving", "--gradient_checkpointing")
+    assert runs.losses(plain) == pytest.approx(runs.losses(saving), rel=1e-5)
+
+
+@pytest.mark.parametrize(("family", "mode"), PRODUCT)
+def test_a_validation_quantile_fixes_the_time(
+    family: str, mode: Mode, workspaces: dict[str, Workspace], tmp_path: Path
+) -> None:
+    trainer = workspaces[family].trainer(mode, tmp_path)
+    x0 = torch.zeros(3, trainer.latent.channels, 8, 8)
+    early, late = (trainer.objective.sample_times(x0, trainer.rng("time"), quantile) for quantile in (0.1, 0.9))
+    assert early.unique().numel() == late.unique().numel() == 1
+    assert early[0] < late[0]
+
+
+@pytest.mark.parametrize(("family", "mode"), PRODUCT)
+def test_the_saved_file_describes_itself(
+    family: str, mode: Mode, workspaces: dict[str, Workspace], tmp_path: Path
+) -> None:
+    output = workspaces[family].train(mode, tmp_path, "--max_train_steps=2", "--save_precision=fp16")
+    with safe_open(output / "tiny.safetensors", "pt") as file:
+        metadata = file.metadata()
+        dtypes = {file.get_tensor(key).dtype for key in file.keys()}  # noqa: SIM118
+    assert metadata["modelspec.architecture"]
+    assert torch.float16 in dtypes
+    if mode == "network":
+        assert metadata["ss_network_dim"] == "4"
+        assert metadata["ss_steps"] == "2"
+        assert metadata["ss_seed"] == "7"
+
+
+@pytest.mark.parametrize("family", CASES)
+def test_rows_that_preserve_the_prior_teach_an_untrained_adapter_nothing(
+    family: str, workspaces: dict[str, Workspace], tmp_path: Path
+) -> None:
+    trainer = workspaces[family].trainer("network", tmp_path)
+    batch = trainer.data.train[(0, 0)]
+    preserved = replace(batch, preserve=torch.ones(len(batch), dtype=torch.bool))
+    with torch.no_grad():
+        assert trainer.loss(batch) > 0
+        assert trainer.loss(preserved) == 0

@@ -1,0 +1,96 @@
+"""Every script as a user runs it: a process of its own, two real steps, and the files it should leave."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import runs
+from runs import CASES, Workspace
+from safetensors import safe_open
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = ["train_network.py", "train_db.py", "fine_tune.py"]
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    return runs.make_workspace(CASES["sd"], tmp_path_factory.mktemp("scripts"))
+
+
+def run(*command: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_answers_without_loading_anything(script: str) -> None:
+    result = run("-X", "importtime", script, "--help")
+    assert result.returncode == 0, result.stderr
+    assert "--pretrained_model_name_or_path" in result.stdout
+    assert "| torch\n" not in result.stderr
+
+
+def test_train_network_with_a_dataset_file_under_accelerate_launch(workspace: Workspace, tmp_path: Path) -> None:
+    dataset = tmp_path / "dataset.toml"
+    folder = (workspace.images / "2_thing").as_posix()
+    dataset.write_text(
+        f'[general]\nresolution = 64\n[[datasets]]\nbatch_size = 2\n[[datasets.subsets]]\nimage_dir = "{folder}"\n'
+        'num_repeats = 2\ncaption_extension = ".txt"\n'
+    )
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a thing --w 64 --h 64 --s 2 --d 1 --l 3 --n bad\n")
+    result = run(
+        *("-m", "accelerate.commands.launch", "--num_processes=1", "--num_machines=1", "--mixed_precision=no"),
+        *("--dynamo_backend=no", "--cpu", "train_network.py"),
+        f"--pretrained_model_name_or_path={workspace.model}",
+        f"--tokenizer={workspace.tokenizer}",
+        f"--dataset_config={dataset}",
+        f"--output_dir={tmp_path / 'out'}",
+        "--output_name=tiny",
+        "--network_module=networks.lora",
+        "--max_train_steps=2",
+        "--seed=1",
+        "--max_data_loader_n_workers=1",
+        f"--sample_prompts={prompts}",
+        "--sample_every_n_steps=2",
+        "--mixed_precision=bf16",
+        f"--logging_dir={tmp_path / 'logs'}",
+        "--learning_rate=1e-3",
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    with safe_open(tmp_path / "out" / "tiny.safetensors", "pt") as file:
+        assert any(key.startswith("lora_te_text_model_") for key in file.keys())  # noqa: SIM118
+        assert any(file.get_tensor(key).abs().sum() > 0 for key in file.keys() if "lora_up" in key)  # noqa: SIM118
+    assert list((tmp_path / "out" / "sample").glob("*.png"))
+    assert list((tmp_path / "logs").rglob("events.out.tfevents*"))
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "ckpt", "diffusers", "diffusers_safetensors"])
+def test_train_db_saves_every_format_and_reads_it_again(suffix: str, workspace: Workspace, tmp_path: Path) -> None:
+    first = workspace.train("full", tmp_path / "first", "--max_train_steps=1", f"--save_model_as={suffix}")
+    saved = first / ("tiny" if suffix.startswith("diffusers") else f"tiny.{suffix}")
+    assert saved.exists()
+    workspace.train("full", tmp_path / "second", "--max_train_steps=1", f"--pretrained_model_name_or_path={saved}")
+
+
+def test_train_db_in_a_process_of_its_own(workspace: Workspace, tmp_path: Path) -> None:
+    result = run("train_db.py", *workspace.arguments("full", tmp_path, "--max_train_steps=2"))
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert (tmp_path / "tiny.safetensors").exists()
+
+
+def test_fine_tune_from_a_metadata_file(workspace: Workspace, tmp_path: Path) -> None:
+    import json
+
+    folder = workspace.images / "2_thing"
+    metadata = tmp_path / "meta.json"
+    metadata.write_text(json.dumps({str(path): {"caption": "a thing"} for path in sorted(folder.glob("*.png"))}))
+    arguments = [a for a in workspace.arguments("full", tmp_path / "out") if not a.startswith("--train_data_dir")]
+    result = run(
+        "fine_tune.py", *arguments, f"--in_json={metadata}", f"--train_data_dir={folder}", "--train_text_encoder",
+        "--max_train_steps=2",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert (tmp_path / "out" / "tiny.safetensors").exists()

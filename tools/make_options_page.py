@@ -1,0 +1,107 @@
+"""Write docs/options.md, and the list of flags the tests compare with, from the option groups.
+
+python tools/make_options_page.py
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from library.option_groups import DreamBoothOptions, FineTuneOptions, NetworkTrainOptions, TrainOptions  # noqa: E402
+from library.options import Flag, flags_of, groups_of  # noqa: E402
+
+SCRIPTS: dict[str, type[TrainOptions]] = {
+    "train_network.py": NetworkTrainOptions,
+    "train_db.py": DreamBoothOptions,
+    "fine_tune.py": FineTuneOptions,
+}
+PAGE, SNAPSHOT = ROOT / "docs" / "options.md", ROOT / "tests" / "snapshots" / "flags.json"
+
+_INTRODUCTION = """# Options
+
+Made by `tools/make_options_page.py` from `library/option_groups*.py`; change the options there.
+
+Options come from the command line, else from `--config_file`, else they have the default given here. A file is TOML, YAML (with
+`${interpolation}`) or JSON; its sections are titles only, so a key may stand in any section or in none. What begins with `_` at
+the top level is no option and may hold values to interpolate. `--print_config` shows what a command line and a file add up to.
+A switch is turned off by `--no-switch`; an option without default is unset by `--no-option`, or by an empty value.
+
+`not yet`: known, refused until it is implemented. `no effect`: accepted for the sake of existing commands.
+"""
+
+
+def flags_by_script() -> dict[str, dict[str, Any]]:
+    """Script -> flag -> default."""
+    return {script: {name: flag.default for name, flag in flags_of(container).items()} for script, container in SCRIPTS.items()}
+
+
+def snapshot() -> str:
+    return json.dumps(flags_by_script(), indent=1) + "\n"
+
+
+def _scripts_of(name: str, group: str) -> dict[str, Flag]:
+    """The scripts that have this flag in this group, with their own version of it."""
+    found = {script: flags_of(container).get(name) for script, container in SCRIPTS.items()}
+    return {script: flag for script, flag in found.items() if flag is not None and flag.group == group}
+
+
+def _code(value: Any) -> str:
+    return "" if value is None else f"`{json.dumps(value)}`"
+
+
+def _row(name: str, group: str) -> str:
+    versions = _scripts_of(name, group)
+    flag = next(iter(versions.values()))
+    defaults = {script: _code(version.default) for script, version in versions.items()}
+    if len(set(defaults.values())) == 1:
+        default = next(iter(defaults.values()))
+    else:
+        default = ", ".join(f"{value} ({script})" for script, value in defaults.items())
+    notes = [flag.help]
+    if flag.declared.choices:
+        notes.append("one of " + ", ".join(f"`{choice}`" for choice in flag.declared.choices))
+    if flag.declared.aliases:
+        notes.append("also " + ", ".join(f"`--{alias}`" for alias in flag.declared.aliases))
+    if flag.planned:
+        notes.append("**not yet**")
+    if flag.inert:
+        notes.append(f"**no effect**: {flag.inert}")
+    text = "; ".join(notes).replace("|", "\\|")
+    return f"| `--{name}` | {flag.type_name} | {default} | {text} |"
+
+
+def page() -> str:
+    """The whole of docs/options.md."""
+    groups: dict[str, dict[str, type]] = {}  # group -> script -> its class
+    for script, container in SCRIPTS.items():
+        for group, group_class in groups_of(container).items():
+            groups.setdefault(group, {})[script] = group_class
+    parts = [_INTRODUCTION]
+    shared_last = sorted(groups.items(), key=lambda item: len(item[1]) == len(SCRIPTS))
+    for group, classes in shared_last:
+        names = dict.fromkeys(
+            name for script in classes for name, flag in flags_of(SCRIPTS[script]).items() if flag.group == group
+        )
+        if not names:
+            continue
+        purpose = (next(iter(classes.values())).__doc__ or "").strip().split("\n")[0]
+        only = "" if len(classes) == len(SCRIPTS) else f" Only {', '.join(f'`{script}`' for script in classes)}."
+        rows = "\n".join(_row(name, group) for name in names)
+        parts.append(f"## {group}\n\n{purpose}{only}\n\n| option | type | default | |\n| --- | --- | --- | --- |\n{rows}\n")
+    return "\n".join(parts)
+
+
+def main() -> None:
+    for path, text in ((PAGE, page()), (SNAPSHOT, snapshot())):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
