@@ -81,7 +81,9 @@ def run_plain(folder: Path, steps: int) -> None:
     for path in sorted((folder / "images").rglob("*.png")):
         pixels = torch.frombuffer(bytearray(Image.open(path).convert("RGB").tobytes()), dtype=torch.uint8)
         image = pixels.view(1, RESOLUTION, RESOLUTION, 3).permute(0, 3, 1, 2).float().to(device) / 127.5 - 1
-        ids = tokenizer(path.with_suffix(".txt").read_text(), padding="max_length", truncation=True, return_tensors="pt").input_ids
+        ids = tokenizer(
+            path.with_suffix(".txt").read_text(), padding="max_length", truncation=True, return_tensors="pt"
+        ).input_ids
         with torch.no_grad():
             latents.append(vae.encode(image).latent_dist.sample() * vae.config.scaling_factor)
             contexts.append(text(ids.to(device)).last_hidden_state)

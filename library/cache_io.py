@@ -9,7 +9,7 @@ import json
 import os
 import secrets
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from hashlib import blake2b
@@ -57,6 +57,11 @@ def cache_path(beside: Path, cache_dir: str | None) -> Path:
     if not cache_dir:
         return beside
     return Path(cache_dir) / short_hash(str(beside.absolute().parent)) / beside.name
+
+
+def own_path(wanted: Path, content: str) -> Path:
+    """A name beside `wanted` for another entry (`content` tells which) that would have had the same one."""
+    return wanted.with_name(f"{wanted.stem}_{short_hash(content, 8)}{wanted.suffix}")
 
 
 def write_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
@@ -345,10 +350,3 @@ class TextCache:
         if caption in self.files:
             return self.files[caption].load()
         raise UserError(f"the caption {caption!r} is not in the text encoder cache: captions must not change while it is used.")
-
-
-def unique_path(wanted: Path, taken: Mapping[Path, Any], distinguish: Callable[[], str]) -> Path:
-    """`wanted`, or, where another entry of this run already has it, a name of its own beside it."""
-    if wanted not in taken:
-        return wanted
-    return wanted.with_name(f"{wanted.stem}_{short_hash(distinguish(), 8)}{wanted.suffix}")

@@ -13,7 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -30,15 +30,15 @@ from library.cache_io import (
     Verdict,
     cache_path,
     entry_key,
+    own_path,
     short_hash,
-    unique_path,
 )
 from library.captions import static_caption
 from library.data_sources import Record
-from library.dataset import TrainData, pixels_to_tensor
+from library.dataset import TrainData, load_fitted, pixels_to_tensor
 from library.errors import UserError
 from library.family_base import LatentSpec, ModelBundle
-from library.image_io import choose_crop, content_seed, decode, fit, listed
+from library.image_io import choose_crop, content_seed, listed
 from library.strategy_base import Conditioning, Strategies
 
 if TYPE_CHECKING:
@@ -49,29 +49,13 @@ logger = logging.getLogger(__name__)
 _THREADS = 4  # decode pictures or read cache files, beside the encoding
 _AHEAD = 2  # batches that are decoded while one is encoded
 
-Entry = TypeVar("Entry")
-
-
 # What both caches share
 
 
-def _ranks() -> tuple[int, int]:
-    """(rank, world) of this process."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank(), torch.distributed.get_world_size()
-    return 0, 1
-
-
-def _wait_for_others() -> None:
-    if _ranks()[1] > 1:
-        torch.distributed.barrier()
-
-
-def _share(entries: Sequence[Entry], paths: Sequence[Path]) -> list[Entry]:
-    """This process's share. Entries of one file stay together, so that no two processes write it."""
-    rank, world = _ranks()
-    number = {path: index for index, path in enumerate(dict.fromkeys(paths))}
-    return [entry for entry, path in zip(entries, paths, strict=True) if number[path] % world == rank]
+def _is_main() -> bool:
+    """Whether this process shows progress."""
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return not distributed or torch.distributed.get_rank() == 0
 
 
 def _report(verdicts: Mapping[Path, Verdict], what: str) -> None:
@@ -148,7 +132,7 @@ def _latent_files(
         suffix = f"_{height}x{width}" if strategy.multi_resolution else ""
         path = cache_path(strategy.path_for(job.record.path, job.record.size), options.cache.cache_dir)
         if taken.setdefault((path, suffix), job.key) != job.key:
-            path = unique_path(path, {path: None}, lambda job=job: job.record.recipe)  # type: ignore[misc]
+            path = own_path(path, job.record.recipe)
         files[job.key] = LatentFile(path, suffix, (latent.channels, height, width), job.record.size, job.flipped)
     return files
 
@@ -168,16 +152,8 @@ def _latent_fingerprints(
 
 def _load_pixels(job: LatentJob) -> tuple[Tensor, int]:
     """([3, H, W] as it is trained, the key of its sample)."""
-    record = job.record
-    pixels, digest = decode(record.path)
-    if (pixels.shape[1], pixels.shape[0]) != record.size:
-        raise UserError(
-            f"{record.path} is {pixels.shape[1]}x{pixels.shape[0]}, but its metadata says {record.size[0]}x{record.size[1]}. "
-            "Correct image_size in the metadata file."
-        )
-    crop = choose_crop(record.placement)
-    fitted = fit(pixels, record.placement, crop, record.subset.resize_interpolation)
-    return pixels_to_tensor(fitted), content_seed(digest)
+    pixels, digest = load_fitted(job.record, choose_crop(job.record.placement))
+    return pixels_to_tensor(pixels), content_seed(digest)
 
 
 def _batches(jobs: Sequence[LatentJob], size: int) -> Iterator[list[LatentJob]]:
@@ -221,7 +197,7 @@ def _encode(
     jobs: Sequence[LatentJob], strategies: Strategies, bundle: ModelBundle, options: TrainOptions, device: torch.device
 ) -> Iterator[tuple[LatentJob, CachedLatents]]:
     """Entries of `jobs`, in batches of --vae_batch_size."""
-    bar = tqdm(total=len(jobs), desc="caching latents", unit="image", disable=_ranks()[0] != 0)
+    bar = tqdm(total=len(jobs), desc="caching latents", unit="image", disable=not _is_main())
     with bar, torch.no_grad():
         for batch, loaded in _decoded(_batches(jobs, options.memory.vae_batch_size)):
             images = torch.stack([pixels for pixels, _ in loaded]).to(device)
@@ -243,7 +219,7 @@ def cache_latents(
 ) -> None:
     """Encode every picture of `data`, to memory or (--cache_latents_to_disk) to files, and serve it from there.
 
-    Does nothing when neither is asked for. In memory each process keeps all; files are shared out between processes.
+    Does nothing when neither is asked for. Of several processes one is to come first: the others then find its files.
     """
     if not options.cache.latents:
         return
@@ -266,16 +242,11 @@ def _fill_latent_files(
 ) -> dict[str, LatentFile]:
     files = _latent_files(jobs, strategies, latent, options)
     fingerprints = _latent_fingerprints(jobs, strategies, bundle, options)
-    _wait_for_others()  # every process looks before any writes, so that all agree on what is missing
     missing = set(_needs_making(files, fingerprints, options, "latents"))
-    _wait_for_others()
     todo = [job for job in jobs if job.key in missing]
-    mine = _share(todo, [files[job.key].path for job in todo])
-    if mine:
-        for job, entry in _encode(mine, strategies, bundle, options, device):
-            crop = choose_crop(job.record.placement).stored_ltrb(job.record.placement.bucket)
-            files[job.key].save(entry.latents, entry.flipped, crop, fingerprints[job.key])
-    _wait_for_others()
+    for job, entry in _encode(todo, strategies, bundle, options, device) if todo else ():
+        crop = choose_crop(job.record.placement).stored_ltrb(job.record.placement.bucket)
+        files[job.key].save(entry.latents, entry.flipped, crop, fingerprints[job.key])
     logger.info("latents: %d made, %d found on disk", len(todo), len(jobs) - len(todo))
     return files
 
@@ -298,14 +269,12 @@ def _text_files(
 ) -> dict[str, TextFile]:
     """The file of each caption: that of its first picture; the empty caption's lies beside the first picture of all."""
     first = next(record for record in captions.values() if record is not None)
-    taken: dict[Path, str] = {}
+    taken: set[Path] = set()
     files = {}
     for caption, record in captions.items():
         wanted = cache_path(strategies.text_caching.path_for((record or first).path), options.cache.cache_dir)
-        if record is None:
-            taken.setdefault(wanted, "another caption's")
-        path = unique_path(wanted, taken, lambda caption=caption: caption)  # type: ignore[misc]
-        taken[path] = caption
+        path = own_path(wanted, caption) if record is None or wanted in taken else wanted
+        taken.add(path)
         files[caption] = TextFile(path, strategies.text_caching, sources)
     return files
 
@@ -343,7 +312,7 @@ def _encode_text(
 ) -> Iterator[tuple[str, Conditioning]]:
     """Unbatched entries, on the CPU."""
     size = options.cache.text_encoder_batch_size or options.training.train_batch_size
-    bar = tqdm(total=len(captions), desc="caching text encoder outputs", unit="caption", disable=_ranks()[0] != 0)
+    bar = tqdm(total=len(captions), desc="caching text encoder outputs", unit="caption", disable=not _is_main())
     with bar, torch.no_grad(), _autocast(options, device):
         for start in range(0, len(captions), size):
             batch = captions[start : start + size]
@@ -403,13 +372,8 @@ def _fill_text_files(
 ) -> dict[str, TextFile]:
     files = _text_files(captions, strategies, sources, options)
     fingerprints = _text_fingerprints(captions, strategies, sources, bundle, options)
-    _wait_for_others()
     missing = _needs_making(files, fingerprints, options, "text encoder outputs")
-    _wait_for_others()
-    mine = _share(missing, [files[caption].path for caption in missing])
-    if mine:
-        for caption, entry in _encode_text(mine, strategies, sources, bundle, options, device):
-            files[caption].save(entry, fingerprints[caption])
-    _wait_for_others()
+    for caption, entry in _encode_text(missing, strategies, sources, bundle, options, device) if missing else ():
+        files[caption].save(entry, fingerprints[caption])
     logger.info("text encoder outputs: %d made, %d found on disk", len(missing), len(captions) - len(missing))
     return files

@@ -127,7 +127,7 @@ _FROM_ZERO = vol.All(_whole, vol.Range(min=0))
 _RATE = vol.All(_number, vol.Range(min=0, max=1))
 _INTERPOLATION = _Key(vol.In(INTERPOLATIONS), "one of " + ", ".join(INTERPOLATIONS), "subset")
 
-_BOOL, _TEXT = "true or false", "a text"
+_BOOL, _TEXT = "true or false (bool)", "a text"
 
 KEYS: dict[str, _Key] = {
     "batch_size": _Key(_COUNT, "a whole number from 1", "dataset", 1, flag="train_batch_size"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -31,6 +32,8 @@ from library.rng import keyed_random
 from library.strategy_base import Strategies, TokenizeStrategy
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from library.option_groups import TrainOptions
 
 logger = logging.getLogger(__name__)
@@ -46,6 +49,18 @@ def pixels_to_tensor(pixels: Any) -> Tensor:
     """uint8 [H, W, 3] -> float32 [3, H, W] in [-1, 1], with sd-scripts' operations in their order, so bits agree."""
     image = torch.from_numpy(pixels.copy()).permute(2, 0, 1).contiguous()
     return (image.float() / 255 - 0.5) / 0.5
+
+
+def load_fitted(record: Record, crop: Crop) -> tuple[np.ndarray, str]:
+    """Pixels as they are trained, uint8 [bucket height, bucket width, 3], and the content hash of the file."""
+    image, digest = decode(record.path)
+    size = image.shape[1], image.shape[0]
+    if size != record.size:
+        raise UserError(
+            f"{record.path} is {size[0]}x{size[1]}, but its metadata (or the file when training began) says "
+            f"{record.size[0]}x{record.size[1]}. Correct image_size in the metadata file; leave images alone while training."
+        )
+    return fit(image, record.placement, crop, record.subset.resize_interpolation), digest
 
 
 @dataclass(frozen=True)
@@ -158,11 +173,9 @@ class ImageDataset(Dataset[TrainBatch]):
             crop = choose_crop(record.placement)
             pixels, seed = _choose(entry, flipped), entry.seed
         else:
-            image, digest = decode(record.path)
-            _check_size(record, (image.shape[1], image.shape[0]))
             random_crop = record.subset.random_crop and not self.evaluating
             crop = choose_crop(record.placement, draw if random_crop else None)
-            image = fit(image, record.placement, crop, record.subset.resize_interpolation)
+            image, digest = load_fitted(record, crop)
             if record.subset.color_aug and not self.evaluating:
                 image = vary_color(image, draw)
             pixels, seed = pixels_to_tensor(image[:, ::-1] if flipped else image), content_seed(digest)
@@ -196,14 +209,6 @@ def _choose(entry: CachedLatents, flipped: bool) -> Tensor:
         return entry.latents
     assert entry.flipped is not None, "latents of the mirror image were not cached"
     return entry.flipped
-
-
-def _check_size(record: Record, size: Size) -> None:
-    if size != record.size:
-        raise UserError(
-            f"{record.path} is {size[0]}x{size[1]}, but its metadata (or the file when training began) says "
-            f"{record.size[0]}x{record.size[1]}. Correct image_size in the metadata file; leave images alone while training."
-        )
 
 
 # Loading
@@ -256,11 +261,12 @@ class BatchLoader(DataLoader[Any]):
             yield item
 
 
-def _one_thread(_: int) -> None:
-    """Workers are processes already: OpenCV's threads would fight over the same cores."""
+def _prepare_worker(_: int) -> None:
+    """OpenCV's threads would fight over the cores that workers have; Ctrl-C is for the main process, which ends its workers."""
     import cv2
 
     cv2.setNumThreads(0)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def batches_per_rank(dataset: ImageDataset, world: int) -> int:
@@ -294,7 +300,7 @@ def make_loader(
         sampler=keys,
         batch_size=None,
         num_workers=workers,
-        worker_init_fn=_one_thread,
+        worker_init_fn=_prepare_worker,
         pin_memory=pin,
     )
 

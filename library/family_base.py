@@ -147,6 +147,10 @@ class ModelFamily(ABC):
         """Latents of one preview, normalized, [1, C, h, w]; runs `predict`, the very function that is trained."""
 
     @abstractmethod
+    def decode(self, vae: nn.Module, latents: Tensor, options: TrainOptions) -> Tensor:
+        """Normalized latents [B, C, h, w] -> pictures [B, 3, H, W] in [-1, 1], float32, on the VAE's device."""
+
+    @abstractmethod
     def enable_gradient_checkpointing(self, part: str, module: nn.Module) -> None: ...
 
     @abstractmethod
@@ -161,6 +165,10 @@ class ModelFamily(ABC):
     @abstractmethod
     def base_model_version(self, options: TrainOptions) -> str:
         """`ss_base_model_version`, for example `sd_v1`."""
+
+    def prediction_type(self, options: TrainOptions) -> str | None:
+        """`modelspec.prediction_type`, "epsilon" or "v"; None for families that have no such choice."""
+        return None
 
     @abstractmethod
     def modelspec_architecture(self, options: TrainOptions) -> str:

@@ -154,10 +154,10 @@ def _option(options: Any, path: str) -> Any:
 
 
 def at_save(
-    metadata: Mapping[str, str], *, step: int, epoch: int, no_metadata: bool, now: float | None = None
+    options: TrainOptions, metadata: Mapping[str, str], *, step: int, epoch: int, now: float | None = None
 ) -> dict[str, str]:
     """`metadata` with the keys of one saved file: updates made, and the epoch they end in (from 1)."""
-    if no_metadata:
+    if options.output.no_metadata:
         return dict(metadata)
     finished = time.time() if now is None else now
     return {**metadata, "ss_training_finished_at": str(finished), "ss_steps": str(step), "ss_epoch": str(epoch)}

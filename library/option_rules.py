@@ -66,10 +66,6 @@ _MODEL_AND_OUTPUT = (
 
 _PRECISION = (
     Rule(
-        lambda o: o.precision.full_bf16 and o.precision.full_fp16,
-        "--full_bf16 and --full_fp16 exclude each other. Remove one.",
-    ),
-    Rule(
         lambda o: o.precision.full_bf16 and o.precision.mixed_precision != "bf16",
         "--full_bf16 needs --mixed_precision bf16, which is '{mixed_precision}'.",
     ),

@@ -29,7 +29,8 @@ class RunPlan(ABC):
         """Raise `UserError` for what can be known to be wrong without a model."""
 
     @abstractmethod
-    def build(self, family: ModelFamily, bundle: ModelBundle) -> Trainable: ...
+    def build(self, family: ModelFamily, bundle: ModelBundle, options: TrainOptions) -> Trainable:
+        """`options`: as the run has them, with the seed filled in."""
 
 
 def plan_of(options: TrainOptions, mode: Mode) -> RunPlan:
@@ -65,8 +66,8 @@ class NetworkPlan(RunPlan):
         if isinstance(module, NetworkFactory):
             parse_network_args(module.algorithm.arguments, arguments, module=module.name)
 
-    def build(self, family: ModelFamily, bundle: ModelBundle) -> Trainable:
-        return AdapterTrainable.create(family, bundle, self.options)
+    def build(self, family: ModelFamily, bundle: ModelBundle, options: TrainOptions) -> Trainable:
+        return AdapterTrainable.create(family, bundle, cast("NetworkTrainOptions", options))
 
 
 class FullPlan(RunPlan):
@@ -81,7 +82,7 @@ class FullPlan(RunPlan):
     def check(self) -> None:
         """Nothing beyond the option rules."""
 
-    def build(self, family: ModelFamily, bundle: ModelBundle) -> Trainable:
+    def build(self, family: ModelFamily, bundle: ModelBundle, options: TrainOptions) -> Trainable:
         parts = {DENOISER}
         if self.options.full.trains_text_encoder:
             parts |= set(bundle.text_encoder_names)

@@ -58,7 +58,7 @@ def make_accelerator(options: TrainOptions) -> Accelerator:
 
 
 def with_seed(options: OptionsT, seed: int | None) -> OptionsT:
-    """`options` with a seed all processes share: `seed` (of a resumed state), else --seed, else a fresh one, which is logged."""
+    """`options` with a seed that all processes share: `seed` (a resumed run's), else --seed, else a fresh one, logged."""
     chosen = [seed if seed is not None else options.training.seed]
     if chosen[0] is None:
         chosen = [secrets.randbelow(2**32)]

@@ -3,23 +3,69 @@
 from __future__ import annotations
 
 import logging
+import secrets
+import time
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from torch import Tensor
 
 from library.checkpoint import CheckpointPolicy, CheckpointWriter, result_options, save_state, state_name
-from library.metadata import RunMetadata
+from library.metadata import BaseHashes, RunFacts, at_save, modelspec_metadata, network_metadata
+from library.optimizers import describe_optimizer
 from library.run_setup import save_dtype
 from library.sampling import PreviewWriter
 from library.tracking import Tracker
+from library.trainable import split_pairs
 
 if TYPE_CHECKING:
+    from library.option_groups import NetworkTrainOptions
     from library.train_util import Trainer
 
 logger = logging.getLogger(__name__)
+
+
+class FileMetadata:
+    """What every saved file of a run says about itself. The base model is hashed in the background until the first save."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+        options, family = trainer.options, trainer.family
+        self.network = getattr(options, "network", None)
+        arguments = split_pairs(self.network.network_args or (), "--network_args") if self.network else {}
+        if self.network and self.network.network_dropout is not None:
+            arguments["dropout"] = str(self.network.network_dropout)  # sd-scripts lists it among the arguments
+        self.facts = RunFacts(
+            base_model_version=family.base_model_version(options),
+            architecture=family.modelspec_architecture(options),
+            v2=options.model.v2,
+            prediction_type=family.prediction_type(options),
+            resolution=trainer.data.datasets[0].config.rule.resolution,
+            optimizer=describe_optimizer(options.optimizer),
+            num_epochs=trainer.length.num_epochs,
+            max_train_steps=trainer.length.total_updates,
+            started_at=time.time(),
+            session_id=secrets.randbelow(2**32),
+            network_args=arguments,
+        )
+        self.base = BaseHashes(
+            options.model.pretrained_model_name_or_path,
+            options.model.vae,
+            skip=options.output.no_metadata or self.network is None or not trainer.accelerator.is_main_process,
+        )
+
+    def of_file(self) -> dict[str, str]:
+        """For a file saved now: `modelspec.*`, and for an adapter all `ss_*` keys."""
+        trainer, options = self.trainer, self.trainer.options
+        if self.network is None:
+            return modelspec_metadata(options, self.facts, "Checkpoint")
+        data = trainer.data.metadata(trainer.accelerator.num_processes)
+        metadata = network_metadata(cast("NetworkTrainOptions", options), self.facts, data, self.base)
+        epoch = trainer.state.epoch + (trainer.state.position > 0)
+        metadata = at_save(options, metadata, step=trainer.state.step, epoch=epoch)
+        return metadata | modelspec_metadata(options, self.facts, "LoRA")
 
 
 class RunWriter:
@@ -32,7 +78,7 @@ class RunWriter:
         self.folder = Path(options.output.output_dir or ".")
         self.policy = CheckpointPolicy.of(options.output, options.state, trainer.length.num_epochs)
         self.files = CheckpointWriter(self.folder, self.policy, trainer.trainable.suffix)
-        self.metadata = RunMetadata(trainer)
+        self.metadata = FileMetadata(trainer)
         self.previews = PreviewWriter.of(
             trainer.family,
             trainer.strategies,
@@ -99,7 +145,7 @@ class RunWriter:
             return
         trainer = self.trainer
         self.tracker.flush()
-        metadata = self.metadata.at(trainer.state)
+        metadata = self.metadata.of_file()
         dtype = save_dtype(trainer.options.precision)
         with trainer.update_rule.evaluating():
             self.files.save_model(stem, lambda path: trainer.trainable.save(path, dtype=dtype, metadata=metadata))

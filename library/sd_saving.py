@@ -26,8 +26,8 @@ FOLDER_FORMATS = ("diffusers", "diffusers_safetensors")
 class SdCheckpoint:
     """What is saved: a model as it was found, with the parts that have been loaded since.
 
-    A part that is not in `modules` is read from where it came from, so it is written as it was. The VAE always is: it is
-    never trained, and may run in less precision than it is stored in.
+    A part that is not in `modules`, or has not changed, is read from where it came from: it may run in less precision than
+    it is stored in. So is the VAE, which is never trained.
     """
 
     model: SdModel
@@ -50,15 +50,20 @@ class SdCheckpoint:
 
     def part(self, name: str, dtype: torch.dtype | None) -> dict[str, Tensor]:
         """A part's tensors under our names, on the CPU."""
+        component = self.model.parts[name]
         module = self.modules.get(name) if name != "vae" else None
-        if module is not None:
+        if module is not None and not self._unchanged(component, module):
             tensors = {key: value.detach().to("cpu") for key, value in module.state_dict().items()}
         else:
-            component = self.model.parts[name]
-            origins, _ = component.key_map.origins(component.source.keys())
-            expected = component.make(component.config).state_dict()
-            tensors = {key: origins[key].take(component.source.get(origins[key].key)) for key in expected}
+            tensors = {key: component.tensor(key) for key in component.keys()}
         return {key: _cast(value, dtype) for key, value in tensors.items()}
+
+    def _unchanged(self, component: Component, module: nn.Module) -> bool:
+        """Whether a loaded part is still what was read, but for the precision it is held in: then the file is more exact."""
+        for key, value in module.state_dict().items():
+            if not torch.equal(component.tensor(key).to(value.dtype), value.to("cpu")):
+                return False
+        return True
 
     # ---- one file ----------------------------------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from library.clip_tokenizer import SD1_TOKENIZER, SD2_TOKENIZER, find_tokenizer, load_clip_tokenizer
 from library.family_base import LatentSpec, ModelBundle, ModelFamily, SampleRequest
 from library.objectives import DiscreteDDPM
+from library.sampling import guided_pair, make_scheduler, sample_diffusion
 from library.sd_saving import SINGLE_FILE_FORMATS, SdCheckpoint, check_single_file
 from library.sd_utils import TITLE, VAE_SCALE, SdModel, check_flags, describe
 from library.strategy_base import Strategies
@@ -60,6 +61,9 @@ class SdFamily(ModelFamily):
     def base_model_version(self, options: TrainOptions) -> str:
         suffix = "_v" if options.model.v_parameterization else ""
         return f"sd_{describe(options.model).version}{suffix}"
+
+    def prediction_type(self, options: TrainOptions) -> str | None:
+        return "v" if options.model.v_parameterization else "epsilon"
 
     def modelspec_architecture(self, options: TrainOptions) -> str:
         if describe(options.model).version == "v1":
@@ -149,22 +153,21 @@ class SdFamily(ModelFamily):
         return output
 
     def sample(self, denoiser: nn.Module, request: SampleRequest, options: TrainOptions, device: torch.device) -> Tensor:
-        from library.sampling import make_scheduler, sample_diffusion
-
         spec = self.latent(options)
-        both = SdConditioning.collate([request.negative.rows(0), request.positive.rows(0)]).to(device)
-        positive = both.rows(slice(1, 2))
+        cond = SdConditioning.collate([request.positive.rows(0), request.negative.rows(0)]).to(device)
 
         def predict(x_t: Tensor, t: Tensor) -> Tensor:
-            """Guided prediction of one latent, [1, C, h, w]; t: [1]. Both halves of the guidance run as one batch."""
-            if request.guidance == 1.0:
-                return self.predict(denoiser, x_t, t, positive, None)
-            negative, guided = self.predict(denoiser, x_t.expand(2, -1, -1, -1), t.expand(2), both, None).float().chunk(2)
-            return negative + request.guidance * (guided - negative)
+            """One row for each of x_t's: the positive prompt, then, when guided, the negative one."""
+            return self.predict(denoiser, x_t, t, cond.rows(slice(0, len(x_t))), None).float()
 
-        shape = (1, spec.channels, request.height // spec.stride, request.width // spec.stride)
-        scheduler = make_scheduler(request.sampler, self.objective(options))
-        return sample_diffusion(predict, scheduler, shape, request.steps, request.guidance, request.seed, device)
+        return sample_diffusion(
+            predict if request.guidance == 1 else guided_pair(predict, request.guidance),
+            make_scheduler(request.sampler, self.objective(options)),
+            (1, spec.channels, request.height // spec.stride, request.width // spec.stride),
+            steps=request.steps,
+            seed=request.seed,
+            device=device,
+        )
 
     def decode(self, vae: nn.Module, latents: Tensor, options: TrainOptions) -> Tensor:
         weight = next(vae.parameters())

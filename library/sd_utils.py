@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from library import sd_models
 from library.errors import UserError
-from library.key_layout import IDENTITY, KeyMap
+from library.key_layout import IDENTITY, KeyMap, Origin
 from library.model_io import (
     TensorSource,
     download_snapshot,
@@ -78,7 +78,21 @@ class Component:
             self.make(self.config), self.source, self.key_map, dtype=dtype, device=device, optional=self.optional
         )
 
+    @functools.cached_property
+    def _origins(self) -> Mapping[str, Origin]:
+        return self.key_map.origins(self.source.keys())[0]
+
+    def keys(self) -> list[str]:
+        """Names of the module's tensors."""
+        return list(self.make(self.config).state_dict())
+
+    def tensor(self, key: str) -> Tensor:
+        """One tensor of the module, by its name there, as the file has it."""
+        origin = self._origins[key]
+        return origin.take(self.source.get(origin.key))
+
     def identity(self) -> str:
+        """Changes when the part's weights do, not when the file is moved."""
         return self.source.fingerprint()
 
 

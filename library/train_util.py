@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -206,3 +205,53 @@ class Trainer:
         if self.accelerator.scaler is not None and saved.scaler is not None:
             self.accelerator.scaler.load_state_dict(saved.scaler)
         self.state = TrainState(**{key: then[key] for key in asdict(self.state)})
+
+
+# ---- wiring ----------------------------------------------------------------------------------------------------------
+
+
+def build_trainer(family: ModelFamily, options: TrainOptions, mode: Mode) -> Trainer:
+    """Check everything, then data, model, caches and what learns, in this order: errors come before anything slow."""
+    plan = plan_of(options, mode)
+    plan.check()
+    check_output(options.output)
+    family.check(options)
+    saved = load_state(options.state.resume) if options.state.resume else None
+    accelerator = make_accelerator(options)
+    options = with_seed(options, saved.train_state["seed"] if saved is not None and options.training.seed is None else None)
+    strategies = family.strategies(options)
+    data = build_train_data(options, family.latent(options), strategies, mode=mode)
+    bundle = family.load(options, device=accelerator.device, dtype=plan.load_dtype)
+    fill_caches(data, strategies, bundle, options, accelerator)
+    trainable = plan.build(family, bundle, options)
+    trainer = Trainer(family, trainable, data, strategies, options, accelerator, plan.rates)
+    if saved is not None:
+        trainer.restore(saved)
+    return trainer
+
+
+def fill_caches(
+    data: TrainData, strategies: Strategies, bundle: ModelBundle, options: TrainOptions, accelerator: Accelerator
+) -> None:
+    """Caches that were asked for. One process at a time, so that none writes what another reads."""
+    with accelerator.local_main_process_first():
+        if options.cache.latents:
+            cache_latents(data, strategies, bundle, options, accelerator.device)
+        if options.cache.text_outputs:
+            cache_text_outputs(data, strategies, bundle, options, accelerator.device)
+
+
+def run(family: ModelFamily, options: TrainOptions, mode: Mode) -> None:
+    """One training run from its options to its last file."""
+    trainer = build_trainer(family, options, mode)
+    trainer.fit(RunWriter(trainer))
+
+
+def train_network(family: ModelFamily, options: NetworkTrainOptions) -> None:
+    """Train an adapter network on a frozen model."""
+    run(family, options, "network")
+
+
+def train_full(family: ModelFamily, options: FullTrainOptions) -> None:
+    """Train the model itself."""
+    run(family, options, "full")

@@ -66,6 +66,7 @@ class Trainable(ABC):
 
     def before_step(self, step: int) -> None:
         """Called before update number `step`, counted from 0."""
+        return
 
     def after_step(self) -> dict[str, Tensor]:
         """Called after every update; returns tensors to log."""
@@ -96,9 +97,7 @@ def make_network(module: NetworkModule, bundle: ModelBundle, options: NetworkOpt
     shared: dict[str, Any] = {"neuron_dropout": options.network_dropout, "init_seed": seed, "parts": parts, **arguments}
     if weights and options.dim_from_weights:
         return module.create_network_from_weights(1.0, weights, None, encoders, bundle.denoiser, **shared)[0]
-    network = module.create_network(
-        1.0, options.network_dim, options.network_alpha, None, encoders, bundle.denoiser, **shared
-    )
+    network = module.create_network(1.0, options.network_dim, options.network_alpha, None, encoders, bundle.denoiser, **shared)
     if weights:
         network.load_weights(weights)
     return network

@@ -66,6 +66,15 @@ class NetworkModule(Protocol):
         **kwargs: Any,
     ) -> tuple[AdapterNetwork, dict[str, Tensor]]: ...
 
+    def merge_weights(
+        self,
+        multiplier: float,
+        file: str | Path | None,
+        text_encoder: object,
+        unet: nn.Module | None,
+        weights_sd: Mapping[str, Tensor] | None = None,
+    ) -> None: ...
+
 
 def load_network_module(name: str) -> NetworkModule:
     """The network module called `name` in `--network_module`. Raises `UserError` with what to install or to write instead."""
@@ -126,7 +135,7 @@ class ForeignModule:
             network = self.module.create_network(
                 multiplier, network_dim, network_alpha, vae, model.encoders, model.unet, neuron_dropout=neuron_dropout, **kwargs
             )
-        return _wrap(network, model, parts, self.name, multiplier)
+        return ForeignNetwork(network, model, parts, self, multiplier)
 
     def create_network_from_weights(
         self,
@@ -144,37 +153,72 @@ class ForeignModule:
         **kwargs: Any,
     ) -> tuple[ForeignNetwork, dict[str, Tensor]]:
         """The network of a file, with its weights; and the file's tensors."""
-        create = getattr(self.module, "create_network_from_weights", None)
-        if create is None:
-            raise UserError(f"{self.name} cannot make a network from a file: do not use --dim_from_weights or --base_weights.")
         tensors = dict(weights_sd) if weights_sd is not None else read_weights(file or "")
         model = _Model.of(self.arch, text_encoder, unet)
         with _seeded(init_seed):
-            path = None if file is None else str(file)
-            made = create(multiplier, path, vae, model.encoders, model.unet, tensors, for_inference, **kwargs)
-        network = _wrap(made[0] if isinstance(made, tuple) else made, model, parts, self.name, multiplier)
+            made = self._from_weights(model, multiplier, file, vae, tensors, for_inference, kwargs)
+        network = ForeignNetwork(made, model, parts, self, multiplier)
         network.load_file_state_dict(tensors, Path(file).name if file else "the given weights", strict=False)
         network.train(not for_inference)
         return network, tensors
 
+    def _from_weights(
+        self,
+        model: _Model,
+        multiplier: float,
+        file: str | Path | None,
+        vae: object,
+        tensors: Mapping[str, Tensor],
+        for_inference: bool,
+        kwargs: Mapping[str, Any],
+    ) -> Any:
+        create = getattr(self.module, "create_network_from_weights", None)
+        if create is None:
+            raise UserError(f"{self.name} cannot make a network from a file: do not use --dim_from_weights or --base_weights.")
+        path = None if file is None else str(file)
+        made = create(multiplier, path, vae, model.encoders, model.unet, tensors, for_inference, **kwargs)
+        return made[0] if isinstance(made, tuple) else made
+
+    @torch.no_grad()
+    def merge_weights(
+        self,
+        multiplier: float,
+        file: str | Path | None,
+        text_encoder: object,
+        unet: nn.Module | None,
+        weights_sd: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """See `NetworkFactory.merge_weights`. Merged at 1 and scaled here, since not every module heeds its multiplier."""
+        tensors = dict(weights_sd) if weights_sd is not None else read_weights(file or "")
+        model = _Model.of(self.arch, text_encoder, unet)
+        network = self._from_weights(model, 1.0, file, None, tensors, True, {})
+        if not hasattr(network, "merge_to"):
+            raise UserError(f"{self.name} cannot merge its networks into the model: do not use --base_weights.")
+        parameters = [parameter for module in model.modules.values() for parameter in module.parameters()]
+        before = [parameter.clone() for parameter in parameters]
+        network.merge_to(model.encoders, model.unet, tensors, parameters[0].dtype, parameters[0].device)
+        if all(torch.equal(parameter, old) for parameter, old in zip(parameters, before, strict=True)):
+            source = Path(file).name if file else "the given weights"
+            raise UserError(
+                f"{source} changes nothing in this model. It has {shorten(by_layer(tensors))}.{describe_family(tensors)}"
+            )
+        if multiplier != 1.0:
+            for parameter, old in zip(parameters, before, strict=True):
+                parameter.copy_(torch.lerp(old.float(), parameter.float(), multiplier))
+
 
 def wrap(
     network: nn.Module,
+    module: ModuleType,
     *,
     text_encoder: object,
     unet: nn.Module,
     arch: NetworkArch | None = None,
     parts: Collection[str] | None = None,
-    name: str = "the network module",
     multiplier: float = 1.0,
 ) -> ForeignNetwork:
-    """A network made through sd-scripts' interface, and not applied yet, as an `AdapterNetwork`."""
-    return _wrap(network, _Model.of(arch, text_encoder, unet), parts, name, multiplier)
-
-
-def _wrap(network: nn.Module, model: _Model, parts: Collection[str] | None, name: str, multiplier: float) -> ForeignNetwork:
-    wanted = set(model.modules) if parts is None else set(parts)
-    return ForeignNetwork(network, model, wanted, name, multiplier)
+    """A network that `module` made through sd-scripts' interface, not applied yet, as an `AdapterNetwork`."""
+    return ForeignNetwork(network, _Model.of(arch, text_encoder, unet), parts, ForeignModule(module, arch), multiplier)
 
 
 @contextmanager
@@ -231,21 +275,25 @@ class ForeignNetwork(AdapterNetwork):
     """A foreign network. It is applied once, and the forwards it put into the model are recorded: attaching, detaching and
     the frozen reference put those or the original ones in place, whatever the algorithm does inside."""
 
-    def __init__(self, network: nn.Module, model: _Model, parts: Collection[str], name: str, multiplier: float) -> None:
-        super().__init__(parts)
+    def __init__(
+        self, network: Any, model: _Model, parts: Collection[str] | None, owner: ForeignModule, multiplier: float
+    ) -> None:
+        wanted = set(model.modules) if parts is None else set(parts)
+        super().__init__(wanted)
         self.network = network
-        self.name = name
+        self.name = owner.name
+        self._owner = owner
         self._model = (model,)  # in a tuple: the base model must not become a submodule
         self._attached = False
         before = _forwards(model.modules)
-        apply_text = any(part != DENOISER for part in parts)
-        network.apply_to(model.encoders, model.unet, apply_text_encoder=apply_text, apply_unet=DENOISER in parts)  # type: ignore[operator]
+        apply_text = bool(wanted - {DENOISER})
+        network.apply_to(model.encoders, model.unet, apply_text_encoder=apply_text, apply_unet=DENOISER in wanted)
         after = _forwards(model.modules)
         self._changes = [(part, m, before[part, m], f) for (part, m), f in after.items() if f != before[part, m]]
         self.parts = frozenset(part for part, *_ in self._changes)
         self._put(adapted=False)
         if not self._changes:
-            raise UserError(f"{name} adapted no layer of {', '.join(sorted(parts))}. Check its --network_args.")
+            raise UserError(f"{self.name} adapted no layer of {', '.join(sorted(wanted))}. Check its --network_args.")
         self.set_multiplier(multiplier)
 
     def set_multiplier(self, multiplier: float) -> None:
@@ -288,7 +336,7 @@ class ForeignNetwork(AdapterNetwork):
         prepare: Any = several or self.network.prepare_optimizer_params
         if several is None and len(set(text_rates)) > 1:
             raise UserError(f"{self.name} takes one learning rate for all text encoders, got {text_rates}.")
-        text_rate: Any = text_rates if several else (text_rates or [None])[0]
+        text_rate: Any = text_rates if several else next(iter(text_rates), None)
         arguments = [text_rate, unet_rate, rates.default][: len(inspect.signature(prepare).parameters)]
         made = prepare(*arguments)
         groups, names = made if isinstance(made, tuple) else (made, None)
@@ -362,17 +410,11 @@ class ForeignNetwork(AdapterNetwork):
         if strict and missing and {_prefix(key) for key in missing} & {_prefix(key) for key in shared}:
             raise UserError(f"{source} lacks {len(missing)} layers ({shorten(missing)}). Use --dim_from_weights.")
 
-    @torch.no_grad()
     def merge_into_base(self) -> None:
-        if self.multiplier != 1.0:
-            raise UserError(f"networks of {self.name} can only be merged at multiplier 1, not {self.multiplier}.")
-        if not hasattr(self.network, "merge_to"):
-            raise UserError(f"{self.name} cannot merge its networks into the model: do not use --base_weights.")
         self.detach()
-        model = self._model[0]
-        weight = next(model.unet.parameters())
-        self.network.merge_to(model.encoders, model.unet, self.network.state_dict(), weight.dtype, weight.device)
-        self._put(adapted=False)
+        modules = self._model[0].modules
+        encoders = {part: module for part, module in modules.items() if part != DENOISER}
+        self._owner.merge_weights(self.multiplier, None, encoders, modules[DENOISER], self.file_state_dict(None))
 
     def apply_to(self, text_encoder: object, unet: object, apply_text_encoder: bool = True, apply_unet: bool = True) -> None:
         if (apply_unet, apply_text_encoder) != (DENOISER in self.parts, bool(self.parts - {DENOISER})):

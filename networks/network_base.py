@@ -348,6 +348,20 @@ class NetworkFactory:
         network.train(not for_inference)
         return network, tensors
 
+    def merge_weights(
+        self,
+        multiplier: float,
+        file: str | Path | None,
+        text_encoder: object,
+        unet: nn.Module | None,
+        weights_sd: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Add a file's network to the model's weights (`--base_weights`)."""
+        network, _ = self.create_network_from_weights(
+            multiplier, file, None, text_encoder, unet, weights_sd, for_inference=True
+        )
+        network.merge_into_base()
+
     def _parse(self, kwargs: Mapping[str, Any], neuron_dropout: float | None) -> NetworkArgs:
         """One dropout from the two names for it."""
         args = parse_network_args(self.algorithm.arguments, kwargs, module=self.name)

@@ -96,7 +96,7 @@ class Workspace:
 def make_workspace(case: FamilyCase, folder: Path) -> Workspace:
     images = folder / "images"
     tiny.write_images(images / "2_thing", 5, (64, 64))
-    tiny.write_images(images / "2_wide", 2, (96, 48))
+    tiny.write_images(images / "2_wide", 2, (96, 32))
     return Workspace(case, case.write_model(folder), tiny.write_clip_tokenizer(folder / "tokenizer"), images)
 
 

@@ -52,9 +52,7 @@ def test_predict_gives_the_shape_of_the_latents(
 
 @pytest.mark.parametrize(("family", "mode"), PRODUCT)
 @pytest.mark.parametrize("where", ["memory", "disk"])
-def test_caches_change_nothing(
-    family: str, mode: Mode, where: str, workspaces: dict[str, Workspace], tmp_path: Path
-) -> None:
+def test_caches_change_nothing(family: str, mode: Mode, where: str, workspaces: dict[str, Workspace], tmp_path: Path) -> None:
     disk = "_to_disk" if where == "disk" else ""
     frozen_text = ["--network_train_unet_only"] if mode == "network" else ["--stop_text_encoder_training=-1"]
     cached = workspaces[family].trainer(
@@ -75,9 +73,7 @@ def test_caches_change_nothing(
 
 
 @pytest.mark.parametrize("family", CASES)
-def test_an_adapter_changes_nothing_until_it_learns(
-    family: str, workspaces: dict[str, Workspace], tmp_path: Path
-) -> None:
+def test_an_adapter_changes_nothing_until_it_learns(family: str, workspaces: dict[str, Workspace], tmp_path: Path) -> None:
     trainer = workspaces[family].trainer("network", tmp_path)
     batch = trainer.data.train[(0, 0)]
     with torch.no_grad():
@@ -121,9 +117,7 @@ def test_a_saved_adapter_loads_to_the_same_output(family: str, workspaces: dict[
 
 
 @pytest.mark.parametrize("family", CASES)
-def test_adapter_key_names_are_the_published_ones(
-    family: str, workspaces: dict[str, Workspace], tmp_path: Path
-) -> None:
+def test_adapter_key_names_are_the_published_ones(family: str, workspaces: dict[str, Workspace], tmp_path: Path) -> None:
     trainer = workspaces[family].trainer("network", tmp_path, "--network_args", "conv_dim=2", "conv_alpha=1")
     path = tmp_path / "adapter.safetensors"
     trainer.trainable.save(path, dtype=torch.float16, metadata={})
@@ -153,9 +147,7 @@ def test_a_validation_quantile_fixes_the_time(
 
 
 @pytest.mark.parametrize(("family", "mode"), PRODUCT)
-def test_the_saved_file_describes_itself(
-    family: str, mode: Mode, workspaces: dict[str, Workspace], tmp_path: Path
-) -> None:
+def test_the_saved_file_describes_itself(family: str, mode: Mode, workspaces: dict[str, Workspace], tmp_path: Path) -> None:
     output = workspaces[family].train(mode, tmp_path, "--max_train_steps=2", "--save_precision=fp16")
     with safe_open(output / "tiny.safetensors", "pt") as file:
         metadata = file.metadata()

@@ -17,9 +17,7 @@ GOLDEN = Path(__file__).parent / "golden"
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("family", CASES)
-def test_ten_losses_are_the_recorded_ones(
-    family: str, mode: Mode, tmp_path: Path, request: pytest.FixtureRequest
-) -> None:
+def test_ten_losses_are_the_recorded_ones(family: str, mode: Mode, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     workspace = runs.make_workspace(CASES[family], tmp_path / "inputs")
     losses = runs.losses(workspace.train(mode, tmp_path / "out", "--max_train_steps=10", "--min_snr_gamma=5"))
     assert len(losses) == 10

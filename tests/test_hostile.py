@@ -152,9 +152,7 @@ BAD = [
 
 
 @pytest.mark.parametrize("bad", BAD, ids=lambda bad: bad.name.replace(" ", "_"))
-def test_bad_input_is_a_message(
-    bad: Bad, workspace: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_bad_input_is_a_message(bad: Bad, workspace: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = workspace.arguments(bad.mode, tmp_path / "out", *bad.change(tmp_path, workspace))
     capsys.readouterr()
     code = run_in_process(workspace, bad.mode, arguments)
@@ -172,7 +170,9 @@ def test_a_folder_without_captions_is_named_in_a_warning(
     images.mkdir(parents=True)
     for path in (workspace.images / "2_thing").glob("*.png"):
         (images / path.name).write_bytes(path.read_bytes())
-    config = file(tmp_path / "d.toml", f"[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = '{images.as_posix()}'\n")
+    config = file(
+        tmp_path / "d.toml", f"[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = '{images.as_posix()}'\n"
+    )
     workspace.train("network", tmp_path / "out", "--max_train_steps=1", f"--dataset_config={config}", "--no-train_data_dir")
     assert any("1_thing" in record.message and "caption" in record.message for record in caplog.records)
 
@@ -185,9 +185,7 @@ def start(workspace: Workspace, mode: Mode, arguments: list[str], **keywords: ob
 @pytest.mark.parametrize("workers", [0, 2])
 def test_ctrl_c_saves_the_state_and_says_how_to_go_on(workers: int, workspace: Workspace, tmp_path: Path) -> None:
     output = tmp_path / "out"
-    arguments = workspace.arguments(
-        "network", output, "--max_train_steps=100000", f"--max_data_loader_n_workers={workers}"
-    )
+    arguments = workspace.arguments("network", output, "--max_train_steps=100000", f"--max_data_loader_n_workers={workers}")
     process = start(workspace, "network", arguments, start_new_session=True)
     metrics = output / "metrics.csv"
     deadline = time.monotonic() + 120

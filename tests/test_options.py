@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from library import cli
 from library.cli import run_script, setup_logging
 from library.config_file import parse_toml
@@ -354,7 +355,7 @@ ERRORS: list[tuple[dict[str, Any], str]] = [
     ({"base_weights": ["nowhere.safetensors"]}, "--base_weights nowhere.safetensors: does not exist"),
     ({"mixed_precision": "fp16", "full_bf16": True}, "--full_bf16 needs --mixed_precision bf16, which is 'fp16'"),
     ({"full_fp16": True}, "--full_fp16 needs"),
-    ({"mixed_precision": "bf16", "full_bf16": True, "full_fp16": True}, "exclude each other"),
+    ({"mixed_precision": "bf16", "full_bf16": True, "full_fp16": True}, "--full_fp16 needs --mixed_precision fp16"),
     ({"adaptive_noise_scale": 1.0}, "--adaptive_noise_scale needs"),
     ({"ip_noise_gamma_random_strength": True}, "--ip_noise_gamma_random_strength needs"),
     ({"min_timestep": 500, "max_timestep": 500}, "--min_timestep 500 has to be below --max_timestep 500"),
