@@ -95,7 +95,7 @@ def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
         intermediate_size=4 * WIDTH,
         projection_dim=WIDTH,
         num_hidden_layers=2,
-        num_attention_heads=4,
+        num_attention_heads=1,
         max_position_embeddings=MAX_LENGTH,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
 import math
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from library.errors import UserError
+from library.errors import UserError, is_disk_full
 
 if TYPE_CHECKING:
     from library.option_groups import OutputOptions, StateOptions
@@ -26,8 +25,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 STATE_FORMAT = 1
-TENSORS_FILE, OPTIMIZER_FILE, TRAIN_STATE_FILE = "trainable.safetensors", "optimizer.pt", "train_state.json"
-STATE_FILES = (TENSORS_FILE, OPTIMIZER_FILE, TRAIN_STATE_FILE)
+TENSORS_FILE, OPTIMIZER_FILE = "trainable.safetensors", "optimizer.pt"
+SCHEDULE_FILE, TRAIN_STATE_FILE = "schedule.pt", "train_state.json"
+STATE_FILES = (TENSORS_FILE, OPTIMIZER_FILE, SCHEDULE_FILE, TRAIN_STATE_FILE)
 FOREIGN_STATE_FILES = ("random_states_0.pkl", "optimizer.bin", "scheduler.bin")
 """What accelerate writes, and sd-scripts through it."""
 
@@ -50,7 +50,7 @@ def atomic_write(path: Path, write: Callable[[Path], None]) -> None:
         _put_in_place(temporary, path)
     except BaseException as error:
         _remove(temporary)
-        if isinstance(error, Exception) and _is_disk_full(error):
+        if isinstance(error, Exception) and is_disk_full(error):
             free = shutil.disk_usage(path.parent).free
             raise UserError(
                 f"no space left while writing {path}: {free:,} bytes are free. Nothing was overwritten. "
@@ -103,16 +103,6 @@ def _remove(path: Path) -> bool:
     return True
 
 
-def _is_disk_full(error: BaseException) -> bool:
-    """Also through the writers' own exceptions, which keep only the text of the system's error."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return True
-    if "No space left on device" in str(error) or "(os error 28)" in str(error) or "(os error 112)" in str(error):
-        return True
-    inner = error.__cause__ or error.__context__
-    return inner is not None and _is_disk_full(inner)
-
-
 # ---- what is saved when, under which name, and what it replaces --------------------------------------------------------
 
 
@@ -126,7 +116,7 @@ def check_output(output: OutputOptions) -> Path:
         with tempfile.TemporaryFile(dir=folder) as probe:
             probe.write(b"probe")
     except OSError as error:
-        if _is_disk_full(error):
+        if is_disk_full(error):
             raise UserError(f"--output_dir {folder}: its disk is full. Free some space, or choose another folder.") from error
         raise UserError(f"--output_dir {folder} cannot be written to: {error.strerror}. Choose another folder.") from error
     return folder
@@ -268,8 +258,11 @@ def save_state(
     """
     from safetensors.torch import save_file
 
-    states = {"optimizer": dict(optimizer), "scheduler": dict(scheduler), "scaler": None if scaler is None else dict(scaler)}
-    _check_plain(states, "state")
+    pickled = {
+        OPTIMIZER_FILE: dict(optimizer),
+        SCHEDULE_FILE: {"scheduler": dict(scheduler), "scaler": None if scaler is None else dict(scaler)},
+    }
+    _check_plain(pickled, "state")
     record = {
         "format": STATE_FORMAT,
         "current_epoch": train_state["epoch"],
@@ -281,8 +274,9 @@ def save_state(
     def write(temporary: Path) -> None:
         temporary.mkdir()
         save_file(_storable(trainable), temporary / TENSORS_FILE)
-        with (temporary / OPTIMIZER_FILE).open("wb") as file:
-            torch.save(states, file)
+        for name, values in pickled.items():
+            with (temporary / name).open("wb") as file:
+                torch.save(values, file)
         (temporary / TRAIN_STATE_FILE).write_text(json.dumps(record, indent=1), encoding="utf-8")
 
     atomic_write(folder, write)
@@ -318,19 +312,22 @@ def _check_plain(value: Any, where: str) -> None:
 
 def load_state(folder: Path | str) -> SavedState:
     """Read what `save_state` wrote. `UserError` when there is nothing, something of another program, or a part is missing."""
-    folder = Path(folder)
-    record = _read_record(folder)
     from safetensors.torch import load_file
+
+    folder = Path(folder)
+    record = read_train_state(folder)
 
     with _explained(folder / TENSORS_FILE):
         tensors = load_file(folder / TENSORS_FILE)
     with _explained(folder / OPTIMIZER_FILE):
-        states = torch.load(folder / OPTIMIZER_FILE, map_location="cpu", weights_only=True)
-    return SavedState(folder, tensors, states["optimizer"], states["scheduler"], states["scaler"], record)
+        optimizer = torch.load(folder / OPTIMIZER_FILE, map_location="cpu", weights_only=True)
+    with _explained(folder / SCHEDULE_FILE):
+        schedule = torch.load(folder / SCHEDULE_FILE, map_location="cpu", weights_only=True)
+    return SavedState(folder, tensors, optimizer, schedule["scheduler"], schedule["scaler"], record)
 
 
-def _read_record(folder: Path) -> dict[str, Any]:
-    """`train_state.json`, once the folder is known to be one of ours and complete."""
+def read_train_state(folder: Path) -> dict[str, Any]:
+    """`train_state.json` alone, once the folder is known to be one of ours and complete."""
     if not folder.is_dir():
         near = [path.name for path in sorted(folder.parent.glob("*-state"))] if folder.parent.is_dir() else []
         found = f" There are: {', '.join(near)}." if near else ""

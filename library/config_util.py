@@ -6,7 +6,7 @@ A key is looked up in the subset, its dataset, [general] and the command line, i
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -106,8 +106,10 @@ def _number(value: object) -> float:
     return float(value)
 
 
-def _pair_of(check: Callable[[object], Any]) -> Any:
-    return vol.All([check], vol.Length(min=2, max=2), tuple)
+def _pair(value: object) -> tuple[float, float]:
+    if not isinstance(value, list | tuple) or len(value) != 2:
+        raise vol.Invalid("not a pair")
+    return _number(value[0]), _number(value[1])
 
 
 def _resolution(value: object) -> Size:
@@ -157,7 +159,7 @@ KEYS: dict[str, _Key] = {
     "color_aug": _Key(bool, _BOOL, "subset", False),
     "flip_aug": _Key(bool, _BOOL, "subset", False),
     "random_crop": _Key(bool, _BOOL, "subset", False),
-    "face_crop_aug_range": _Key(_pair_of(_number), "[number, number]", "subset", planned=True),
+    "face_crop_aug_range": _Key(_pair, "[number, number]", "subset", planned=True),
     "resize_interpolation": _INTERPOLATION,
     "custom_attributes": _Key(dict, "a table", "subset"),
     "caption_extension": _Key(str, _TEXT, "subset", kinds="folder"),
@@ -388,16 +390,16 @@ def _make_subset(written: Mapping[str, Any], levels: tuple[Mapping[str, Any], ..
     )
 
 
-def _kind_of(subsets: list[dict[str, Any]], where: str) -> str:
+def _check_kind(subsets: list[dict[str, Any]], where: str) -> list[str]:
     with_metadata = sum(bool(subset.get("metadata_file")) for subset in subsets)
     if not subsets:
-        raise UserError(f"{where}: has no subset. Add [[datasets.subsets]] with an image_dir.")
+        return [f"{where}: has no subset. Add [[datasets.subsets]] with an image_dir."]
     if with_metadata not in (0, len(subsets)):
-        raise UserError(
+        return [
             f"{where}: {with_metadata} of {len(subsets)} subsets have a metadata_file. "
             "Image folders and metadata files cannot be mixed in one dataset: make two [[datasets]]."
-        )
-    return "metadata" if with_metadata else "folder"
+        ]
+    return []
 
 
 def _make_dataset(
@@ -405,8 +407,10 @@ def _make_dataset(
 ) -> tuple[DatasetConfig | None, list[str]]:
     """The dataset, or None with what is wrong with it."""
     levels = (written, *outer)
-    kind = _kind_of(written["subsets"], where)
-    wrong: list[str] = []
+    wrong = _check_kind(written["subsets"], where)
+    if wrong:
+        return None, wrong
+    kind = "metadata" if written["subsets"][0].get("metadata_file") else "folder"
     for index, subset in enumerate(written["subsets"], start=1):
         wrong += _check_subset(subset, levels, kind, f"{where}, [[datasets.subsets]] {index}")
     resolution = _lookup("resolution", *levels)

@@ -7,6 +7,7 @@ process's memory, and can be replaced while it is open.
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import struct
@@ -368,6 +369,7 @@ def find_model(name: str, flag: str, *, allow_patterns: tuple[str, ...] | None =
     return download_snapshot(name, flag, allow_patterns=allow_patterns)
 
 
+@functools.lru_cache(maxsize=16)
 def download_snapshot(
     name: str, flag: str, *, allow_patterns: tuple[str, ...] | None = None, ignore_patterns: tuple[str, ...] | None = None
 ) -> Path:

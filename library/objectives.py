@@ -5,6 +5,7 @@ Shapes: B batch, C latent channels, h x w latent pixels. Everything is float32.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
@@ -53,8 +54,9 @@ def zero_terminal_snr_betas(betas: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class DiscreteDDPM:
-    """DDPM with scaled-linear betas (Rombach et al. 2022): x_t = a_t x0 + s_t noise, predicting noise or v (Salimans & Ho 2022).
+    """DDPM with scaled-linear betas (Rombach et al. 2022): x_t = a_t x0 + s_t noise.
 
+    What is predicted is the noise, or v = a_t noise - s_t x0 (Salimans & Ho 2022).
     The SNR table is made after the zero-terminal-SNR fix, so every weight below sees the schedule that is trained.
     """
 
@@ -134,7 +136,6 @@ class DiscreteDDPM:
         if self.huber_schedule == "constant":
             return torch.full_like(t, self.huber_c * self.huber_scale, dtype=torch.float32)
         if self.huber_schedule == "exponential":
-            log_c = torch.log(torch.tensor(self.huber_c, device=t.device))
-            return torch.exp(log_c * t / self.num_steps) * self.huber_scale
+            return torch.exp(math.log(self.huber_c) * t / self.num_steps) * self.huber_scale
         alpha, sigma = self._alpha_sigma(t)
         return (1 - self.huber_c) / (1 + sigma / alpha.clamp(min=1e-8)) ** 2 + self.huber_c

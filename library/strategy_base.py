@@ -53,7 +53,8 @@ class Conditioning:
         return replace(self, **{name: change(value) for name, value in self.tensors().items()})
 
     def to(self: ConditioningT, device: torch.device | str) -> ConditioningT:
-        return self._map(lambda value: value.to(device, non_blocking=True))
+        """On `device`. Only copies to a device are left running: one to the CPU could be read before it is complete."""
+        return self._map(lambda value: value.to(device, non_blocking=torch.device(device).type != "cpu"))
 
     def rows(self: ConditioningT, index: Any) -> ConditioningT:
         """The rows `index` selects: an int gives one unbatched entry (a cache entry), a slice or tensor a batch."""

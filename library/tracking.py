@@ -9,7 +9,7 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -169,6 +169,8 @@ class Tracker:
     steps_per_epoch: int
     resume_step: int | None = None
     """Updates already made, when a run is continued; None for a new one."""
+    recent_losses: Sequence[float] = ()
+    """As the tracker of the run that is continued had them, so that `loss/average` goes on as if it had not been stopped."""
     name: str = "network_train"
     """Of the run, unless `--log_tracker_name` gives one."""
     config: Mapping[str, Any] = field(default_factory=dict)
@@ -178,15 +180,13 @@ class Tracker:
     def __post_init__(self) -> None:
         self.log = LossLog()
         self.average = MovingAverage(self.steps_per_epoch)
+        self.average.values.extend(self.recent_losses)
         self.tensorboard: Any = None
         self.wandb: Any = None
         self.bar: Any = None
         if not self.enabled:
             return
         self.metrics = MetricsFile(self.folder / METRICS_FILE, resume_step=self.resume_step)
-        for row in read_metrics(self.metrics.path):
-            if CURRENT in row:
-                self.average.add(float(row[CURRENT]))
         trackers = check_trackers(self.options)
         if "tensorboard" in trackers:
             self._start_tensorboard()
@@ -211,6 +211,11 @@ class Tracker:
         """Write what is still on its way from the device. To be called before a state is saved and at the end."""
         for row in self.log.flush():
             self._write_step(row)
+
+    def losses(self) -> list[float]:
+        """What `recent_losses` of a run that continues this one has to be: goes into its state."""
+        self.flush()
+        return list(self.average.values)
 
     def end_epoch(self, step: int, epoch: int) -> None:
         """Log the mean loss of the epoch that update `step` completed; `epoch` counts from 1."""

@@ -103,7 +103,7 @@ def make_workspace(case: FamilyCase, folder: Path) -> Workspace:
 def rows(output: Path, column: str) -> list[float]:
     """One column of the metrics file, a value for every update."""
     with (output / "metrics.csv").open(newline="") as file:
-        return [float(row[column]) for row in csv.DictReader(file)]
+        return [float(row[column]) for row in csv.DictReader(file) if row[column]]
 
 
 def losses(output: Path) -> list[float]:

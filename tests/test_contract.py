@@ -67,9 +67,10 @@ def test_caches_change_nothing(family: str, mode: Mode, where: str, workspaces: 
     for one, other in zip(runs.first_batches(cached, 3), runs.first_batches(live, 3), strict=True):
         assert one.images is None
         assert other.images is not None
-        assert torch.allclose(cached.latents(one), live.latents(other), atol=1e-6)
+        # encoded in other batches, so sums run in another order
+        torch.testing.assert_close(cached.latents(one), live.latents(other), atol=1e-4, rtol=1e-4)
         with torch.no_grad():
-            assert torch.allclose(cached.loss(one), live.loss(other), rtol=1e-5)
+            torch.testing.assert_close(cached.loss(one), live.loss(other), atol=0, rtol=1e-4)
 
 
 @pytest.mark.parametrize("family", CASES)

@@ -20,7 +20,7 @@ def workspaces(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Workspace]
 
 
 def optimizer_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    state = torch.load(folder / "optimizer.pt", weights_only=True)
+    state = torch.load(folder / "optimizer.pt", weights_only=True)["optimizer"]
     return {
         f"{index}.{name}": value
         for index, values in state["state"].items()

@@ -1,0 +1,525 @@
+"""Our adapters: what they compute, what they train, what their files hold."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from network_models import fill, predict, tiny_text_encoder, tiny_unet
+from torch import Tensor, nn
+
+from library.errors import UserError
+from library.optimizers import LearningRates
+from networks import lora
+from networks.lora_sd import ARCH
+from networks.network_base import LayerNetwork
+
+CONV = {"conv_dim": 3, "conv_alpha": 1}
+
+
+@pytest.fixture(scope="module")
+def shared_model() -> tuple[nn.Module, nn.Module]:
+    """A model that no test changes for good."""
+    return tiny_unet(), tiny_text_encoder()
+
+
+def make(model: tuple[nn.Module, nn.Module], dim: int | None = 4, alpha: float | None = 2.0, **kwargs: Any) -> LayerNetwork:
+    unet, encoder = model
+    return lora.create_network(1.0, dim, alpha, None, encoder, unet, **kwargs)
+
+
+def test_an_untrained_network_changes_nothing_and_detaching_leaves_no_trace(shared_model: Any) -> None:
+    unet, encoder = shared_model
+    keys, expected = list(unet.state_dict()), predict(unet, encoder)
+    network = make(shared_model, **CONV)
+    network.attach()
+    assert torch.equal(predict(unet, encoder), expected)
+    assert list(unet.state_dict()) == keys
+    network.detach()
+    assert not any("forward" in module.__dict__ for module in itertools.chain(unet.modules(), encoder.modules()))
+
+
+def test_making_a_network_leaves_the_global_generator_alone_and_depends_on_seed_and_name_only(shared_model: Any) -> None:
+    state = torch.random.get_rng_state()
+    first, again = make(shared_model, init_seed=7), make(shared_model, init_seed=7, **CONV)
+    other = make(shared_model, init_seed=8)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    key = "lora_unet_mid_block_attentions_0_proj_in.lora_down.weight"
+    assert torch.equal(first.state_dict()[key], again.state_dict()[key])
+    assert not torch.equal(first.state_dict()[key], other.state_dict()[key])
+
+
+@pytest.mark.parametrize("linear_projection", [False, True])
+def test_merged_weights_give_what_the_adapters_give(linear_projection: bool) -> None:
+    unet, encoder = tiny_unet(linear_projection=linear_projection), tiny_text_encoder()
+    base = predict(unet, encoder)
+    network = make((unet, encoder), **CONV)
+    fill(network)
+    network.set_multiplier(0.7)
+    network.attach()
+    adapted = predict(unet, encoder)
+    assert (adapted - base).abs().max() > 1e-2
+    network.merge_into_base()
+    torch.testing.assert_close(predict(unet, encoder), adapted, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Linear(6, 5),
+        nn.Conv2d(6, 5, 1),
+        nn.Conv2d(6, 5, 3, stride=2, padding=1),
+        nn.Conv2d(6, 5, 3, padding=0),
+        nn.Conv2d(6, 5, (3, 1), padding="same", dilation=2),
+    ],
+    ids=["linear", "1x1", "3x3-stride", "3x3-no-padding", "3x1-dilated"],
+)
+def test_delta_of_every_layer_kind_equals_its_weight(layer: nn.Module) -> None:
+    adapter = lora.LoRA(lora.Layer("x", "denoiser", layer), lora.LayerSize(2, 1.0), lora.NetworkArgs(), torch.Generator())
+    fill(adapter, scale=1.0)
+    x = torch.randn(2, 6, 8, 8, generator=torch.Generator().manual_seed(0))
+    x = x.flatten(2).transpose(1, 2) if isinstance(layer, nn.Linear) else x
+    before = layer(x)
+    adapter.attach()
+    adapted = layer(x)
+    torch.testing.assert_close(adapted - before, adapter.delta(x))
+    adapter.detach()
+    adapter.merge_into_base()
+    torch.testing.assert_close(layer(x), adapted, atol=1e-5, rtol=1e-5)
+
+
+def test_reference_is_exactly_the_frozen_model_and_gives_the_multiplier_back(shared_model: Any) -> None:
+    expected = predict(*shared_model)
+    network = make(shared_model)
+    fill(network)
+    network.set_multiplier(0.5)
+    network.attach()
+    with network.reference():
+        assert torch.equal(predict(*shared_model), expected)
+    assert network.multiplier == 0.5
+    assert not torch.equal(predict(*shared_model), expected)
+    network.detach()
+
+
+@pytest.mark.parametrize(("given", "scale"), [(None, 1 / 4), (0, 1.0), (2, 0.5), (4, 1.0)])
+def test_alpha_over_rank_scales_and_zero_means_the_rank(shared_model: Any, given: float | None, scale: float) -> None:
+    network = make(shared_model, alpha=given)
+    assert {adapter.scale for adapter in network.adapters()} == {scale}  # type: ignore[attr-defined]
+
+
+def test_adapters_are_float32_beside_a_half_precision_model_and_keep_its_dtype() -> None:
+    layer = nn.Linear(8, 8, dtype=torch.bfloat16)
+    adapter = lora.LoRA(lora.Layer("x", "denoiser", layer), lora.LayerSize(2, 1.0), lora.NetworkArgs(), torch.Generator())
+    fill(adapter)
+    adapter.attach()
+    x = torch.ones(1, 8, dtype=torch.bfloat16)
+    out = layer(x)
+    out.sum().backward()
+    assert out.dtype == torch.bfloat16
+    assert adapter.lora_down.weight.dtype == torch.float32 and adapter.lora_down.weight.grad.dtype == torch.float32
+    adapter.detach()
+    adapter.merge_into_base()
+    assert layer.weight.dtype == torch.bfloat16
+
+
+def test_networks_stack_and_come_off_in_reverse_order(shared_model: Any) -> None:
+    expected = predict(*shared_model)
+    first, second = make(shared_model), make(shared_model)
+    fill(first, 1)
+    fill(second, 2)
+    first.attach()
+    one = predict(*shared_model)
+    second.attach()
+    assert not torch.allclose(predict(*shared_model), one)
+    with pytest.raises(AssertionError):
+        first.detach()
+    second.detach()
+    assert torch.equal(predict(*shared_model), one)
+    first.detach()
+    assert torch.equal(predict(*shared_model), expected)
+
+
+# names and targets
+
+
+def test_keys_are_those_of_sd_scripts(shared_model: Any) -> None:
+    keys = {name.partition(".")[0] for name in make(shared_model).file_state_dict(None)}
+    block = "lora_unet_down_blocks_0_attentions_0"
+    attention = [
+        f"{block}_transformer_blocks_0_{a}_{p}" for a in ("attn1", "attn2") for p in ("to_q", "to_k", "to_v", "to_out_0")
+    ]
+    feed_forward = [f"{block}_transformer_blocks_0_ff_net_0_proj", f"{block}_transformer_blocks_0_ff_net_2"]
+    expected = {f"{block}_proj_in", f"{block}_proj_out", *attention, *feed_forward}
+    assert {key for key in keys if key.startswith(f"{block}_")} == expected
+    assert {key for key in keys if key.startswith("lora_te_")} == {
+        f"lora_te_text_model_encoder_layers_{i}_{layer}"
+        for i in range(2)
+        for layer in ("self_attn_q_proj", "self_attn_k_proj", "self_attn_v_proj", "self_attn_out_proj", "mlp_fc1", "mlp_fc2")
+    }
+    # 192 UNet and 72 text encoder layers in SD1; here 6 transformers of 12 layers and 2 CLIP layers of 6
+    assert len(keys) == 6 * 12 + 12
+
+
+def test_conv_dim_adds_resnets_and_samplers_with_1x1_and_linear_layers_at_the_network_rank(shared_model: Any) -> None:
+    plain, both = make(shared_model).file_state_dict(None), make(shared_model, **CONV).file_state_dict(None)
+    added = {name: tensor for name, tensor in both.items() if name not in plain}
+    layers = {name.partition(".")[0] for name in added}
+    assert "lora_unet_down_blocks_0_downsamplers_0_conv" in layers and "lora_unet_up_blocks_0_upsamplers_0_conv" in layers
+    assert not any("conv_in" in layer or "time_embedding" in layer for layer in layers)
+    resnet = "lora_unet_up_blocks_1_resnets_0"
+    assert added[f"{resnet}_conv1.lora_down.weight"].shape == (3, 24, 3, 3)
+    assert added[f"{resnet}_conv1.lora_up.weight"].shape == (8, 3, 1, 1)
+    assert added[f"{resnet}_conv_shortcut.lora_down.weight"].shape[0] == 4
+    assert added[f"{resnet}_time_emb_proj.lora_down.weight"].shape[0] == 4
+    assert added[f"{resnet}_conv1.alpha"] == 1 and added[f"{resnet}_time_emb_proj.alpha"] == 2
+
+
+def test_block_ranks_and_zero_rates_decide_layer_by_layer(shared_model: Any) -> None:
+    dims = [4] * 12 + [6] + [0] * 12
+    network = make(shared_model, block_dims=",".join(map(str, dims)), block_alphas=[1.0] * 25, down_lr_weight="zeros")
+    tensors = network.file_state_dict(None)
+    unet_keys = {name for name in tensors if name.startswith("lora_unet")}
+    assert unet_keys and all(name.startswith("lora_unet_mid_block") for name in unet_keys)
+    assert tensors["lora_unet_mid_block_attentions_0_proj_in.lora_down.weight"].shape[0] == 6
+    assert tensors["lora_te_text_model_encoder_layers_0_mlp_fc1.lora_down.weight"].shape[0] == 4
+
+
+def test_a_block_list_of_the_wrong_length_says_how_many(shared_model: Any) -> None:
+    with pytest.raises(UserError, match="block_dims has 3 values; give 25"):
+        make(shared_model, block_dims="1,2,3")
+
+
+def test_a_part_can_be_left_out_by_not_passing_it_or_by_name(shared_model: Any) -> None:
+    unet, encoder = shared_model
+    assert lora.create_network(1.0, 4, 1.0, None, None, unet).parts == {"denoiser"}
+    assert lora.create_network(1.0, 4, 1.0, None, [encoder], unet, parts={"text_encoder"}).parts == {"text_encoder"}
+    assert lora.create_network(1.0, 4, 1.0, None, {"text_encoder": encoder}, None).parts == {"text_encoder"}
+    network = make(shared_model)
+    network.apply_to(encoder, unet, apply_text_encoder=False)
+    assert network.parts == {"denoiser"}
+    network.detach()
+
+
+def test_a_table_that_matches_no_layer_is_an_error(shared_model: Any) -> None:
+    with pytest.raises(UserError, match="no layer to adapt in denoiser .*Transformer2DModel"):
+        lora.factory.for_arch(ARCH).create_network(1.0, 4, 1.0, None, shared_model[1], nn.Linear(2, 2))
+    with pytest.raises(UserError, match="no network table fits this model"):
+        lora.create_network(1.0, 4, 1.0, None, None, nn.Linear(2, 2))
+
+
+def test_unknown_network_args_are_errors(shared_model: Any) -> None:
+    with pytest.raises(UserError, match="Did you mean 'rank_dropout'"):
+        make(shared_model, rank_droput=0.1)
+    with pytest.raises(UserError, match="--network_dropout 0.1 and --network_args dropout=0.2 differ"):
+        make(shared_model, neuron_dropout=0.1, dropout=0.2)
+
+
+# training
+
+
+def rates(default: float = 1e-3, denoiser: float | None = None, *encoders: float | None) -> LearningRates:
+    return LearningRates(default, denoiser, encoders)
+
+
+def test_groups_have_sd_scripts_names_and_hold_every_parameter_once(shared_model: Any) -> None:
+    network = make(shared_model)
+    groups = network.param_groups(rates(1e-3, 2e-3, None))
+    assert {group.name: group.learning_rate for group in groups} == {"unet": 2e-3, "textencoder": 1e-3}
+    assert sorted(id(p) for group in groups for p in group.params) == sorted(map(id, network.parameters()))
+
+
+def test_loraplus_puts_the_up_matrices_in_groups_of_their_own(shared_model: Any) -> None:
+    network = make(shared_model, loraplus_lr_ratio=4, loraplus_text_encoder_lr_ratio=16)
+    groups = {group.name: group for group in network.param_groups(rates(1e-3))}
+    assert {name: group.learning_rate for name, group in groups.items()} == pytest.approx(
+        {"unet": 1e-3, "unet plus": 4e-3, "textencoder": 1e-3, "textencoder plus": 16e-3}
+    )
+    ups = {id(p) for name, p in network.named_parameters() if "lora_up" in name and "lora_unet" in name}
+    assert {id(p) for p in groups["unet plus"].params} == ups
+
+
+def test_block_rates_give_one_group_per_block(shared_model: Any) -> None:
+    network = make(shared_model, mid_lr_weight="0.5", up_lr_weight="linear")
+    groups = {group.name: group.learning_rate for group in network.param_groups(rates(1e-2))}
+    assert groups["unet_block12"] == pytest.approx(5e-3)
+    assert groups["unet_block18"] == pytest.approx(1e-2 * 5 / 11)
+    assert "unet_block13" not in groups and "unet" not in groups
+
+
+def test_a_part_at_rate_zero_is_left_out_and_frozen(shared_model: Any) -> None:
+    network = make(shared_model)
+    assert [group.name for group in network.param_groups(rates(1e-3, None, 0.0))] == ["unet"]
+    assert all(p.requires_grad == name.startswith("lora_unet") for name, p in network.named_parameters())
+    with pytest.raises(UserError, match="nothing would learn"):
+        network.param_groups(rates(0.0))
+    with pytest.raises(UserError, match="2 values, this model has 1 text encoders"):
+        network.param_groups(rates(1e-3, None, 1e-4, 1e-4))
+
+
+def test_sd_scripts_interface_gives_torch_groups(shared_model: Any) -> None:
+    network = make(shared_model)
+    groups, names = network.prepare_optimizer_params([1e-4], 2e-4, 1e-3)
+    torch.optim.AdamW(groups)
+    assert names == ["unet", "textencoder"]
+    assert [group["lr"] for group in groups] == [2e-4, 1e-4]
+    assert len(network.get_trainable_params()) == sum(len(group["params"]) for group in groups)
+    assert network.is_mergeable()
+
+
+def test_gradients_reach_both_parts_and_no_base_weight(shared_model: Any) -> None:
+    network = make(shared_model, **CONV)
+    fill(network)
+    network.attach()
+    predict(*shared_model).square().mean().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in network.parameters())
+    assert all(p.grad is None for module in shared_model for p in module.parameters())
+    network.detach()
+
+
+@pytest.mark.parametrize("kind", [{"neuron_dropout": 0.5}, {"rank_dropout": "0.5"}, {"module_dropout": 0.5}])
+def test_dropout_acts_in_training_only_and_follows_the_default_generator(shared_model: Any, kind: dict[str, Any]) -> None:
+    plain, network = make(shared_model, **CONV), make(shared_model, **CONV, **kind)
+    fill(plain)
+    fill(network)
+    plain.attach()
+    expected = predict(*shared_model)
+    plain.detach()
+    network.attach()
+    outputs = []
+    with torch.random.fork_rng(devices=[]):
+        for seed in (1, 1, 2):
+            torch.manual_seed(seed)
+            outputs.append(predict(*shared_model))
+    network.eval()
+    assert torch.equal(predict(*shared_model), expected)
+    network.detach()
+    assert torch.equal(outputs[0], outputs[1]) and not torch.equal(outputs[0], outputs[2])
+
+
+def test_rank_dropout_drops_whole_ranks_of_a_sample_and_keeps_the_mean() -> None:
+    layer = nn.Linear(4, 8, bias=False)
+    args = lora.NetworkArgs(rank_dropout=0.25)
+    adapter = lora.LoRA(lora.Layer("x", "denoiser", layer), lora.LayerSize(8, 8.0), args, torch.Generator())
+    with torch.no_grad():
+        adapter.lora_up.weight.copy_(torch.eye(8))  # the output shows the ranks
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        out = adapter.delta(torch.ones(4000, 3, 4))  # [samples, tokens, features]
+    kept = out != 0
+    assert torch.equal(kept, kept[:, :1].expand_as(kept))
+    assert kept[:, 0].float().mean() == pytest.approx(0.75, abs=0.01)
+    torch.testing.assert_close(out.mean((0, 1)), adapter.eval().delta(torch.ones(1, 4))[0], rtol=0.05, atol=0.01)
+
+
+def test_max_norm_shrinks_only_what_exceeds_it_and_reports_sd_scripts_rows(shared_model: Any) -> None:
+    network = make(shared_model, **CONV)
+    fill(network)
+    norms = torch.stack([adapter.delta_weight().norm() for adapter in network.adapters()])
+    limit = float(norms.detach().median())
+    before = network.file_state_dict(None)
+    before = {name: tensor.clone() for name, tensor in before.items()}
+    assert network.after_step(None) == {}
+    logged = network.after_step(limit)
+    after = torch.stack([adapter.delta_weight().norm() for adapter in network.adapters()])
+    torch.testing.assert_close(after, norms.clamp(max=limit), atol=1e-4, rtol=1e-4)
+    assert logged["max_norm/keys_scaled"] == (norms > limit).sum()
+    assert logged["max_norm/average_key_norm"] == pytest.approx(float(after.mean()), rel=1e-4)
+    assert logged["max_norm/max_key_norm"] == pytest.approx(limit, rel=1e-4)
+    kept = next(a.key for a, norm in zip(network.adapters(), norms, strict=True) if norm < limit * 0.9)
+    name = f"{kept}.lora_up.weight"
+    assert torch.equal(network.file_state_dict(None)[name], before[name])
+
+
+# files
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "ckpt", "pt"])
+def test_a_saved_network_gives_the_same_output_when_loaded(shared_model: Any, tmp_path: Path, suffix: str) -> None:
+    network = make(shared_model, **CONV)
+    fill(network)
+    network.attach()
+    expected = predict(*shared_model)
+    network.detach()
+    path = tmp_path / f"style.{suffix}"
+    network.save_weights(path, None, {"ss_network_dim": "4"})
+    again = make(shared_model, alpha=7, **CONV)
+    again.load_weights(path)
+    again.attach()
+    assert torch.equal(predict(*shared_model), expected)
+    again.detach()
+    unet, encoder = shared_model
+    from_file, tensors = lora.create_network_from_weights(1.0, path, None, encoder, unet)
+    assert tensors.keys() == network.file_state_dict(None).keys()
+    from_file.attach()
+    assert torch.equal(predict(*shared_model), expected)
+    from_file.detach()
+
+
+def test_module_state_restores_exactly_and_takes_alpha_along(shared_model: Any) -> None:
+    network, again = make(shared_model), make(shared_model, alpha=9, init_seed=5)
+    fill(network)
+    again.load_state_dict(network.state_dict())
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in network.state_dict().items())
+    assert {adapter.scale for adapter in again.adapters()} == {0.5}  # type: ignore[attr-defined]
+
+
+def test_saving_in_half_precision_rounds_the_file_and_not_the_network(shared_model: Any, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    network = make(shared_model)
+    network.save_weights(tmp_path / "half.safetensors", torch.float16, {})
+    assert {tensor.dtype for tensor in load_file(tmp_path / "half.safetensors").values()} == {torch.float16}
+    assert {parameter.dtype for parameter in network.parameters()} == {torch.float32}
+
+
+def test_hashes_in_the_file_are_those_of_its_bytes(tmp_path: Path) -> None:
+    from safetensors import safe_open
+
+    unet = tiny_unet()
+    network = lora.create_network(1.0, 512, 1.0, None, None, unet)  # over 1 MiB, so that the old hash covers something
+    fill(network)
+    metadata = {"ss_network_dim": "512", "modelspec.title": "a title"}
+    path = tmp_path / "style.safetensors"
+    network.save_weights(path, torch.float32, metadata)
+    with safe_open(path, "pt") as file:
+        written = file.metadata()
+    data = path.read_bytes()
+    assert len(data) > 0x110000
+    header_size = int.from_bytes(data[:8], "little")
+    assert written["sshs_model_hash"] == hashlib.sha256(data[8 + header_size :]).hexdigest()
+    # the old hash is of a file that has the ss_ rows only: rebuild that header, padded to 8 bytes as the format wants
+    header = json.loads(data[8 : 8 + header_size])
+    header["__metadata__"] = {"ss_network_dim": "512"}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    alone = len(text).to_bytes(8, "little") + text + data[8 + header_size :]
+    assert written["sshs_legacy_hash"] == hashlib.sha256(alone[0x100000:0x110000]).hexdigest()[:8]
+    assert metadata == {"ss_network_dim": "512", "modelspec.title": "a title"}
+
+
+def sd_scripts_file(path: Path, rank: int = 2) -> dict[str, Tensor]:
+    """A small file as sd-scripts writes it, made by hand: names and shapes only, no code of ours."""
+    from safetensors.torch import save_file
+
+    generator = torch.Generator().manual_seed(9)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator) * 0.3
+
+    layers = {
+        "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k": (random(rank, 16), random(8, rank)),
+        "lora_unet_mid_block_attentions_0_proj_in": (random(rank, 16, 1, 1), random(16, rank, 1, 1)),
+        "lora_unet_down_blocks_0_resnets_0_conv1": (random(rank, 8, 3, 3), random(8, rank, 1, 1)),
+        "lora_unet_conv_in": (random(rank, 4, 3, 3), random(8, rank, 1, 1)),
+        "lora_te_text_model_encoder_layers_0_self_attn_q_proj": (random(rank, 16), random(16, rank)),
+    }
+    tensors = {}
+    for name, (down, up) in layers.items():
+        tensors |= {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up, f"{name}.alpha": torch.tensor(1.0)}
+    save_file(tensors, path, {"ss_network_dim": str(rank)})
+    return tensors
+
+
+def test_a_file_of_sd_scripts_is_loaded_merged_and_adds_what_its_tensors_say(tmp_path: Path) -> None:
+    tensors = sd_scripts_file(tmp_path / "style.safetensors")
+    unet, encoder = tiny_unet(), tiny_text_encoder()
+    network, _ = lora.create_network_from_weights(0.5, tmp_path / "style.safetensors", None, encoder, unet)
+    assert network.parts == {"denoiser", "text_encoder"}
+    network.attach()
+    adapted = predict(unet, encoder)
+    network.detach()
+    key = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
+    layer = unet.down_blocks[0].attentions[0].transformer_blocks[0].attn2.to_k
+    before = layer.weight.clone()
+    lora.factory.merge_weights(0.5, tmp_path / "style.safetensors", encoder, unet)
+    expected = before + 0.5 * 0.5 * tensors[f"{key}.lora_up.weight"] @ tensors[f"{key}.lora_down.weight"]
+    torch.testing.assert_close(layer.weight, expected)
+    torch.testing.assert_close(predict(unet, encoder), adapted, atol=1e-5, rtol=1e-5)
+
+
+def test_a_file_without_alpha_or_with_matrices_for_1x1_convolutions_means_the_same(shared_model: Any) -> None:
+    unet, encoder = shared_model
+    key = "lora_unet_mid_block_attentions_0_proj_in"
+    down, up = torch.randn(2, 16), torch.randn(16, 2)
+    network, _ = lora.create_network_from_weights(
+        1.0, None, None, encoder, unet, {f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up}
+    )
+    (adapter,) = network.adapters()
+    torch.testing.assert_close(adapter.delta_weight(), (up @ down)[:, :, None, None])
+
+
+def test_a_file_of_one_part_loads_into_a_network_of_both_and_back(shared_model: Any, tmp_path: Path) -> None:
+    unet, encoder = shared_model
+    both, unet_only = make(shared_model), lora.create_network(1.0, 4, 2.0, None, None, unet, init_seed=3)
+    fill(unet_only)
+    unet_only.save_weights(tmp_path / "unet.safetensors", None)
+    both.load_weights(tmp_path / "unet.safetensors")
+    key = "lora_unet_mid_block_attentions_0_proj_in.lora_up.weight"
+    assert torch.equal(both.state_dict()[key], unet_only.state_dict()[key])
+    fill(both, seed=8)
+    both.save_weights(tmp_path / "both.safetensors", None)
+    unet_only.load_weights(tmp_path / "both.safetensors")
+    assert torch.equal(both.state_dict()[key], unet_only.state_dict()[key])
+    network, _ = lora.create_network_from_weights(1.0, tmp_path / "both.safetensors", None, None, unet)
+    assert network.parts == {"denoiser"}
+
+
+def save(path: Path, tensors: dict[str, Tensor]) -> Path:
+    from safetensors.torch import save_file
+
+    save_file(tensors, path)
+    return path
+
+
+def test_files_that_do_not_fit_say_what_is_wrong(shared_model: Any, tmp_path: Path) -> None:
+    unet, encoder = shared_model
+    network = make(shared_model, dim=4)
+    make(shared_model, dim=2).save_weights(tmp_path / "style.safetensors", None)
+    with pytest.raises(UserError) as caught:
+        network.load_weights(tmp_path / "style.safetensors")
+    assert str(caught.value) == "rank mismatch: file 2, --network_dim 4 (style.safetensors). Use --dim_from_weights."
+
+    make(shared_model, **CONV).save_weights(tmp_path / "conv.safetensors", None)
+    with pytest.raises(UserError, match=r"conv.safetensors does not fit.*layers more.*--dim_from_weights"):
+        network.load_weights(tmp_path / "conv.safetensors")
+    network.load_weights(tmp_path / "conv.safetensors", strict=False)
+
+    sd_scripts_file(tmp_path / "few.safetensors", rank=4)
+    with pytest.raises(UserError, match="lacks"):
+        network.load_weights(tmp_path / "few.safetensors")
+
+    sdxl = save(tmp_path / "xl.safetensors", {"lora_unet_input_blocks_4_1_proj_in.lora_down.weight": torch.zeros(4, 8)})
+    with pytest.raises(UserError, match=r"no weights for this model.*input_blocks_4_1.*looks like a network for SDXL"):
+        network.load_weights(sdxl)
+    with pytest.raises(UserError, match="looks like a network for SDXL"):
+        lora.create_network_from_weights(1.0, sdxl, None, encoder, unet)
+
+    key = "lora_unet_mid_block_attentions_0_proj_in"
+    loha = save(tmp_path / "loha.safetensors", {f"{key}.hada_w1_a": torch.zeros(4, 4)})
+    with pytest.raises(UserError, match="made by LoHa, not by plain LoRA"):
+        lora.create_network_from_weights(1.0, loha, None, encoder, unet)
+
+    wide = {f"{key}.lora_down.weight": torch.zeros(4, 320, 1, 1), f"{key}.lora_up.weight": torch.zeros(320, 4, 1, 1)}
+    with pytest.raises(
+        UserError, match=r"shape mismatch: .*\(4, 320, 1, 1\) in wide.safetensors, this model needs \(4, 16, 1, 1\)"
+    ):
+        lora.create_network_from_weights(1.0, save(tmp_path / "wide.safetensors", wide), None, encoder, unet)
+
+
+def test_unreadable_files_are_user_errors(shared_model: Any, tmp_path: Path) -> None:
+    network = make(shared_model)
+    with pytest.raises(UserError, match="not found"):
+        network.load_weights(tmp_path / "nowhere.safetensors")
+    network.save_weights(tmp_path / "whole.safetensors", None)
+    half = tmp_path / "half.safetensors"
+    half.write_bytes((tmp_path / "whole.safetensors").read_bytes()[:5000])
+    with pytest.raises(UserError, match="damaged or incomplete"):
+        network.load_weights(half)
+    (tmp_path / "text.pt").write_text("no weights at all")
+    with pytest.raises(UserError, match="damaged or incomplete"):
+        network.load_weights(tmp_path / "text.pt")
