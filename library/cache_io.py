@@ -5,6 +5,7 @@ A file without a fingerprint was written by sd-scripts. It is used when its shap
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets
@@ -78,7 +79,8 @@ def write_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
             "Free some space, or name another folder with --cache_dir."
         ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # not there when all went well; nothing more can be done when all went wrong
+            temporary.unlink()
 
 
 def read_npz(path: Path) -> dict[str, np.ndarray] | None:

@@ -223,12 +223,12 @@ def cache_latents(
     """
     if not options.cache.latents:
         return
-    jobs = latent_jobs([record for dataset in data.parts for record in dataset.records])
+    jobs = latent_jobs([record for dataset in data.image_datasets for record in dataset.records])
     if not options.cache.cache_latents_to_disk:
         cache = LatentCache(memory={job.key: entry for job, entry in _encode(jobs, strategies, bundle, options, device)})
     else:
         cache = LatentCache(files=_fill_latent_files(jobs, data.latent, strategies, bundle, options, device))
-    for dataset in data.parts:
+    for dataset in data.image_datasets:
         dataset.latent_cache = cache
 
 
@@ -257,7 +257,7 @@ def _fill_latent_files(
 def distinct_captions(data: TrainData) -> dict[str, Record | None]:
     """Every caption that can be trained, with the first picture that has it; the empty one (dropped) is always there."""
     captions: dict[str, Record | None] = {}
-    for dataset in data.parts:
+    for dataset in data.image_datasets:
         for record in dataset.records:
             captions.setdefault(static_caption(record.caption, record.subset.captions), record)
     captions.setdefault("", None)
@@ -358,7 +358,7 @@ def cache_text_outputs(
     else:
         files = _fill_text_files(captions, strategies, sources, bundle, options, device)
         cache = TextCache(conditioning, complete, files=files)
-    for dataset in data.parts:
+    for dataset in data.image_datasets:
         dataset.text_cache = cache
 
 

@@ -25,9 +25,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 STATE_FORMAT = 1
-TENSORS_FILE, OPTIMIZER_FILE = "trainable.safetensors", "optimizer.pt"
-SCHEDULE_FILE, TRAIN_STATE_FILE = "schedule.pt", "train_state.json"
-STATE_FILES = (TENSORS_FILE, OPTIMIZER_FILE, SCHEDULE_FILE, TRAIN_STATE_FILE)
+TENSORS_FILE, OPTIMIZER_FILE, TRAIN_STATE_FILE = "trainable.safetensors", "optimizer.pt", "train_state.json"
+STATE_FILES = (TENSORS_FILE, OPTIMIZER_FILE, TRAIN_STATE_FILE)
 FOREIGN_STATE_FILES = ("random_states_0.pkl", "optimizer.bin", "scheduler.bin")
 """What accelerate writes, and sd-scripts through it."""
 
@@ -258,11 +257,8 @@ def save_state(
     """
     from safetensors.torch import save_file
 
-    pickled = {
-        OPTIMIZER_FILE: dict(optimizer),
-        SCHEDULE_FILE: {"scheduler": dict(scheduler), "scaler": None if scaler is None else dict(scaler)},
-    }
-    _check_plain(pickled, "state")
+    states = {"optimizer": dict(optimizer), "scheduler": dict(scheduler), "scaler": None if scaler is None else dict(scaler)}
+    _check_plain(states, "state")
     record = {
         "format": STATE_FORMAT,
         "current_epoch": train_state["epoch"],
@@ -274,9 +270,8 @@ def save_state(
     def write(temporary: Path) -> None:
         temporary.mkdir()
         save_file(_storable(trainable), temporary / TENSORS_FILE)
-        for name, values in pickled.items():
-            with (temporary / name).open("wb") as file:
-                torch.save(values, file)
+        with (temporary / OPTIMIZER_FILE).open("wb") as file:
+            torch.save(states, file)
         (temporary / TRAIN_STATE_FILE).write_text(json.dumps(record, indent=1), encoding="utf-8")
 
     atomic_write(folder, write)
@@ -320,10 +315,8 @@ def load_state(folder: Path | str) -> SavedState:
     with _explained(folder / TENSORS_FILE):
         tensors = load_file(folder / TENSORS_FILE)
     with _explained(folder / OPTIMIZER_FILE):
-        optimizer = torch.load(folder / OPTIMIZER_FILE, map_location="cpu", weights_only=True)
-    with _explained(folder / SCHEDULE_FILE):
-        schedule = torch.load(folder / SCHEDULE_FILE, map_location="cpu", weights_only=True)
-    return SavedState(folder, tensors, optimizer, schedule["scheduler"], schedule["scaler"], record)
+        states = torch.load(folder / OPTIMIZER_FILE, map_location="cpu", weights_only=True)
+    return SavedState(folder, tensors, states["optimizer"], states["scheduler"], states["scaler"], record)
 
 
 def read_train_state(folder: Path) -> dict[str, Any]:

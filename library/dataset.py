@@ -108,8 +108,10 @@ class ImageDataset(Dataset[TrainBatch]):
     tokenizer: TokenizeStrategy
     evaluating: bool = False
     max_steps: int = 0
+    max_epochs: int | None = None
+    """The length of the run, in steps, or in epochs where that is set: what a share of it is for token warm-up."""
     batches_per_step: int = 1
-    """Batches of the whole run per optimizer step (accumulation times processes): what token warm-up counts in."""
+    """Batches of all processes per optimizer step; `make_loader` knows it. Token warm-up counts in steps."""
     latent_cache: LatentCache | None = None
     text_cache: TextCache | None = None
     _planned: tuple[int, list[Batch]] | None = field(default=None, init=False, repr=False)
@@ -156,11 +158,16 @@ class ImageDataset(Dataset[TrainBatch]):
         epoch, index = key
         number, items = self.plan(epoch)[index]
         part = self.parts[number]
-        step = (epoch * self.num_batches + index) // self.batches_per_step
-        moment = CaptionMoment(self.seed, epoch, step if not self.evaluating else sys.maxsize, self.max_steps)
         records = [part.records[record] for record, _ in items]
+        moment = self._moment(epoch, index)
         rows = [self._row(record, repeat, moment) for record, (_, repeat) in zip(records, items, strict=True)]
         return self._collate(records, rows, part.multiplier)
+
+    def _moment(self, epoch: int, index: int) -> CaptionMoment:
+        steps_per_epoch = math.ceil(self.num_batches / self.batches_per_step)
+        step = sys.maxsize if self.evaluating else epoch * steps_per_epoch + index // self.batches_per_step
+        max_steps = self.max_steps if self.max_epochs is None else self.max_epochs * steps_per_epoch
+        return CaptionMoment(self.seed, epoch, step, max_steps)
 
     # One picture
 
@@ -321,7 +328,7 @@ class TrainData:
     """Whether the datasets came from a configuration file, which changes the form of the metadata."""
 
     @property
-    def parts(self) -> list[ImageDataset]:
+    def image_datasets(self) -> list[ImageDataset]:
         return [self.train] + ([self.validation] if self.validation else [])
 
     def metadata(self, world: int = 1) -> dict[str, str]:
@@ -350,20 +357,19 @@ def build_train_data(options: TrainOptions, latent: LatentSpec, strategies: Stra
     _check_cacheable(datasets, options)
     train = [Part.of(d.train, d.config.batch_size, d.config.network_multiplier) for d in datasets if d.train]
     held_out = [Part.of(d.validation, d.config.batch_size, d.config.network_multiplier) for d in datasets if d.validation]
-    dataset = ImageDataset(tuple(train), seed, strategies.tokenize)
-    dataset.max_steps = _max_steps(dataset, options)
+    training = options.training
+    dataset = ImageDataset(
+        tuple(train),
+        seed,
+        strategies.tokenize,
+        max_steps=training.max_train_steps,
+        max_epochs=training.max_train_epochs,
+        batches_per_step=training.gradient_accumulation_steps,
+    )
     validation = ImageDataset(tuple(held_out), seed, strategies.tokenize, evaluating=True) if held_out else None
     data = TrainData(dataset, validation, datasets, latent, options, config.source is not None)
     logger.info("%s", data.summary())
     return data
-
-
-def _max_steps(dataset: ImageDataset, options: TrainOptions) -> int:
-    """Optimizer steps of the run on one process: what a token warm-up below 1 is a share of."""
-    training = options.training
-    if training.max_train_epochs is None:
-        return training.max_train_steps
-    return training.max_train_epochs * math.ceil(dataset.num_batches / training.gradient_accumulation_steps)
 
 
 def _check_cacheable(datasets: Sequence[DatasetRecords], options: TrainOptions) -> None:

@@ -12,7 +12,7 @@ import json
 import re
 import struct
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from pathlib import Path
@@ -88,7 +88,7 @@ class TensorEntry:
         return flat.as_strided(self.shape, self.stride).contiguous()
 
     def _fill(self, flat: Tensor) -> None:
-        view = memoryview(flat.view(torch.uint8).numpy())
+        view = memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]
         with self.file.open("rb") as stream:
             stream.seek(self.start + self.offset * self.dtype.itemsize)
             if stream.readinto(view) != len(view):
@@ -115,8 +115,14 @@ class TensorSource:
     def __contains__(self, key: str) -> bool:
         return key in self.entries
 
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.entries)
+
     def keys(self) -> list[str]:
         return list(self.entries)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {key: entry.shape for key, entry in self.entries.items()}
 
     def shape(self, key: str) -> tuple[int, ...]:
         return self.entries[key].shape
@@ -249,14 +255,15 @@ def _load_weights_only(path: Path, device: str) -> Any:
         with torch.serialization.safe_globals(inert):
             return torch.load(path, map_location=device, weights_only=True)
     except pickle.UnpicklingError as error:
-        unsafe = _unsafe_globals(path)
+        unsafe = _unsafe_globals(path) or re.findall(r"GLOBAL (\S+)", str(error))
         if unsafe:
             raise UserError(
                 f"{path} needs code that a checkpoint should not need ({', '.join(unsafe[:4])}), so it was not opened: "
                 "such a file can do anything to this computer. Convert it to safetensors with a tool and on a machine "
                 "you trust it on, and use that."
             ) from error
-        raise UserError(f"{path} is not a readable checkpoint: {error}") from error
+        # torch's own message is left out: it advises to load the file unsafely
+        raise UserError(f"{path} ({path.stat().st_size:,} bytes) is not a readable checkpoint. Get it again.") from error
     except (RuntimeError, EOFError, OSError, ValueError) as error:
         raise UserError(f"{path} ({path.stat().st_size:,} bytes) is damaged or cut off: {error}. Get it again.") from error
 
@@ -272,9 +279,9 @@ def _unsafe_globals(path: Path) -> list[str]:
 def _pickle_entry(path: Path, tensor: Tensor) -> TensorEntry:
     if not tensor.is_meta:
         return TensorEntry(path, 0, tensor.dtype, tuple(tensor.shape), held=tensor.detach())
-    start: int = tensor.untyped_storage()._checkpoint_offset  # type: ignore[attr-defined]
-    stride = None if tensor.is_contiguous() else tensor.stride()
-    return TensorEntry(path, start, tensor.dtype, tuple(tensor.shape), tensor.storage_offset(), stride)
+    start: Any = tensor.untyped_storage()._checkpoint_offset
+    stride = None if tensor.is_contiguous() else tuple(tensor.stride())
+    return TensorEntry(path, start, tensor.dtype, tuple(tensor.shape), int(tensor.storage_offset()), stride)
 
 
 # ---- filling a module ----------------------------------------------------------------------------------------------

@@ -45,7 +45,9 @@ def _has(pattern: str, keys: str) -> bool:
 _LDM_UNET = r"input_blocks\.0\.0\.weight$"
 
 SIGNATURES: tuple[Signature, ...] = (
-    Signature("lora", "a LoRA or other adapter", "", (r".*\.(lora_down|lora_A|lora\.down|hada_w1_a|lokr_w1|lokr_w1_a|oft_blocks)\b",)),
+    Signature(
+        "lora", "a LoRA or other adapter", "", (r".*\.(lora_down|lora_A|lora\.down|hada_w1_a|lokr_w1|lokr_w1_a|oft_blocks)\b",)
+    ),
     Signature("embedding", "a textual inversion embedding", "", (r"(emb_params|string_to_param|clip_[lg])$",)),
     Signature("controlnet", "a ControlNet", "", (r"(control_model\.|controlnet_cond_embedding|input_hint_block)",)),
     Signature("chroma", "Chroma", "flux_train_network.py", (r"double_blocks\.0\.img_attn\.qkv", r"distilled_guidance_layer\.")),
@@ -65,7 +67,9 @@ SIGNATURES: tuple[Signature, ...] = (
     Signature("sd2", "Stable Diffusion 2.x", "train_network.py", (_LDM_UNET, r"cond_stage_model\.model\.")),
     Signature("sd1", "Stable Diffusion 1.x", "train_network.py", (_LDM_UNET, r"cond_stage_model\.transformer\.")),
     Signature("unet", "a UNet alone, without text encoder and VAE", "", (_LDM_UNET,)),
-    Signature("diffusers_part", "one part of a diffusers model; give its folder", "", (r"(down_blocks|transformer_blocks)\.0\.",)),
+    Signature(
+        "diffusers_part", "one part of a diffusers model; give its folder", "", (r"(down_blocks|transformer_blocks)\.0\.",)
+    ),
     Signature("vae", "a VAE", "", (r"(first_stage_model\.|vae\.)?(encoder\.down|encoder\.down_blocks)\.0\.",)),
     Signature("clip", "a CLIP text encoder", "", (r"(text_model\.|transformer\.)?(encoder\.layers|resblocks)\.0\.",)),
     Signature("t5", "a T5 text encoder", "", (r"encoder\.block\.0\.layer\.0\.SelfAttention\.",)),

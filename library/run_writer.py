@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING, cast
 
 from torch import Tensor
 
-from library.checkpoint import CheckpointPolicy, CheckpointWriter, result_options, save_state, state_name
+from library.checkpoint import (
+    CheckpointPolicy,
+    CheckpointWriter,
+    read_train_state,
+    result_options,
+    save_state,
+    state_name,
+)
 from library.metadata import BaseHashes, RunFacts, at_save, modelspec_metadata, network_metadata
 from library.optimizers import describe_optimizer
 from library.run_setup import save_dtype
@@ -68,6 +75,11 @@ class FileMetadata:
         return metadata | modelspec_metadata(options, self.facts, "LoRA")
 
 
+def recent_losses(resume: str | None) -> list[float]:
+    """Those `loss/average` goes on from, of the state that is resumed."""
+    return read_train_state(Path(resume)).get("recent_losses", []) if resume else []
+
+
 class RunWriter:
     """Everything written during one run of `trainer`. Files are the main process's work; previews are shared."""
 
@@ -94,6 +106,7 @@ class RunWriter:
             total_steps=trainer.length.total_updates,
             steps_per_epoch=trainer.length.updates_per_epoch,
             resume_step=trainer.state.step if options.state.resume else None,
+            recent_losses=recent_losses(options.state.resume),
             config=result_options(options),
             enabled=self.is_main,
         )
@@ -164,7 +177,7 @@ class RunWriter:
                 optimizer=trainer.optimizer.state_dict(),
                 scheduler=trainer.scheduler.state_dict(),
                 scaler=None if scaler is None else scaler.state_dict(),
-                train_state=trainer.train_state(),
+                train_state={**trainer.train_state(), "recent_losses": self.tracker.losses()},
             )
         return folder
 
@@ -179,4 +192,6 @@ class RunWriter:
             return
         with ExitStack() as stack:
             stack.enter_context(trainer.update_rule.evaluating())
+            trainer.trainable.train(False)  # an adapter's dropout is not in the denoiser's modules
+            stack.callback(trainer.trainable.train)
             self.previews.write(trainer.bundle, trainer.trainable.denoiser, step=trainer.state.step, epoch=epoch)

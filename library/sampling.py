@@ -73,7 +73,7 @@ def _diffusers_class(name: str) -> tuple[type[Any], Mapping[str, Any]]:
         raise UserError(f"unknown sampler '{name}'. Known: {', '.join(SCHEDULERS)}.{suggest(name, SCHEDULERS)}")
     class_name, arguments = found
     cls = getattr(importlib.import_module("diffusers"), class_name)
-    if not hasattr(cls, "set_timesteps"):  # diffusers gives a stand-in when a package is not installed
+    if hasattr(cls, "_backends"):  # diffusers' stand-in for a class whose packages are not installed
         raise UserError(f"the sampler '{name}' needs a package that is not installed: pip install scipy. Or choose another.")
     return cls, arguments
 
@@ -89,7 +89,8 @@ def make_scheduler(name: str, objective: DiscreteObjective) -> Any:
     if objective.zero_terminal_snr:
         before = (1 - betas[:-1]).prod()
         betas[-1] = 1 - 1 / (LARGEST_SIGMA_SQUARED * before)
-        arguments |= {"timestep_spacing": "trailing"}
+        if "timestep_spacing" in inspect.signature(cls.__init__).parameters:  # the others begin there anyway
+            arguments["timestep_spacing"] = "trailing"
     return cls(
         num_train_timesteps=len(betas),
         trained_betas=betas.tolist(),

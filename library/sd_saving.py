@@ -55,7 +55,7 @@ class SdCheckpoint:
         if module is not None and not self._unchanged(component, module):
             tensors = {key: value.detach().to("cpu") for key, value in module.state_dict().items()}
         else:
-            tensors = {key: component.tensor(key) for key in component.keys()}
+            tensors = {key: component.tensor(key) for key in component.names()}
         return {key: _cast(value, dtype) for key, value in tensors.items()}
 
     def _unchanged(self, component: Component, module: nn.Module) -> bool:
@@ -77,7 +77,7 @@ class SdCheckpoint:
         whole = self.model.whole
         if whole is None:
             return tensors | (_unused_open_clip(tensors) if self.model.version == "v2" else {})
-        for key in whole.keys():
+        for key in whole:
             if key not in tensors:
                 if self._own("vae") or not key.startswith(VAE_PREFIX):
                     tensors[key] = whole.get(key)
@@ -211,8 +211,8 @@ def check_single_file(model: SdModel) -> None:
     levels = len(told["block_out_channels"])
     if _per_level(heads, levels) != _per_level(expected, levels):
         raise UserError(
-            f"{model.path} has {heads} attention heads, and a single file of its shape is read as having {expected} everywhere. "
-            "Save it as a folder: --save_model_as diffusers_safetensors."
+            f"{model.path} has {heads} attention heads, and a single file of its shape is read as "
+            f"having {expected}. Save it as a folder: --save_model_as diffusers_safetensors."
         )
 
 

@@ -121,8 +121,10 @@ class SdFamily(ModelFamily):
         modules: Any = module
         if part == "denoiser":
             modules.enable_gradient_checkpointing()
+        elif hasattr(modules, "activation_checkpointing_enable"):  # its name since transformers 5.22
+            modules.activation_checkpointing_enable({"use_reentrant": False})
         else:
-            modules.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            modules.gradient_checkpointing_enable({"use_reentrant": False})
 
     # ---- steps -------------------------------------------------------------------------------------------------------
 
@@ -142,9 +144,7 @@ class SdFamily(ModelFamily):
             huber_scale=loss.huber_scale,
         )
 
-    def predict(
-        self, denoiser: nn.Module, x_t: Tensor, t: Tensor, cond: SdConditioning, batch: TrainBatch | None
-    ) -> Tensor:
+    def predict(self, denoiser: nn.Module, x_t: Tensor, t: Tensor, cond: SdConditioning, batch: TrainBatch | None) -> Tensor:
         context = cond.context
         if not torch.is_autocast_enabled(x_t.device.type):
             dtype = next(denoiser.parameters()).dtype
@@ -154,7 +154,7 @@ class SdFamily(ModelFamily):
 
     def sample(self, denoiser: nn.Module, request: SampleRequest, options: TrainOptions, device: torch.device) -> Tensor:
         spec = self.latent(options)
-        cond = SdConditioning.collate([request.positive.rows(0), request.negative.rows(0)]).to(device)
+        cond: Any = type(request.positive).collate([request.positive.rows(0), request.negative.rows(0)]).to(device)
 
         def predict(x_t: Tensor, t: Tensor) -> Tensor:
             """One row for each of x_t's: the positive prompt, then, when guided, the negative one."""

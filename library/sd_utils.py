@@ -74,15 +74,13 @@ class Component:
 
     def load(self, *, dtype: torch.dtype, device: torch.device | str) -> nn.Module:
         """The module, frozen, in eval mode."""
-        return load_into(
-            self.make(self.config), self.source, self.key_map, dtype=dtype, device=device, optional=self.optional
-        )
+        return load_into(self.make(self.config), self.source, self.key_map, dtype=dtype, device=device, optional=self.optional)
 
     @functools.cached_property
     def _origins(self) -> Mapping[str, Origin]:
         return self.key_map.origins(self.source.keys())[0]
 
-    def keys(self) -> list[str]:
+    def names(self) -> list[str]:
         """Names of the module's tensors."""
         return list(self.make(self.config).state_dict())
 
@@ -127,7 +125,9 @@ def describe(options: ModelOptions) -> SdModel:
     """The model that `options` name, from headers and configuration files alone. Cached while the files are unchanged."""
     name = options.pretrained_model_name_or_path
     if not name:
-        raise UserError("no base model: give --pretrained_model_name_or_path a checkpoint file, a diffusers folder or a hub id.")
+        raise UserError(
+            "no base model: give --pretrained_model_name_or_path a checkpoint file, a diffusers folder or a hub id."
+        )
     path = _find_base(name)
     vae = find_model(options.vae, "--vae", allow_patterns=_HUB_VAE) if options.vae else None
     return _describe(path, vae, (_stamp(path), _stamp(vae)))
@@ -178,7 +178,7 @@ def _describe_file(path: Path, vae: Path | None) -> SdModel:
     require_family(path, detected, ("sd1", "sd2"), TITLE, SCRIPT)
     assert detected is not None
     version: Version = "v2" if detected.family == "sd2" else "v1"
-    shapes = _shapes(unet := whole.under(UNET_PREFIX))
+    shapes = (unet := whole.under(UNET_PREFIX)).shapes()
     config = sd_models.unet_config(shapes)
     prediction, prediction_from = _file_prediction(whole)
     return SdModel(
@@ -193,10 +193,6 @@ def _describe_file(path: Path, vae: Path | None) -> SdModel:
         zero_terminal_snr="ztsnr" in whole,
         whole=whole,
     )
-
-
-def _shapes(source: TensorSource) -> dict[str, tuple[int, ...]]:
-    return {key: source.shape(key) for key in source.keys()}
 
 
 def _file_prediction(whole: TensorSource) -> tuple[Prediction | None, str]:
@@ -223,7 +219,7 @@ def _clip(whole: TensorSource) -> Component:
 
 def _open_clip(whole: TensorSource) -> Component:
     source = whole.under(OPEN_CLIP_PREFIX)
-    shapes = _shapes(source)
+    shapes = source.shapes()
     used = sd_models.open_clip_layers(shapes)
     optional = ("text_projection", "logit_scale", "attn_mask", rf"transformer\.resblocks\.{used}\..*")
     return Component(
@@ -245,9 +241,11 @@ def _file_vae(whole: TensorSource) -> Component:
     source = whole.under(VAE_PREFIX)
     if "encoder.conv_in.weight" not in source:
         raise UserError(f"{whole.path} has no VAE. Give one as --vae (a file, a diffusers folder or a hub id).")
-    config = sd_models.vae_config(_shapes(source), VAE_SCALE)
+    config = sd_models.vae_config(source.shapes(), VAE_SCALE)
     levels = len(config["block_out_channels"])
-    return Component(source, sd_models.vae_key_map(levels), config, sd_models.make_vae, VAE_PREFIX, (r"loss\..*", r"model_ema\..*"))
+    return Component(
+        source, sd_models.vae_key_map(levels), config, sd_models.make_vae, VAE_PREFIX, (r"loss\..*", r"model_ema\..*")
+    )
 
 
 def open_vae(path: Path) -> Component:
@@ -281,22 +279,22 @@ def _beside(path: Path) -> dict[str, Any] | None:
 
 def _diffusers_vae_config(source: TensorSource) -> dict[str, Any]:
     """Configuration of a diffusers VAE file that stands alone, through its LDM names."""
-    levels = sd_models.count_indices(_shapes(source), r"encoder\.down_blocks\.(\d+)\.")
+    levels = sd_models.count_indices(source.shapes(), r"encoder\.down_blocks\.(\d+)\.")
     key_map = sd_models.vae_key_map(levels)
-    shapes = {name: source.shape(key) for key in source.keys() if (name := key_map.their_name(key)) is not None}
+    shapes = {name: source.shape(key) for key in source if (name := key_map.their_name(key)) is not None}
     return sd_models.vae_config(shapes, VAE_SCALE)
 
 
 def _folder_vae(folder: Path) -> Component:
     config = read_json(folder / "config.json")
-    return Component(
-        open_component(folder), sd_models.VAE_FOLDER_NAMES, config, sd_models.make_vae, folder=folder
-    )
+    return Component(open_component(folder), sd_models.VAE_FOLDER_NAMES, config, sd_models.make_vae, folder=folder)
 
 
 def _describe_folder(path: Path, vae: Path | None) -> SdModel:
     if not (path / "model_index.json").is_file():
-        raise UserError(f"{path} is a folder without model_index.json, so it is not a diffusers model. Give a file or such a folder.")
+        raise UserError(
+            f"{path} is a folder without model_index.json, so it is not a diffusers model. Give a file or such a folder."
+        )
     require_family(path, detect_folder(path), ("sd1", "sd2"), TITLE, SCRIPT)
     config = read_json(path / "unet" / "config.json")
     text_config = read_json(path / "text_encoder" / "config.json")
@@ -329,7 +327,7 @@ def _describe_folder(path: Path, vae: Path | None) -> SdModel:
 
 
 def check_flags(model: SdModel, options: ModelOptions, *, zero_terminal_snr: bool) -> None:
-    """Raise one `UserError` for all contradictions between the file and the flags. A file that is silent contradicts nothing."""
+    """Raise one `UserError` for all contradictions between file and flags. A file that is silent contradicts nothing."""
     problems = []
     if (model.version == "v2") != options.v2:
         told = "its text encoder and projections" if model.whole is not None else "unet/config.json"

@@ -121,9 +121,7 @@ class SdTextEncodingStrategy(TextEncodingStrategy):
 
     clip_skip: int | None = None
 
-    def encode(
-        self, encoders: Mapping[str, nn.Module], tokens: Tokens, only: frozenset[str] | None = None
-    ) -> SdConditioning:
+    def encode(self, encoders: Mapping[str, nn.Module], tokens: Tokens, only: frozenset[str] | None = None) -> SdConditioning:
         if only is not None and TEXT_ENCODER not in only:
             return SdConditioning()
         encoder = encoders[TEXT_ENCODER]

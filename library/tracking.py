@@ -65,7 +65,11 @@ class LossLog:
     def push(self, step: int, epoch: int, values: Mapping[str, Tensor | float]) -> list[Row]:
         """Scalars of one step; returns the rows that are ready, oldest first."""
         on_device = {name: value for name, value in values.items() if isinstance(value, Tensor) and value.is_cuda}
-        known = {name: float(value) for name, value in values.items() if name not in on_device}
+        known = {
+            name: float(value.detach() if isinstance(value, Tensor) else value)
+            for name, value in values.items()
+            if name not in on_device
+        }
         ready = self.flush()
         if not on_device:
             return [*ready, Row(step, epoch, known)]

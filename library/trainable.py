@@ -108,10 +108,7 @@ def merge_base_weights(module: NetworkModule, bundle: ModelBundle, options: Netw
     files, multipliers = options.base_weights or (), options.base_weights_multiplier or ()
     for index, file in enumerate(files):
         multiplier = multipliers[index] if index < len(multipliers) else 1.0
-        network, _ = module.create_network_from_weights(
-            multiplier, file, None, bundle.text_encoders, bundle.denoiser, for_inference=True
-        )
-        network.merge_into_base()
+        module.merge_weights(multiplier, file, bundle.text_encoders, bundle.denoiser)
         logger.info("merged %s at %g", file, multiplier)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,6 +25,11 @@ OUR_MODULES = ("networks.lora",)
 
 PIP_NAMES = {"lycoris": "lycoris-lora"}
 """Top-level package -> what to install, where the names differ."""
+
+
+HIDDEN_CLASSES = {"lycoris": ("TimestepEmbedding",)}
+"""Top-level package -> classes of a model's children it must not see. LyCORIS 4.1 lists TimestepEmbedding for another family
+and `time_embedding.linear_1` for Stable Diffusion, and stops because it finds the same layer twice."""
 
 
 class NetworkModule(Protocol):
@@ -114,6 +119,9 @@ class ForeignModule:
     def for_arch(self, arch: NetworkArch) -> ForeignModule:
         return replace(self, arch=arch)
 
+    def _model(self, text_encoder: object, unet: nn.Module | None) -> _Model:
+        return _Model.of(self.arch, text_encoder, unet, hidden=HIDDEN_CLASSES.get(self.name.partition(".")[0], ()))
+
     def create_network(
         self,
         multiplier: float,
@@ -130,7 +138,7 @@ class ForeignModule:
     ) -> ForeignNetwork:
         """An untrained network. `neuron_dropout` is passed as `dropout` too, LyCORIS' name for it."""
         kwargs.setdefault("dropout", neuron_dropout)
-        model = _Model.of(self.arch, text_encoder, unet)
+        model = self._model(text_encoder, unet)
         with _seeded(init_seed):
             network = self.module.create_network(
                 multiplier, network_dim, network_alpha, vae, model.encoders, model.unet, neuron_dropout=neuron_dropout, **kwargs
@@ -154,7 +162,7 @@ class ForeignModule:
     ) -> tuple[ForeignNetwork, dict[str, Tensor]]:
         """The network of a file, with its weights; and the file's tensors."""
         tensors = dict(weights_sd) if weights_sd is not None else read_weights(file or "")
-        model = _Model.of(self.arch, text_encoder, unet)
+        model = self._model(text_encoder, unet)
         with _seeded(init_seed):
             made = self._from_weights(model, multiplier, file, vae, tensors, for_inference, kwargs)
         network = ForeignNetwork(made, model, parts, self, multiplier)
@@ -190,7 +198,7 @@ class ForeignModule:
     ) -> None:
         """See `NetworkFactory.merge_weights`. Merged at 1 and scaled here, since not every module heeds its multiplier."""
         tensors = dict(weights_sd) if weights_sd is not None else read_weights(file or "")
-        model = _Model.of(self.arch, text_encoder, unet)
+        model = self._model(text_encoder, unet)
         network = self._from_weights(model, 1.0, file, None, tensors, True, {})
         if not hasattr(network, "merge_to"):
             raise UserError(f"{self.name} cannot merge its networks into the model: do not use --base_weights.")
@@ -218,7 +226,8 @@ def wrap(
     multiplier: float = 1.0,
 ) -> ForeignNetwork:
     """A network that `module` made through sd-scripts' interface, not applied yet, as an `AdapterNetwork`."""
-    return ForeignNetwork(network, _Model.of(arch, text_encoder, unet), parts, ForeignModule(module, arch), multiplier)
+    owner = ForeignModule(module, arch)
+    return ForeignNetwork(network, owner._model(text_encoder, unet), parts, owner, multiplier)
 
 
 @contextmanager
@@ -239,35 +248,45 @@ class _Model:
     unet: nn.Module
 
     @classmethod
-    def of(cls, arch: NetworkArch | None, text_encoder: object, unet: nn.Module | None) -> _Model:
+    def of(cls, arch: NetworkArch | None, text_encoder: object, unet: nn.Module | None, hidden: Collection[str] = ()) -> _Model:
         if unet is None:
             raise UserError("a foreign network module needs the denoiser, even where only text encoders learn.")
         arch = arch or infer_arch(text_encoder, unet)
         modules = arch.parts_of(text_encoder, unet)
         names = {group.part: group.canonical for group in arch.groups}
-        views = {part: _view(module, names[part]) for part, module in modules.items()}
+        views = {part: _view(module, names[part], hidden) for part, module in modules.items()}
         encoders = [views[part] for part in arch.text_parts if part in views]
         # sd-scripts passes one encoder bare; a list makes foreign modules count: lora_te1_, lora_te2_
         shown = encoders if len(arch.text_parts) > 1 else next(iter(encoders), None)
         return cls(modules, arch.text_parts, shown, views[DENOISER])
 
 
-def _view(module: nn.Module, canonical: Any) -> nn.Module:
+def _view(module: nn.Module, canonical: Callable[[str], str], hidden: Collection[str]) -> nn.Module:
     """`module` itself where its names are sd-scripts'; else a shell whose `named_modules` spells them.
 
     Foreign modules name their keys after `named_modules()`, and transformers 5 dropped CLIPTextModel's `text_model.`.
+    Children of `hidden` classes are shown as shells around their own children.
     """
-    if all(canonical(name) == name for name, _ in module.named_children()):
+    children = dict(module.named_children())
+    conceal = {name for name, child in children.items() if type(child).__name__ in hidden}
+    if not conceal and all(canonical(name) == name for name in children):
         return module
     shell = nn.Module()
-    for name, child in module.named_children():
+    for name, child in children.items():
         *folders, last = canonical(name).split(".")
         place = shell
         for folder in folders:
             if not hasattr(place, folder):
                 place.add_module(folder, nn.Module())
             place = getattr(place, folder)
-        place.add_module(last, child)
+        place.add_module(last, _shell_around(child) if name in conceal else child)
+    return shell
+
+
+def _shell_around(module: nn.Module) -> nn.Module:
+    shell = nn.Module()
+    for name, child in module.named_children():
+        shell.add_module(name, child)
     return shell
 
 

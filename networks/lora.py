@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ class LoRA(Adapter):
     lora_up: Matrix
     alpha: Tensor
     scale: float
+    _alpha: float
 
     def __init__(self, layer: Layer, size: LayerSize, args: NetworkArgs, generator: torch.Generator) -> None:
         super().__init__(layer, size, args, generator)
@@ -41,6 +42,12 @@ class LoRA(Adapter):
         self.register_buffer("alpha", torch.tensor(float(size.alpha or size.rank)))
         self.register_load_state_dict_post_hook(_read_scale)
         _read_scale(self)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LoRA:
+        """`.to(dtype)` and the like: `alpha` stays exact in float32, so that a resumed run has the very same scale."""
+        super()._apply(fn, recurse)
+        self.alpha = torch.tensor(self._alpha, device=self.alpha.device)
+        return self
 
     def delta(self, x: Tensor) -> Tensor:
         down, up = self.lora_down.weight.to(x.dtype), self.lora_up.weight.to(x.dtype)
@@ -132,7 +139,8 @@ def _without_ones(tensor: Tensor) -> tuple[int, ...]:
 def _read_scale(adapter: nn.Module, _keys: object = None) -> None:
     """alpha / rank as a plain number: read once per load, so that no step waits for the device."""
     assert isinstance(adapter, LoRA)
-    adapter.scale = float(adapter.alpha) / adapter.rank
+    adapter._alpha = float(adapter.alpha)
+    adapter.scale = adapter._alpha / adapter.rank
 
 
 factory = bind(LoRA)

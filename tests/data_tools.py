@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -68,14 +70,18 @@ class Loads:
         self.names: list[str] = []
 
 
+@lru_cache(maxsize=1)
+def _parts() -> dict[str, torch.nn.Module]:
+    return tiny.sd_modules()
+
+
 def make_bundle(vae_identity: str = "vae-1", text_identity: str = "text-1", loads: Loads | None = None) -> ModelBundle:
-    """A tiny real VAE and text encoder; `loads` is told what is read."""
-    modules = tiny.sd_modules()
+    """A tiny real VAE and text encoder, the same each time; `loads` is told what is read."""
 
     def loader(name: str) -> torch.nn.Module:
         if loads is not None:
             loads.names.append(name)
-        return modules[name].eval().requires_grad_(False)
+        return copy.deepcopy(_parts()[name])
 
     return ModelBundle(
         loaders={name: (lambda name=name: loader(name)) for name in ("vae", "text_encoder")},

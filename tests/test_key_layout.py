@@ -130,11 +130,19 @@ def test_clip_names_in_files_have_text_model_whatever_transformers_calls_its_mod
     from transformers import CLIPTextConfig, CLIPTextModel
 
     config = CLIPTextConfig(
-        vocab_size=10, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, bos_token_id=8, eos_token_id=9
+        vocab_size=10,
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        bos_token_id=8,
+        eos_token_id=9,
     )
     names = [sd_models.CLIP_NAMES.their_name(name) for name in CLIPTextModel(config).state_dict()]
     layer = "text_model.encoder.layers.0"
     linears = [f"{layer}.self_attn.{name}_proj" for name in ("q", "k", "v", "out")] + [f"{layer}.mlp.fc1", f"{layer}.mlp.fc2"]
     norms = [f"{layer}.layer_norm1", f"{layer}.layer_norm2", "text_model.final_layer_norm"]
     embeddings = ["text_model.embeddings.token_embedding.weight", "text_model.embeddings.position_embedding.weight"]
-    assert sorted(map(str, names)) == sorted([*embeddings, *(f"{n}.{kind}" for n in linears + norms for kind in ("weight", "bias"))])
+    assert sorted(map(str, names)) == sorted(
+        [*embeddings, *(f"{n}.{kind}" for n in linears + norms for kind in ("weight", "bias"))]
+    )

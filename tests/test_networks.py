@@ -190,7 +190,7 @@ def test_block_ranks_and_zero_rates_decide_layer_by_layer(shared_model: Any) -> 
 
 
 def test_a_block_list_of_the_wrong_length_says_how_many(shared_model: Any) -> None:
-    with pytest.raises(UserError, match="block_dims has 3 values; give 25"):
+    with pytest.raises(UserError, match="block_dims has 3 values, this model has 25 blocks"):
         make(shared_model, block_dims="1,2,3")
 
 
@@ -319,13 +319,13 @@ def test_rank_dropout_drops_whole_ranks_of_a_sample_and_keeps_the_mean() -> None
 def test_max_norm_shrinks_only_what_exceeds_it_and_reports_sd_scripts_rows(shared_model: Any) -> None:
     network = make(shared_model, **CONV)
     fill(network)
-    norms = torch.stack([adapter.delta_weight().norm() for adapter in network.adapters()])
-    limit = float(norms.detach().median())
+    norms = torch.stack([adapter.delta_weight().norm().detach() for adapter in network.adapters()])
+    limit = float(norms.median())
     before = network.file_state_dict(None)
     before = {name: tensor.clone() for name, tensor in before.items()}
     assert network.after_step(None) == {}
     logged = network.after_step(limit)
-    after = torch.stack([adapter.delta_weight().norm() for adapter in network.adapters()])
+    after = torch.stack([adapter.delta_weight().norm().detach() for adapter in network.adapters()])
     torch.testing.assert_close(after, norms.clamp(max=limit), atol=1e-4, rtol=1e-4)
     assert logged["max_norm/keys_scaled"] == (norms > limit).sum()
     assert logged["max_norm/average_key_norm"] == pytest.approx(float(after.mean()), rel=1e-4)
@@ -366,6 +366,28 @@ def test_module_state_restores_exactly_and_takes_alpha_along(shared_model: Any) 
     again.load_state_dict(network.state_dict())
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in network.state_dict().items())
     assert {adapter.scale for adapter in again.adapters()} == {0.5}  # type: ignore[attr-defined]
+
+
+def test_alpha_stays_exact_when_the_network_is_cast_so_that_resuming_keeps_the_scale(shared_model: Any) -> None:
+    network, again = (make(shared_model, alpha=0.3).to(torch.bfloat16) for _ in range(2))
+    again.load_state_dict(network.state_dict())
+    assert {p.dtype for p in again.parameters()} == {torch.bfloat16}
+    scales = [{adapter.scale for adapter in n.adapters()} for n in (make(shared_model, alpha=0.3), network)]  # type: ignore[attr-defined]
+    resumed = {adapter.scale for adapter in again.adapters()}  # type: ignore[attr-defined]
+    assert scales[0] == scales[1] and resumed == {float(torch.tensor(0.3)) / 4}
+    assert scales[0] == resumed
+
+
+def test_under_autocast_the_adapter_computes_as_its_layer_does_and_learns_in_float32() -> None:
+    layer = nn.Conv2d(4, 4, 3, padding=1)
+    adapter = lora.LoRA(lora.Layer("x", "denoiser", layer), lora.LayerSize(2, 1.0), lora.NetworkArgs(), torch.Generator())
+    fill(adapter)
+    adapter.attach()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = layer(torch.ones(1, 4, 5, 5))
+    out.float().sum().backward()
+    assert out.dtype == torch.bfloat16
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in adapter.parameters())
 
 
 def test_saving_in_half_precision_rounds_the_file_and_not_the_network(shared_model: Any, tmp_path: Path) -> None:

@@ -140,7 +140,7 @@ def test_a_missing_requirements_file_is_one_line(project: Path) -> None:
             "disk is full",
         ),
         (
-            "WARNING: Retrying (Retry(total=0)) after connection broken by 'NewConnectionError(... name resolution')': /simple/x/\n"
+            "WARNING: Retrying after connection broken by 'NewConnectionError(... name resolution')': /simple/x/\n"
             "ERROR: Could not find a version that satisfies the requirement x==1 (from versions: none)\n"
             "ERROR: No matching distribution found for x==1",
             "the package index could not be reached",

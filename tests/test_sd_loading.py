@@ -18,7 +18,13 @@ from library.errors import UserError
 from library.key_layout import IDENTITY, KeyMap, Rule
 from library.model_io import empty_module, load_into, open_checkpoint
 from library.model_signatures import detect_keys
-from library.option_groups import FullOptions, FullTrainOptions, ModelOptions, NetworkTrainOptions, NoiseOptions, PrecisionOptions
+from library.option_groups import (
+    FullTrainOptions,
+    ModelOptions,
+    NetworkTrainOptions,
+    NoiseOptions,
+    PrecisionOptions,
+)
 from library.sd_train_utils import SdFamily
 from library.sd_utils import describe
 from tests import tiny
@@ -54,13 +60,6 @@ def options(path: Path | str, tokenizer: Path | None = None, **model: Any) -> Fu
 
 def load(path: Path, tokenizer: Path | None = None, dtype: torch.dtype = torch.float32, **model: Any) -> Any:
     return FAMILY.load(options(path, tokenizer, **model), device=CPU, dtype=dtype)
-
-
-def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    """Equal names, dtypes, shapes and bits."""
-    return a.keys() == b.keys() and all(
-        a[k].dtype == b[k].dtype and a[k].shape == b[k].shape and torch.equal(a[k], b[k]) for k in a
-    )
 
 
 # ---- sources ---------------------------------------------------------------------------------------------------------
@@ -99,7 +98,9 @@ def test_a_checkpoint_that_names_lightnings_callback_class_is_read_without_it(tm
     parents = {name: types.ModuleType(name) for name in ("pytorch_lightning", "pytorch_lightning.callbacks")}
     sys.modules.update({**parents, module.__name__: module})
     try:
-        torch.save({"state_dict": {"a": torch.ones(2)}, "callbacks": {module.ModelCheckpoint: {"best": 1}}}, tmp_path / "x.ckpt")
+        torch.save(
+            {"state_dict": {"a": torch.ones(2)}, "callbacks": {module.ModelCheckpoint: {"best": 1}}}, tmp_path / "x.ckpt"
+        )
     finally:
         for name in (*parents, module.__name__):
             del sys.modules[name]
@@ -132,7 +133,9 @@ def test_filling_a_module_is_strict_and_names_all_that_does_not_fit(tmp_path: Pa
         load_into(empty_module(lambda: nn.Linear(3, 2)), source, IDENTITY)
     with pytest.raises(UserError, match=r"'weight' has shape \(2, 3\).*\(4, 3\)"):
         load_into(empty_module(lambda: nn.Linear(3, 4, bias=False)), source, IDENTITY, optional=("more",))
-    module: Any = load_into(empty_module(lambda: nn.Linear(3, 2, bias=False)), source, IDENTITY, optional=("more",), dtype=torch.bfloat16)
+    module: Any = load_into(
+        empty_module(lambda: nn.Linear(3, 2, bias=False)), source, IDENTITY, optional=("more",), dtype=torch.bfloat16
+    )
     assert module.weight.dtype == torch.bfloat16 and not module.weight.requires_grad and not module.training
 
 
@@ -161,8 +164,14 @@ def test_every_form_of_one_model_loads_to_the_same_weights(tmp_path: Path, sd1: 
     bundles = [load(path, tokenizer) for path in paths]
     for name in ("denoiser", "vae", "text_encoder"):
         first, *others = (bundle.part(name).state_dict() for bundle in bundles)
-        assert all(same(first, other) for other in others)
-    assert [bundle.facts["format"] for bundle in bundles] == ["safetensors", "diffusers_safetensors", "ckpt", "safetensors", "diffusers"]
+        assert all(tiny.same_tensors(first, other) for other in others)
+    assert [bundle.facts["format"] for bundle in bundles] == [
+        "safetensors",
+        "diffusers_safetensors",
+        "ckpt",
+        "safetensors",
+        "diffusers",
+    ]
 
 
 def test_a_folder_written_by_transformers_4_and_an_old_diffusers_loads(tmp_path: Path, folder: Path):
@@ -177,7 +186,7 @@ def test_a_folder_written_by_transformers_4_and_an_old_diffusers_loads(tmp_path:
     save_file(tensors, vae)
     assert any(".proj_attn." in key for key in tensors)
     for part in ("vae", "text_encoder"):
-        assert same(load(old).part(part).state_dict(), load(folder).part(part).state_dict())
+        assert tiny.same_tensors(load(old).part(part).state_dict(), load(folder).part(part).state_dict())
 
 
 def test_a_part_is_read_when_first_used_in_the_dtype_asked_for(sd1: Path, tokenizer: Path):
@@ -191,7 +200,9 @@ def test_a_part_is_read_when_first_used_in_the_dtype_asked_for(sd1: Path, tokeni
 
 
 def vae_as_bare_ldm(path: Path) -> Path:
-    save_file({k.removeprefix("first_stage_model."): v for k, v in tiny.sd_ldm_tensors(seed=7).items() if "first_stage" in k}, path)
+    save_file(
+        {k.removeprefix("first_stage_model."): v for k, v in tiny.sd_ldm_tensors(seed=7).items() if "first_stage" in k}, path
+    )
     return path
 
 
@@ -224,7 +235,7 @@ def vae_as_parent_folder(path: Path) -> Path:
 def test_another_vae_can_be_given_in_every_form(write: Callable[[Path], Path], tmp_path: Path, sd1: Path, tokenizer: Path):
     path = write(tmp_path / "vae.safetensors")
     bundle = load(sd1, tokenizer, vae=str(path))
-    assert same(bundle.vae.state_dict(), tiny.sd_modules(seed=7)["vae"].state_dict())
+    assert tiny.same_tensors(bundle.vae.state_dict(), tiny.sd_modules(seed=7)["vae"].state_dict())
     assert bundle.identity["vae"] != load(sd1, tokenizer).identity["vae"]
 
 
@@ -292,7 +303,9 @@ def test_all_contradictions_are_told_at_once(tmp_path: Path, tokenizer: Path):
     assert "--v2" in str(caught.value) and "--v_parameterization" in str(caught.value)
 
 
-def test_a_zero_terminal_snr_marker_without_the_flag_is_a_warning(tmp_path: Path, tokenizer: Path, caplog: pytest.LogCaptureFixture):
+def test_a_zero_terminal_snr_marker_without_the_flag_is_a_warning(
+    tmp_path: Path, tokenizer: Path, caplog: pytest.LogCaptureFixture
+):
     path = tiny.write_sd_checkpoint(tmp_path / "x.safetensors", extra={"ztsnr": torch.tensor([])})
     FAMILY.check(FullTrainOptions(model=options(path, tokenizer).model, noise=NoiseOptions(zero_terminal_snr=True)))
     assert not caplog.records
@@ -321,8 +334,16 @@ def test_versions_are_named_as_sd_scripts_names_them(version: str, v: bool, name
 @pytest.mark.parametrize(
     ("keys", "family", "script"),
     [
-        (["model.diffusion_model.input_blocks.0.0.weight", "model.diffusion_model.label_emb.0.0.weight"], "sdxl", "sdxl_train_network.py"),
-        (["model.diffusion_model.input_blocks.0.0.weight", "conditioner.embedders.0.model.ln_final.weight"], "sdxl_refiner", ""),
+        (
+            ["model.diffusion_model.input_blocks.0.0.weight", "model.diffusion_model.label_emb.0.0.weight"],
+            "sdxl",
+            "sdxl_train_network.py",
+        ),
+        (
+            ["model.diffusion_model.input_blocks.0.0.weight", "conditioner.embedders.0.model.ln_final.weight"],
+            "sdxl_refiner",
+            "",
+        ),
         (["model.diffusion_model.joint_blocks.0.context_block.attn.qkv.weight"], "sd3", "sd3_train_network.py"),
         (["double_blocks.0.img_attn.norm.key_norm.scale"], "flux", "flux_train_network.py"),
         (["double_blocks.0.img_attn.qkv.weight", "distilled_guidance_layer.in_proj.weight"], "chroma", "flux_train_network.py"),
@@ -385,7 +406,9 @@ class Malicious:
 @pytest.mark.parametrize("zipped", [True, False])
 def test_a_malicious_pickle_is_refused_and_not_run(zipped: bool, tmp_path: Path):
     path = tmp_path / "evil.ckpt"
-    torch.save({"state_dict": {"a": torch.ones(1)}, "x": Malicious(tmp_path / "owned")}, path, _use_new_zipfile_serialization=zipped)
+    torch.save(
+        {"state_dict": {"a": torch.ones(1)}, "x": Malicious(tmp_path / "owned")}, path, _use_new_zipfile_serialization=zipped
+    )
     with pytest.raises(UserError, match=r"(?s)evil.ckpt needs code.*Convert it to safetensors"):
         FAMILY.check(options(path))
     assert not (tmp_path / "owned").exists()
@@ -452,114 +475,6 @@ def test_tokenizers_are_looked_for_in_order(sd1: Path, folder: Path, tokenizer: 
     assert found(folder, tokenizer=tokenizer) == tokenizer
     with pytest.raises(UserError, match="--tokenizer"):
         found(folder, tokenizer=sd1.parent)
-
-
-# ---- saving ----------------------------------------------------------------------------------------------------------
-
-
-def save(bundle: Any, path: Path, format: str, dtype: torch.dtype | None = None) -> Path:
-    FAMILY.save_checkpoint(bundle, path, format=format, dtype=dtype, metadata={"ss_epoch": "3", "ss_steps": "12"})
-    return path
-
-
-@pytest.mark.parametrize("version", ["v1", "v2"])
-@pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
-def test_load_and_save_gives_back_every_tensor_bit_for_bit(version: Any, suffix: str, tmp_path: Path, tokenizer: Path):
-    path = tiny.write_sd_checkpoint(tmp_path / f"in{suffix}", version=version, dtype=torch.float16)
-    bundle = load(path, tokenizer, torch.float16, v2=version == "v2")
-    _ = bundle.denoiser, bundle.text_encoders, bundle.vae
-    out = save(bundle, tmp_path / f"out{suffix}", bundle.facts["format"])
-    if suffix == ".safetensors":
-        assert same(load_file(out), load_file(path))
-        assert open_checkpoint(out).metadata == {"ss_epoch": "3", "ss_steps": "12"}
-    else:
-        saved = torch.load(out, weights_only=True)
-        assert same(saved["state_dict"], torch.load(path, weights_only=True)["state_dict"])
-        assert (saved["epoch"], saved["global_step"]) == (3, 12)
-
-
-def test_parts_that_were_not_trained_are_written_as_the_file_has_them(sd1: Path, tmp_path: Path, tokenizer: Path):
-    bundle = load(sd1, tokenizer, torch.bfloat16)
-    _ = bundle.text_encoders, bundle.vae
-    bundle.denoiser.conv_in.bias.data += 1
-    before, after = load_file(sd1), load_file(save(bundle, tmp_path / "out.safetensors", "safetensors"))
-    for key, value in before.items():
-        if key.startswith("model.diffusion_model."):
-            assert after[key].dtype == torch.bfloat16
-        else:
-            assert torch.equal(after[key], value), key
-    changed = "model.diffusion_model.input_blocks.0.0.bias"
-    assert torch.equal(after[changed], before[changed].bfloat16() + 1)
-
-
-def test_a_trained_text_encoder_is_written(sd2: Path, tmp_path: Path, tokenizer: Path):
-    bundle = load(sd2, tokenizer, v2=True)
-    bundle.text_encoders["text_encoder"].encoder.layers[1].self_attn.k_proj.weight.data += 1
-    before, after = load_file(sd2), load_file(save(bundle, tmp_path / "out.safetensors", "safetensors"))
-    key = "cond_stage_model.model.transformer.resblocks.1.attn.in_proj_weight"
-    width = before[key].shape[1]
-    assert torch.equal(after[key][width : 2 * width], before[key][width : 2 * width] + 1)
-    assert torch.equal(after[key][:width], before[key][:width])
-    assert torch.equal(after["cond_stage_model.model.text_projection"], before["cond_stage_model.model.text_projection"])
-
-
-def test_saving_in_another_precision_leaves_what_no_part_uses(sd1: Path, tmp_path: Path, tokenizer: Path):
-    after = load_file(save(load(sd1, tokenizer), tmp_path / "out.safetensors", "safetensors", torch.float16))
-    assert after["alphas_cumprod"].dtype == torch.float32
-    assert after["cond_stage_model.transformer.text_model.embeddings.position_ids"].dtype == torch.int64
-    assert {v.dtype for k, v in after.items() if k.startswith(("model.", "first_stage"))} == {torch.float16}
-
-
-def test_an_exchanged_vae_is_written_instead_of_the_files_own(sd1: Path, tmp_path: Path, tokenizer: Path):
-    folder = vae_as_folder(tmp_path / "vae.safetensors")
-    after = load_file(save(load(sd1, tokenizer, vae=str(folder)), tmp_path / "out.safetensors", "safetensors"))
-    expected = tiny.sd_ldm_tensors(seed=7)
-    assert all(torch.equal(value, expected[key]) for key, value in after.items() if key.startswith("first_stage"))
-    assert after.keys() == load_file(sd1).keys()
-
-
-@pytest.mark.parametrize("format", ["diffusers", "diffusers_safetensors"])
-@pytest.mark.parametrize("version", ["v1", "v2"])
-def test_a_file_saved_as_folder_is_read_by_diffusers_and_comes_back_as_the_same_file(
-    format: str, version: Any, tmp_path: Path, tokenizer: Path
-):
-    from diffusers import StableDiffusionPipeline
-
-    path = tiny.write_sd_checkpoint(tmp_path / "in.safetensors", version=version)
-    out = save(load(path, tokenizer, v2=version == "v2"), tmp_path / "folder", format)
-    pipe = StableDiffusionPipeline.from_pretrained(str(out), local_files_only=True)
-    for name, module in (("denoiser", pipe.unet), ("vae", pipe.vae), ("text_encoder", pipe.text_encoder)):
-        assert same(dict(module.state_dict()), tiny.sd_modules(version)[name].state_dict())
-    assert pipe.tokenizer("a red circle").input_ids[1:-1] == FAMILY.strategies(options(out)).tokenize.tokenizer.ids("a red circle")  # type: ignore[attr-defined]
-    assert pipe.scheduler.config.prediction_type == "epsilon"
-
-    bundle = load(out, v2=version == "v2")
-    assert bundle.facts["format"] == format
-    back, source = load_file(save(bundle, tmp_path / "back.safetensors", "safetensors")), load_file(path)
-    weights = {key for key in source if key.startswith(("model.diff", "first_stage", "cond_stage"))} - {
-        "cond_stage_model.transformer.text_model.embeddings.position_ids"
-    }
-    assert weights == back.keys()
-    unused = (".resblocks.2.", "text_projection", "logit_scale")
-    assert all(torch.equal(back[key], source[key]) for key in weights if not any(name in key for name in unused))
-
-
-def test_a_folders_text_encoder_is_written_under_the_names_every_reader_knows(sd1: Path, tmp_path: Path, tokenizer: Path):
-    out = save(load(sd1, tokenizer), tmp_path / "folder", "diffusers_safetensors")
-    keys = load_file(out / "text_encoder" / "model.safetensors").keys()
-    assert "text_model.encoder.layers.0.self_attn.q_proj.weight" in keys
-    assert all(key.startswith("text_model.") for key in keys)
-
-
-def test_head_counts_that_a_single_file_cannot_hold_are_refused_before_training(tmp_path: Path):
-    folder = tiny.write_sd_diffusers(tmp_path / "m")
-    config = json.loads((folder / "unet" / "config.json").read_text())
-    (folder / "unet" / "config.json").write_text(json.dumps(config | {"attention_head_dim": 4}))
-    base = options(folder).model
-    FAMILY.check(FullTrainOptions(model=base))
-    FAMILY.check(FullTrainOptions(model=base, full=FullOptions(save_model_as="diffusers")))
-    with pytest.raises(UserError, match=r"4 attention heads.*diffusers_safetensors"):
-        FAMILY.check(FullTrainOptions(model=base, full=FullOptions(save_model_as="safetensors")))
 
 
 def test_network_options_are_enough_to_check(sd1: Path, tokenizer: Path):

@@ -45,13 +45,17 @@ def test_a_single_file_gives_the_outputs_of_modules_built_directly(version: Any,
     x, t, image = randn(2, 4, 8, 8), torch.tensor([3, 700]), randn(1, 3, 32, 32)
     with torch.no_grad():
         context = direct["text_encoder"](input_ids=ids).last_hidden_state
-        torch.testing.assert_close(bundle.text_encoders["text_encoder"](input_ids=ids).last_hidden_state, context, atol=1e-5, rtol=0)
+        torch.testing.assert_close(
+            bundle.text_encoders["text_encoder"](input_ids=ids).last_hidden_state, context, atol=1e-5, rtol=0
+        )
         expected = direct["denoiser"](x, t, encoder_hidden_states=context).sample
         ours = FAMILY.predict(bundle.denoiser, x, t, SdConditioning(context=context), None)
         torch.testing.assert_close(ours, expected, atol=1e-5, rtol=0)
         assert expected.std() > 0.1
         vae: Any = bundle.vae
-        torch.testing.assert_close(vae.encode(image).latent_dist.mean, direct["vae"].encode(image).latent_dist.mean, atol=1e-5, rtol=0)
+        torch.testing.assert_close(
+            vae.encode(image).latent_dist.mean, direct["vae"].encode(image).latent_dist.mean, atol=1e-5, rtol=0
+        )
         torch.testing.assert_close(vae.decode(x).sample, direct["vae"].decode(x).sample, atol=1e-5, rtol=0)
 
 
@@ -160,7 +164,8 @@ def test_previews_run_the_predict_that_is_trained_and_decode_to_the_pictures_siz
     strategies = FAMILY.strategies(options)
     with torch.no_grad():
         positive, negative = (
-            strategies.text_encoding.encode(bundle.text_encoders, strategies.tokenize.tokenize([text])) for text in ("a red circle", "")
+            strategies.text_encoding.encode(bundle.text_encoders, strategies.tokenize.tokenize([text]))
+            for text in ("a red circle", "")
         )
     calls: list[int] = []
     bundle.denoiser.register_forward_hook(lambda module, args, out: calls.append(args[0].shape[0]))
@@ -209,7 +214,6 @@ def test_gradient_checkpointing_changes_no_gradient(part: str, models: dict[str,
         gradients.append([p.grad.clone() for p in module.parameters() if p.grad is not None])
     assert len(gradients[0]) > 20
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
-
 
 
 def test_folder_and_file_of_one_model_predict_alike(tmp_path: Path, models: dict[str, NetworkTrainOptions]):

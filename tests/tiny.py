@@ -1,8 +1,10 @@
-"""Tiny models and pictures for tests, in the official layouts. Deterministic; every weight is random, those too that begin as zeros."""
+"""Tiny models and pictures for tests, in the official layouts. Deterministic; weights that begin as zeros are random, too."""
 
 from __future__ import annotations
 
+import functools
 import json
+import math
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +25,13 @@ MERGES = (
     "yello w</w>", "c i", "ci r", "cir c", "circ l", "circl e</w>", "s q", "sq u", "squ a", "squa r", "squar e</w>",
     "o n</w>",
 )  # fmt: skip
+
+
+def same_tensors(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    """Equal names, dtypes, shapes and bits."""
+    return a.keys() == b.keys() and all(
+        a[key].dtype == b[key].dtype and a[key].shape == b[key].shape and torch.equal(a[key], b[key]) for key in a
+    )
 
 
 # ---- tokenizer -------------------------------------------------------------------------------------------------------
@@ -100,20 +109,27 @@ def sd_modules(version: Version = "v1", seed: int = 0) -> dict[str, nn.Module]:
     """Tiny parts built directly from diffusers and transformers, with random weights, in eval mode."""
     makers = {"denoiser": sd_models.make_unet, "vae": sd_models.make_vae, "text_encoder": sd_models.make_clip}
     configs = sd_configs(version)
-    return {name: _randomized(make(configs[name]), f"{version}/{name}/{seed}") for name, make in makers.items()}
+    modules = {}
+    for name, make in makers.items():
+        module = make(configs[name])
+        shapes = tuple((key, tuple(value.shape)) for key, value in module.state_dict().items())
+        tensors = {key: value.clone() for key, value in _random_tensors(shapes, f"{version}/{name}/{seed}").items()}
+        module.load_state_dict(tensors, strict=True, assign=True)
+        modules[name] = module.requires_grad_(False).eval()
+    return modules
 
 
-def _randomized(module: nn.Module, key: str) -> nn.Module:
+@functools.lru_cache(maxsize=16)
+def _random_tensors(shapes: tuple[tuple[str, tuple[int, ...]], ...], key: str) -> dict[str, Tensor]:
     """Weights of a size at which signals neither die nor explode; norms near 1."""
     tensors = {}
-    for name, value in module.state_dict().items():
-        noise = torch.randn(value.shape, generator=keyed_generator("tiny", key, name))
-        if value.ndim >= 2:
-            tensors[name] = noise * (0.5 if "embedding" in name else value[0].numel() ** -0.5)
+    for name, shape in shapes:
+        noise = torch.randn(shape, generator=keyed_generator("tiny", key, name))
+        if len(shape) >= 2:
+            tensors[name] = noise * (0.5 if "embedding" in name else math.prod(shape[1:]) ** -0.5)
         else:
             tensors[name] = noise * 0.1 + (1.0 if "norm" in name and name.endswith("weight") else 0.0)
-    module.load_state_dict(tensors, strict=True, assign=True)
-    return module.requires_grad_(False).eval()
+    return tensors
 
 
 def sd_ldm_tensors(version: Version = "v1", seed: int = 0, *, bare_clip: bool = False) -> dict[str, Tensor]:
@@ -121,6 +137,11 @@ def sd_ldm_tensors(version: Version = "v1", seed: int = 0, *, bare_clip: bool = 
 
     bare_clip: SD1's second key variant, without `text_model.`. SD2 has one OpenCLIP layer more than the model runs.
     """
+    return dict(_sd_ldm_tensors(version, seed, bare_clip))
+
+
+@functools.lru_cache(maxsize=8)
+def _sd_ldm_tensors(version: Version, seed: int, bare_clip: bool) -> dict[str, Tensor]:
     modules, configs = sd_modules(version, seed), sd_configs(version)
     clip = (OPEN_CLIP_PREFIX, sd_models.OPEN_CLIP_NAMES)
     if version == "v1":
@@ -146,7 +167,9 @@ def _unused(version: Version, tensors: dict[str, Tensor], bare_clip: bool) -> di
     extra = {key.replace(first, last): value * 2 for key, value in tensors.items() if key.startswith(first)}
     width = tensors[f"{OPEN_CLIP_PREFIX}positional_embedding"].shape[1]
     projection = torch.randn(width, width, generator=keyed_generator("tiny", "projection"))
-    return unused | extra | {f"{OPEN_CLIP_PREFIX}text_projection": projection, f"{OPEN_CLIP_PREFIX}logit_scale": torch.tensor(4.6)}
+    return (
+        unused | extra | {f"{OPEN_CLIP_PREFIX}text_projection": projection, f"{OPEN_CLIP_PREFIX}logit_scale": torch.tensor(4.6)}
+    )
 
 
 def write_sd_checkpoint(
@@ -181,7 +204,9 @@ def write_sd_diffusers(
     """A diffusers folder, written by diffusers and transformers themselves. prediction None: the scheduler does not say."""
     for name, module in sd_modules(version, seed).items():
         saved: Any = module
-        saved.save_pretrained(str(path / {"denoiser": "unet"}.get(name, name)), **({} if name == "text_encoder" else {"safe_serialization": safe}))
+        saved.save_pretrained(
+            str(path / {"denoiser": "unet"}.get(name, name)), **({} if name == "text_encoder" else {"safe_serialization": safe})
+        )
     write_clip_tokenizer(path / "tokenizer", version=version)
     scheduler: dict[str, Any] = {"_class_name": "DDIMScheduler", "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
     scheduler |= {"beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1, "clip_sample": False}
