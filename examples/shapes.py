@@ -78,6 +78,11 @@ class Scene:
     background: str
     size: str = "large"
 
+    @property
+    def combination(self) -> tuple[str, str, str]:
+        """What the checker can tell: shape, colour, background."""
+        return self.shape, self.colour, self.background
+
     def prompt(self, noun: str | None = None) -> str:
         """The caption; `noun` replaces the name of the shape."""
         return f"a {self.size} {self.colour} {noun or self.shape} on a {self.background} background"
@@ -90,6 +95,15 @@ def scenes(shapes: tuple[str, ...] = BASE_SHAPES, sizes: tuple[str, ...] = tuple
             for background in COLOURS:
                 if colour != background:
                     yield from (Scene(shape, colour, background, size) for size in sizes)
+
+
+def _held_out(count: int) -> frozenset[tuple[str, str, str]]:
+    combinations = sorted({scene.combination for scene in scenes()})
+    return frozenset(keyed_random("held out").sample(combinations, count))
+
+
+HELD_OUT = _held_out(100)
+"""Combinations that the base model is never trained on, in no size: with both sizes, 200 prompts to judge it by."""
 
 
 def _jittered(colour: str, rng: Random) -> tuple[int, int, int]:
@@ -133,7 +147,7 @@ class Found:
 
     def matches(self, scene: Scene) -> bool:
         """Shape, colour and background are all as asked."""
-        return (self.shape, self.colour, self.background) == (scene.shape, scene.colour, scene.background)
+        return (self.shape, self.colour, self.background) == scene.combination
 
 
 GRID = 64  # cells of the normalised mask, per side

@@ -15,6 +15,7 @@ import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
+from io import BufferedReader
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +50,7 @@ INERT_GLOBALS = ("pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
 class of ours, so nothing of theirs is imported or run."""
 
 _MAX_HEADER = 100 * 2**20  # safetensors' own limit
+_PIECE = 2**19  # elements read at a time while casting
 _SHARD = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.\w+)")
 
 
@@ -73,26 +75,36 @@ class TensorEntry:
     def num_elements(self) -> int:
         return torch.Size(self.shape).numel()
 
-    def read(self) -> Tensor:
-        """The tensor, contiguous, in memory of its own."""
+    def read(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The tensor, contiguous, in memory of its own; floating-point ones in `dtype`.
+
+        A cast is made in small pieces: the tensor is never in memory in both precisions, and freed buffers leave no holes.
+        """
+        target = dtype if dtype is not None and self.dtype.is_floating_point else self.dtype
         if self.held is not None:
-            return self.held.clone(memory_format=torch.contiguous_format)
+            return self.held.to(target, copy=True).contiguous()
         span = self.num_elements
         if self.stride is not None and span:
             span = 1 + sum((size - 1) * step for size, step in zip(self.shape, self.stride, strict=True))
-        flat = torch.empty(span, dtype=self.dtype)
-        if span:
-            self._fill(flat)
+        flat = torch.empty(span, dtype=target)
+        with self.file.open("rb") as stream:
+            stream.seek(self.start + self.offset * self.dtype.itemsize)
+            if target == self.dtype:
+                self._fill(stream, flat)
+            else:
+                piece = torch.empty(min(span, _PIECE), dtype=self.dtype)
+                for begin in range(0, span, _PIECE):
+                    part = flat[begin : begin + _PIECE]
+                    self._fill(stream, piece[: len(part)])
+                    part.copy_(piece[: len(part)])
         if self.stride is None:
             return flat.view(self.shape)
         return flat.as_strided(self.shape, self.stride).contiguous()
 
-    def _fill(self, flat: Tensor) -> None:
+    def _fill(self, stream: BufferedReader, flat: Tensor) -> None:
         view = memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]
-        with self.file.open("rb") as stream:
-            stream.seek(self.start + self.offset * self.dtype.itemsize)
-            if stream.readinto(view) != len(view):
-                raise UserError(f"{self.file} ended while it was read: it has been changed or replaced. Start again.")
+        if stream.readinto(view) != len(view):
+            raise UserError(f"{self.file} ended while it was read: it has been changed or replaced. Start again.")
 
     def sample(self, count: int = 256) -> bytes:
         """Bytes from the middle of the tensor: enough to tell one set of weights from another."""
@@ -132,8 +144,7 @@ class TensorSource:
 
     def get(self, key: str, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Tensor:
         """One tensor, read now. `dtype` casts floating-point tensors only; None keeps what the file has."""
-        tensor = self.entries[key].read()
-        return tensor.to(device=device, dtype=dtype if dtype is not None and tensor.is_floating_point() else None)
+        return self.entries[key].read(dtype).to(device)
 
     def under(self, prefix: str) -> TensorSource:
         """The tensors whose names begin with `prefix`, without it."""

@@ -221,7 +221,7 @@ def test_a_dropped_caption_is_empty_and_is_tokenized_as_such(tmp_path: Path, str
     assert torch.equal(batch.tokens["text_encoder"][:1], strategies.tokenize.tokenize([""])["text_encoder"])
 
 
-@pytest.mark.parametrize(("warmup", "flags"), [(4, {}), (0.5, {"max_train_epochs": 8}), (0.25, {"max_train_steps": 16})])
+@pytest.mark.parametrize(("warmup", "flags"), [(4, {}), (0.25, {"max_train_epochs": 8}), (0.25, {"max_train_steps": 16})])
 def test_token_warmup_counts_optimizer_steps(
     warmup: float, flags: dict[str, Any], tmp_path: Path, strategies: Strategies
 ) -> None:

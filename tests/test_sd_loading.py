@@ -78,6 +78,17 @@ def test_a_source_gives_names_shapes_and_dtypes_before_and_tensors_when_asked(tm
     assert source.get("b", torch.float32).dtype == torch.int64
 
 
+def test_a_tensor_cast_while_it_is_read_equals_one_cast_afterwards(tmp_path: Path):
+    large = torch.rand(1100, 1000)  # more than one piece
+    save_file({"x": large, "empty": torch.zeros(0)}, tmp_path / "x.safetensors")
+    torch.save({"x": large.T, "y": large[5:]}, tmp_path / "x.ckpt")
+    source, pickled = open_checkpoint(tmp_path / "x.safetensors"), open_checkpoint(tmp_path / "x.ckpt")
+    assert torch.equal(source.get("x", torch.bfloat16), large.bfloat16())
+    assert torch.equal(pickled.get("x", torch.float16), large.T.half())
+    assert torch.equal(pickled.get("y", torch.float64), large[5:].double())
+    assert source.get("empty", torch.float16).dtype == torch.float16
+
+
 @pytest.mark.parametrize("zipped", [True, False])
 def test_pickled_checkpoints_are_read_with_views_and_nesting(tmp_path: Path, zipped: bool):
     base = torch.arange(24.0).view(4, 6)

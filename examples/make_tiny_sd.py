@@ -1,0 +1,172 @@
+"""Make examples/tiny-sd from nothing: python -m examples.make_tiny_sd [--work FOLDER] [--steps N]
+
+A tokenizer and a text encoder, an autoencoder, then a UNet trained by this project's own `fine_tune.py` on drawings of shapes.
+Each stage leaves a folder in the work folder and is skipped when that is there, so an interrupted run continues.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from examples.shapes import HELD_OUT, SIZE, draw, scenes
+from library.rng import keyed_random
+
+if TYPE_CHECKING:
+    from diffusers import UNet2DConditionModel
+
+ROOT = Path(__file__).resolve().parent.parent
+TARGET = ROOT / "examples" / "tiny-sd"
+NUM_PICTURES = 5000
+UNCAPTIONED = 0.1  # share of pictures without caption, for guidance
+NAME = "tiny-sd"
+
+
+def make_text_encoder(folder: Path) -> None:
+    from transformers import CLIPTokenizer
+
+    from examples.tiny_text import build_text_encoder, train_text_encoder, write_tokenizer
+
+    write_tokenizer(folder / "tokenizer")
+    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    encoder = build_text_encoder(tokenizer)
+    share = train_text_encoder(encoder, tokenizer)
+    print(f"text encoder: {share:.1%} of new captions named right")
+    encoder.save_pretrained(folder / "text_encoder")
+
+
+def make_vae(folder: Path) -> None:
+    from examples.shapes import check
+    from examples.tiny_vae import build_vae, round_trip, train_vae
+
+    vae = build_vae()
+    error = train_vae(vae)
+    wanted = list(scenes())[::5]
+    right = sum(check(picture).matches(scene) for picture, scene in zip(round_trip(vae, wanted), wanted, strict=True))
+    print(f"autoencoder: mean absolute error {error:.4f}, {right} of {len(wanted)} drawings still recognised")
+    vae.save_pretrained(folder)
+
+
+def build_unet() -> UNet2DConditionModel:
+    """SD 1.x's UNet with three levels, one ResNet block each; heads and groups as in every SD 1.x."""
+    import torch
+    from diffusers import UNet2DConditionModel
+
+    from examples.tiny_text import WIDTH
+
+    torch.manual_seed(0)
+    return UNet2DConditionModel(
+        sample_size=SIZE // 8,
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        block_out_channels=(64, 128, 128),
+        layers_per_block=1,
+        cross_attention_dim=WIDTH,
+        attention_head_dim=8,
+        norm_num_groups=32,
+    )
+
+
+def write_pipeline(folder: Path, *, text: Path, vae: Path, unet: Any, half: bool) -> None:
+    """A diffusers folder; `half` in fp16."""
+    import torch
+    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+    pipeline = StableDiffusionPipeline(
+        vae=AutoencoderKL.from_pretrained(vae),
+        text_encoder=CLIPTextModel.from_pretrained(text / "text_encoder"),
+        tokenizer=CLIPTokenizer.from_pretrained(text / "tokenizer"),
+        unet=unet,
+        scheduler=DDIMScheduler(
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            clip_sample=False,
+            set_alpha_to_one=False,
+            steps_offset=1,
+            prediction_type="epsilon",
+        ),
+        safety_checker=None,
+        feature_extractor=None,
+        image_encoder=None,
+        requires_safety_checker=False,
+    )
+    pipeline.to(torch.float16 if half else torch.float32).save_pretrained(folder)
+    shutil.rmtree(folder / "tokenizer")
+    shutil.copytree(text / "tokenizer", folder / "tokenizer")  # as we wrote it: vocab.json and merges.txt
+
+
+def draw_pictures(folder: Path) -> None:
+    """Pictures of all scenes that are not held out, and meta.json with their captions, some of them empty."""
+    rng = keyed_random("tiny-sd pictures")
+    known = [scene for scene in scenes() if scene.combination not in HELD_OUT]
+    entries = {}
+    (folder / "pictures").mkdir(parents=True)
+    for index in range(NUM_PICTURES):
+        scene = rng.choice(known)
+        name = f"{index:05d}.png"
+        draw(scene, "train", index).save(folder / "pictures" / name)
+        caption = "" if rng.random() < UNCAPTIONED else scene.prompt()
+        entries[name] = {"caption": caption, "train_resolution": [SIZE, SIZE]}
+    (folder / "meta.json").write_text(json.dumps(entries, indent=0), encoding="utf-8")
+
+
+def fine_tune_arguments(work: Path, steps: int) -> list[str]:
+    """The command line of the UNet's training."""
+    return [
+        *("--pretrained_model_name_or_path", str(work / "start")),
+        *("--in_json", str(work / "data" / "meta.json"), "--train_data_dir", str(work / "data" / "pictures")),
+        *("--resolution", str(SIZE), "--train_batch_size", "16", "--max_train_steps", str(steps)),
+        *("--learning_rate", "1e-3", "--optimizer_args", "betas=0.9,0.99", "weight_decay=0.01"),
+        *("--lr_scheduler", "cosine", "--lr_warmup_steps", "50", "--min_snr_gamma", "5", "--seed", "1"),
+        *("--cache_latents", "--vae_batch_size", "16", "--cache_text_encoder_outputs", "--max_data_loader_n_workers", "0"),
+        *("--output_dir", str(work / "out"), "--output_name", NAME, "--save_model_as", "diffusers_safetensors"),
+        *("--save_every_n_steps", "400", "--save_state", "--save_last_n_steps_state", "400"),
+    ]
+
+
+def train_unet(work: Path, steps: int) -> None:
+    """Runs fine_tune.py; continues from the last saved state, if there is one."""
+    command = [sys.executable, str(ROOT / "fine_tune.py"), *fine_tune_arguments(work, steps)]
+    states = sorted((work / "out").glob("*-state"), key=lambda path: path.stat().st_mtime)
+    if states:
+        command += ["--resume", str(states[-1])]
+    subprocess.run(command, check=True, cwd=ROOT)
+
+
+def make(work: Path, steps: int) -> None:
+    from diffusers import UNet2DConditionModel
+
+    text, vae, start, data, trained = (work / name for name in ("text", "vae", "start", "data", f"out/{NAME}"))
+    if not (text / "text_encoder").is_dir():
+        make_text_encoder(text)
+    if not vae.is_dir():
+        make_vae(vae)
+    if not start.is_dir():
+        write_pipeline(start, text=text, vae=vae, unet=build_unet(), half=False)
+    if not data.is_dir():
+        draw_pictures(data)
+    if not trained.is_dir():
+        train_unet(work, steps)
+    shutil.rmtree(TARGET, ignore_errors=True)
+    write_pipeline(TARGET, text=text, vae=vae, unet=UNet2DConditionModel.from_pretrained(trained / "unet"), half=True)
+    size = sum(path.stat().st_size for path in TARGET.rglob("*") if path.is_file())
+    print(f"{TARGET}: {size / 1e6:.1f} MB")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=ROOT / "work-tiny-sd", help="folder for the stages")
+    parser.add_argument("--steps", type=int, default=2400, help="steps of the UNet's training")
+    arguments = parser.parse_args()
+    make(arguments.work, arguments.steps)
+
+
+if __name__ == "__main__":
+    main()
