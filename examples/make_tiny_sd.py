@@ -12,13 +12,10 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from examples.shapes import HELD_OUT, SIZE, draw, scenes
+from examples.shapes import BASE_SHAPES, HELD_OUT, NEW_SHAPE, NEW_TOKEN, SIZE, draw, scenes
 from library.rng import keyed_random
-
-if TYPE_CHECKING:
-    from diffusers import UNet2DConditionModel
 
 ROOT = Path(__file__).resolve().parent.parent
 TARGET = ROOT / "examples" / "tiny-sd"
@@ -52,7 +49,7 @@ def make_vae(folder: Path) -> None:
     vae.save_pretrained(folder)
 
 
-def build_unet() -> UNet2DConditionModel:
+def build_unet() -> Any:
     """SD 1.x's UNet with three levels, one ResNet block each; heads and groups as in every SD 1.x."""
     import torch
     from diffusers import UNet2DConditionModel
@@ -78,7 +75,7 @@ def write_pipeline(folder: Path, *, text: Path, vae: Path, unet: Any, half: bool
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
     from transformers import CLIPTextModel, CLIPTokenizer
 
-    pipeline = StableDiffusionPipeline(
+    pipeline: Any = StableDiffusionPipeline(
         vae=AutoencoderKL.from_pretrained(vae),
         text_encoder=CLIPTextModel.from_pretrained(text / "text_encoder"),
         tokenizer=CLIPTokenizer.from_pretrained(text / "tokenizer"),
@@ -115,6 +112,18 @@ def draw_pictures(folder: Path) -> None:
         caption = "" if rng.random() < UNCAPTIONED else scene.prompt()
         entries[name] = {"caption": caption, "train_resolution": [SIZE, SIZE]}
     (folder / "meta.json").write_text(json.dumps(entries, indent=0), encoding="utf-8")
+
+
+def draw_demo(folder: Path, count: int = 32) -> None:
+    """The demo's training pictures and captions: the new shape, and as many of the known ones."""
+    for name, shapes, noun in (("pictures", (NEW_SHAPE,), NEW_TOKEN), ("regularization", BASE_SHAPES, None)):
+        shutil.rmtree(folder / name, ignore_errors=True)
+        (folder / name).mkdir(parents=True)
+        known = [scene for scene in scenes(shapes) if scene.combination not in HELD_OUT]
+        for index, scene in enumerate(keyed_random("demo", name).sample(known, count)):
+            stem = f"{index:02d}-{scene.size}_{scene.colour}_{scene.background}"
+            draw(scene, "demo", index).save(folder / name / f"{stem}.png", optimize=True)
+            (folder / name / f"{stem}.txt").write_text(scene.prompt(noun) + "\n", encoding="utf-8")
 
 
 def fine_tune_arguments(work: Path, steps: int) -> list[str]:
@@ -156,6 +165,7 @@ def make(work: Path, steps: int) -> None:
         train_unet(work, steps)
     shutil.rmtree(TARGET, ignore_errors=True)
     write_pipeline(TARGET, text=text, vae=vae, unet=UNet2DConditionModel.from_pretrained(trained / "unet"), half=True)
+    draw_demo(ROOT / "examples" / "demo")
     size = sum(path.stat().st_size for path in TARGET.rglob("*") if path.is_file())
     print(f"{TARGET}: {size / 1e6:.1f} MB")
 

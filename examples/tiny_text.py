@@ -24,7 +24,10 @@ WIDTH = 64
 START, END = "<|startoftext|>", "<|endoftext|>"
 SPARE_NOUNS = (NEW_SHAPE, NEW_TOKEN, "blick", "dax", "fep", "moon", "cross", "diamond", "arrow", "house")
 NOUNS = (*BASE_SHAPES, *SPARE_NOUNS)
-OTHER_WORDS = tuple("a an the on in of and with background picture drawing photo shape style big tiny orange pink brown grey".split())
+OTHER_WORDS = (
+    "a", "an", "the", "on", "in", "of", "and", "with", "background", "picture", "drawing", "photo", "shape", "style", "big", "tiny",
+    "orange", "pink", "brown", "grey",
+)  # fmt: skip
 WORDS = (*NOUNS, *COLOURS, *RADII, *OTHER_WORDS)
 
 
@@ -131,7 +134,9 @@ def _batches(tokenizer: CLIPTokenizer, count: int, size: int) -> Iterator[tuple[
     for index in range(count):
         rng = keyed_random("tiny-text", index)
         captions, values = zip(*(_caption(rng) for _ in range(size)), strict=True)
-        ids = tokenizer(list(captions), padding="max_length", truncation=True, max_length=MAX_LENGTH, return_tensors="pt").input_ids
+        ids = tokenizer(
+            list(captions), padding="max_length", truncation=True, max_length=MAX_LENGTH, return_tensors="pt"
+        ).input_ids
         yield ids, torch.tensor(values)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -14,14 +14,15 @@ from examples.shapes import SIZE, Scene, draw, scenes
 from library.rng import keyed_generator, keyed_random
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKL
     from torch import Tensor
 
 CROP = SIZE // 2
-KL_WEIGHT = 1e-3  # on the mean over latents: the posterior's deviation becomes a tenth of the latents', so small errors are forgiven
+KL_WEIGHT = (
+    1e-3  # on the mean over latents: the posterior's deviation becomes a tenth of the latents', so small errors are forgiven
+)
 
 
-def build_vae() -> AutoencoderKL:
+def build_vae() -> Any:
     from diffusers import AutoencoderKL
 
     torch.manual_seed(0)
@@ -66,7 +67,7 @@ def _batch(pool: Tensor, step: int, whole: bool) -> Tensor:
     return rows.flip(-1) if torch.rand((), generator=generator) < 0.5 else rows
 
 
-def train_vae(vae: AutoencoderKL, *, steps: int = 1600, decoder_steps: int = 500, pool_size: int = 700) -> float:
+def train_vae(vae: Any, *, steps: int = 1600, decoder_steps: int = 500, pool_size: int = 700) -> float:
     """Train in place; gives the last mean absolute error. The last eighth of the steps sees whole pictures.
 
     Then `decoder_steps` for the decoder alone, which sharpen the pictures and leave the latents as they are.
@@ -100,7 +101,7 @@ def _rate(step: int, count: int) -> float:
     return min(1.0, (step + 1) / 50) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / count)))
 
 
-def _step(vae: AutoencoderKL, images: Tensor, *, encoder_learns: bool) -> Tensor:
+def _step(vae: Any, images: Tensor, *, encoder_learns: bool) -> Tensor:
     with torch.set_grad_enabled(encoder_learns):
         posterior = vae.encode(images).latent_dist
     latents = posterior.mean + posterior.std * torch.randn(posterior.mean.shape)
@@ -112,8 +113,9 @@ def _step(vae: AutoencoderKL, images: Tensor, *, encoder_learns: bool) -> Tensor
     return loss
 
 
-def round_trip(vae: AutoencoderKL, wanted: Sequence[Scene]) -> list[Image.Image]:
+def round_trip(vae: Any, wanted: Sequence[Scene]) -> list[Image.Image]:
     """Drawings of `wanted` through the autoencoder and back."""
     with torch.no_grad():
         images = to_tensor([draw(scene, "round trip") for scene in wanted])
-        return [picture for part in images.split(8) for picture in to_pictures(vae.decode(vae.encode(part).latent_dist.mode()).sample)]
+        decoded = [vae.decode(vae.encode(part).latent_dist.mode()).sample for part in images.split(8)]
+    return to_pictures(torch.cat(decoded))

@@ -122,7 +122,7 @@ class ModelFamily(ABC):
 
     @abstractmethod
     def check(self, options: TrainOptions) -> None:
-        """Look at the files' headers only, before anything is loaded; raise `UserError` for a contradiction or a missing file."""
+        """Look at the files' headers only; raise `UserError` for a contradiction or a missing file. Nothing is loaded yet."""
 
     @abstractmethod
     def load(self, options: TrainOptions, *, device: torch.device, dtype: torch.dtype) -> ModelBundle:

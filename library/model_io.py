@@ -50,7 +50,7 @@ INERT_GLOBALS = ("pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
 class of ours, so nothing of theirs is imported or run."""
 
 _MAX_HEADER = 100 * 2**20  # safetensors' own limit
-_PIECE = 2**19  # elements read at a time while casting
+_PIECE = 2**16  # elements read at a time while casting; larger pieces fragment the heap
 _SHARD = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.\w+)")
 
 

@@ -67,7 +67,7 @@ class PrecisionOptions:
     """In which number format is computed, kept and saved."""
 
     mixed_precision: str = opt("no", "format of the computation", choices=("no", "fp16", "bf16"))
-    full_fp16: bool = opt(False, "keep learning weights and gradients in fp16, too")
+    full_fp16: bool = opt(False, "keep learning weights and gradients in fp16, too", planned=True)
     full_bf16: bool = opt(False, "keep learning weights and gradients in bf16, too")
     save_precision: str | None = opt(
         None, "format of saved weights; as trained unless given", choices=("float", "fp16", "bf16")

@@ -37,10 +37,9 @@ class Rule:
 
 
 def _varies_captions(o: TrainOptions) -> bool:
-    """Whether a picture's caption differs from step to step."""
+    """Whether a picture's caption differs from step to step. One that is dropped whole does not count: the empty text is kept."""
     data = o.data
-    rates = (data.caption_dropout_rate, data.caption_dropout_every_n_epochs, data.caption_tag_dropout_rate)
-    return data.shuffle_caption or data.enable_wildcard or data.token_warmup_step > 0 or any(rates)
+    return data.shuffle_caption or data.enable_wildcard or data.token_warmup_step > 0 or data.caption_tag_dropout_rate > 0
 
 
 def _has_folders(o: TrainOptions) -> bool:
@@ -68,10 +67,6 @@ _PRECISION = (
     Rule(
         lambda o: o.precision.full_bf16 and o.precision.mixed_precision != "bf16",
         "--full_bf16 needs --mixed_precision bf16, which is '{mixed_precision}'.",
-    ),
-    Rule(
-        lambda o: o.precision.full_fp16 and o.precision.mixed_precision != "fp16",
-        "--full_fp16 needs --mixed_precision fp16, which is '{mixed_precision}'.",
     ),
 )
 
@@ -147,7 +142,7 @@ _DATA = (
     Rule(
         lambda o: o.cache.text_outputs and _varies_captions(o),
         "--cache_text_encoder_outputs keeps one encoding per caption, so nothing may change captions: remove it, or "
-        "--shuffle_caption, --enable_wildcard, --token_warmup_step and the caption dropouts.",
+        "--shuffle_caption, --enable_wildcard, --token_warmup_step and --caption_tag_dropout_rate.",
     ),
 )
 

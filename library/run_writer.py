@@ -109,6 +109,7 @@ class RunWriter:
             recent_losses=recent_losses(options.state.resume),
             config=result_options(options),
             enabled=self.is_main,
+            patience=1 if accelerator.scaler is None else 20,
         )
 
     # ---- when ------------------------------------------------------------------------------------------------------

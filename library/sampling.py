@@ -185,14 +185,20 @@ class PreviewWriter:
     _encoded: dict[str, Conditioning] = field(default_factory=dict)
     """By prompt, on the CPU; only of encoders that do not learn."""
 
+    @staticmethod
+    def check(options: SamplingOptions) -> list[PromptLine]:
+        """The prompts of the prompt file, if there is one. Raises `UserError` for a file or a sampler that cannot be used."""
+        prompts = parse_prompts(options.sample_prompts) if options.sample_prompts else []
+        for line in prompts:
+            _diffusers_class(line.sample_sampler or options.sample_sampler)
+        return prompts
+
     @classmethod
     def of(
         cls, family: ModelFamily, strategies: Strategies, options: TrainOptions, device: torch.device, **kwargs: Any
     ) -> PreviewWriter:
-        """A writer for what `options` asks for, the prompt file read and checked; it is never due without one."""
-        prompts = parse_prompts(options.sampling.sample_prompts) if options.sampling.sample_prompts else []
-        for line in prompts:
-            _diffusers_class(line.sample_sampler or options.sampling.sample_sampler)
+        """A writer for what `options` asks for; it is never due without a prompt file."""
+        prompts = cls.check(options.sampling)
         return cls(family, strategies, options, device, prompts=prompts, **kwargs)
 
     def due(self, step: int, epoch: int | None = None) -> bool:

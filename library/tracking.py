@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.csv"
 CURRENT, AVERAGE, EPOCH_AVERAGE = "loss/current", "loss/average", "loss/epoch_average"
+TIME = "time"
+"""Column of `metrics.csv`: seconds since 1970 when the row was written."""
 LARGEST_WINDOW = 10_000
 
 
@@ -108,7 +110,7 @@ class MetricsFile:
     def __init__(self, path: Path, *, resume_step: int | None) -> None:
         """`resume_step`: keep the rows of an earlier run up to that step; None: a new run, an earlier file is set aside."""
         self.path = path
-        self.columns = ["step", "epoch", CURRENT, AVERAGE, EPOCH_AVERAGE]
+        self.columns = ["step", "epoch", TIME, CURRENT, AVERAGE, EPOCH_AVERAGE]
         kept: list[dict[str, str]] = []
         if path.exists() and resume_step is None:
             stamp = time.strftime("%Y%m%d%H%M%S", time.localtime(path.stat().st_mtime))
@@ -118,7 +120,8 @@ class MetricsFile:
         self._rewrite(kept)
 
     def add(self, row: Row) -> None:
-        line = {"step": str(row.step), "epoch": str(row.epoch), **{name: repr(value) for name, value in row.values.items()}}
+        line = {"step": str(row.step), "epoch": str(row.epoch), TIME: f"{time.time():.3f}"}
+        line |= {name: repr(value) for name, value in row.values.items()}
         if not line.keys() <= set(self.columns):
             self._rewrite([*read_metrics(self.path), line])
             return
@@ -180,6 +183,8 @@ class Tracker:
     config: Mapping[str, Any] = field(default_factory=dict)
     """Options to send to the trackers, where `--log_config` asks for it."""
     enabled: bool = True
+    patience: int = 1
+    """Losses in a row that may not be finite before the run is stopped; more than one where loss scaling skips such steps."""
 
     def __post_init__(self) -> None:
         self.log = LossLog()
@@ -188,6 +193,7 @@ class Tracker:
         self.tensorboard: Any = None
         self.wandb: Any = None
         self.bar: Any = None
+        self.num_not_finite = 0
         if not self.enabled:
             return
         self.metrics = MetricsFile(self.folder / METRICS_FILE, resume_step=self.resume_step)
@@ -249,10 +255,20 @@ class Tracker:
         if CURRENT in values:
             values = {CURRENT: values.pop(CURRENT), AVERAGE: self.average.add(row.values[CURRENT]), **values}
         self._write(Row(row.step, row.epoch, values), at=row.step)
+        self._check_finite(row)
         rate = next((value for name, value in values.items() if name.startswith("lr/")), None)
         if self.bar is not None and AVERAGE in values:
             shown = {"avr_loss": f"{values[AVERAGE]:.4f}"} | ({"lr": f"{rate:.2e}"} if rate is not None else {})
             self.bar.set_postfix(shown, refresh=False)
+
+    def _check_finite(self, row: Row) -> None:
+        loss = row.values.get(CURRENT, 0.0)
+        self.num_not_finite = 0 if math.isfinite(loss) else self.num_not_finite + 1
+        if self.num_not_finite >= self.patience:
+            raise UserError(
+                f"the loss is {loss} at step {row.step}: training stopped, and what was saved before is untouched. "
+                "Lower the learning rate, train in bf16 instead of fp16, or add --no_half_vae if latents overflow."
+            )
 
     def _write(self, row: Row, *, at: int) -> None:
         """`at`: the position on TensorBoard's axis, which counts epochs for their averages, as in sd-scripts."""

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from library.batch import TrainBatch
 from library.caching import cache_latents, cache_text_outputs
-from library.checkpoint import SavedState, check_output, load_state
+from library.checkpoint import SavedState, changed_options, check_output, load_state, result_options
 from library.dataset import TrainData, batches_per_rank, build_train_data, make_loader
 from library.errors import Interrupted, UserError
 from library.family_base import ModelBundle, ModelFamily
@@ -25,13 +25,15 @@ from library.interrupts import InterruptFlag
 from library.losses import element_loss, reduce_loss
 from library.noise import make_noise, perturb
 from library.objectives import Noised
-from library.optimizers import LearningRates, StandardUpdate, create_optimizer, group_rates
+from library.optimizers import LearningRates, StandardUpdate, create_optimizer, describe_optimizer, group_rates
 from library.rng import StepRng, key_to_seed
 from library.run_plan import Mode, plan_of
 from library.run_setup import RunLength, TrainState, average_gradients, make_accelerator, seed_default_generators, with_seed
 from library.run_writer import RunWriter
+from library.sampling import PreviewWriter
 from library.schedulers import create_scheduler
 from library.strategy_base import Conditioning, Strategies
+from library.tracking import check_trackers
 from library.trainable import Trainable
 
 if TYPE_CHECKING:
@@ -80,6 +82,7 @@ class Trainer:
 
     def loss(self, batch: TrainBatch) -> Tensor:
         """The loss of one micro-batch on this device, a scalar with gradient."""
+        self.trainable.set_multiplier(batch.multiplier)
         x0 = self.latent.normalize(self.latents(batch))
         cond = self.conditioning(batch)
         t = self.objective.sample_times(x0, self.rng("time", x0.device), batch.quantile)
@@ -183,6 +186,7 @@ class Trainer:
             "world": self.accelerator.num_processes,
             "batches_per_epoch": self.length.batches_per_epoch,
             "accumulation": self.length.accumulation,
+            "options": result_options(self.options),
         }
 
     def restore(self, saved: SavedState) -> None:
@@ -199,6 +203,8 @@ class Trainer:
                     f"cannot continue exactly from {saved.folder}: {key} was {then[key]} and is now {now[key]}. "
                     f"Resume with {remedy} as it was."
                 )
+        for line in changed_options(then, self.options):
+            logger.warning("not the run that was saved: %s (learning rates and their schedule go on as saved)", line)
         self.trainable.load_state_dict(saved.trainable)
         self.optimizer.load_state_dict(saved.optimizer)
         self.scheduler.load_state_dict(saved.scheduler)
@@ -214,7 +220,10 @@ def build_trainer(family: ModelFamily, options: TrainOptions, mode: Mode) -> Tra
     """Check everything, then data, model, caches and what learns, in this order: errors come before anything slow."""
     plan = plan_of(options, mode)
     plan.check()
+    describe_optimizer(options.optimizer)
     check_output(options.output)
+    check_trackers(options.logging)
+    PreviewWriter.check(options.sampling)
     family.check(options)
     saved = load_state(options.state.resume) if options.state.resume else None
     accelerator = make_accelerator(options)

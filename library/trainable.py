@@ -68,6 +68,11 @@ class Trainable(ABC):
         """Called before update number `step`, counted from 0."""
         return
 
+    def set_multiplier(self, multiplier: float) -> None:
+        """`network_multiplier` of the batch's data set."""
+        if multiplier != 1:
+            raise UserError(f"network_multiplier = {multiplier} in a data set has no meaning without a network. Remove it.")
+
     def after_step(self) -> dict[str, Tensor]:
         """Called after every update; returns tensors to log."""
         return {}
@@ -159,6 +164,10 @@ class AdapterTrainable(Trainable):
     @property
     def suffix(self) -> str:
         return f".{self.options.network.save_model_as}"
+
+    def set_multiplier(self, multiplier: float) -> None:
+        if multiplier != self.network.multiplier:
+            self.network.set_multiplier(multiplier)
 
     def after_step(self) -> dict[str, Tensor]:
         return self.network.after_step(self.options.network.scale_weight_norms)

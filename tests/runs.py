@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Literal
 
 import tiny
 import torch
-from library.family_base import family_class
 from torch import Tensor
+
+from library.family_base import family_class
 
 if TYPE_CHECKING:
     from library.train_util import Trainer
@@ -44,7 +45,10 @@ MODES: tuple[Mode, ...] = ("network", "full")
 
 @dataclass(frozen=True)
 class Workspace:
-    """A tiny model and seven captioned pictures of two shapes (with repeats: seven batches of two an epoch), made once a session; every run has its own output folder."""
+    """A tiny model and seven captioned pictures of two sizes: with repeats, seven batches of two an epoch.
+
+    Made once for many runs, each of which has its own output folder.
+    """
 
     case: FamilyCase
     model: Path

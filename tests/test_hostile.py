@@ -16,9 +16,10 @@ from pathlib import Path
 import pytest
 import runs
 import torch
-from library.cli import run_script
 from runs import CASES, Mode, Workspace
 from safetensors.torch import save_file
+
+from library.cli import run_script
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -198,7 +199,7 @@ def test_ctrl_c_saves_the_state_and_says_how_to_go_on(workers: int, workspace: W
     assert "Traceback" not in said
     states = list(output.glob("*-state"))
     assert len(states) == 1
-    assert f"--resume" in said and states[0].name in said
+    assert "--resume" in said and states[0].name in said
     before = int(states[0].name.split("step")[1].split("-")[0])
     workspace.train("network", tmp_path / "on", f"--max_train_steps={before + 1}", f"--resume={states[0]}")
     assert len(runs.losses(tmp_path / "on")) == 1

@@ -35,7 +35,7 @@ def optimizer_tensors(folder: Path) -> dict[str, torch.Tensor]:
 def test_six_steps_and_four_more_are_ten(
     family: str, mode: Mode, workers: int, workspaces: dict[str, Workspace], tmp_path: Path
 ) -> None:
-    """Seven batches are four updates an epoch, so step 6 stands inside one; under a schedule, dropout, flips and accumulation."""
+    """Seven batches are four updates an epoch, so step 6 is inside one; with schedule, dropout, flips, accumulation."""
     workspace = workspaces[family]
     common = [
         f"--max_train_steps={TOTAL}",

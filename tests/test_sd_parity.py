@@ -199,21 +199,36 @@ def test_a_stored_latent_is_a_posterior_sample_that_scaling_turns_into_the_train
 
 
 @pytest.mark.parametrize("part", ["denoiser", "text_encoder"])
-def test_gradient_checkpointing_changes_no_gradient(part: str, models: dict[str, NetworkTrainOptions]):
-    gradients = []
+def test_gradient_checkpointing_recomputes_and_changes_no_gradient(part: str, models: dict[str, NetworkTrainOptions]):
+    gradients, calls = [], []
     for checkpointing in (False, True):
         bundle = FAMILY.load(models["v1"], device=CPU, dtype=torch.float32)
         module: Any = bundle.part(part).requires_grad_(True).train()
         if checkpointing:
             FAMILY.enable_gradient_checkpointing(part, module)
+        inner = module.down_blocks[1].resnets[0].conv1 if part == "denoiser" else module.encoder.layers[0].mlp.fc1
+        counted: list[int] = []
+        inner.register_forward_hook(lambda *args, counted=counted: counted.append(1))
         if part == "denoiser":
             out = FAMILY.predict(module, randn(1, 4, 8, 8), torch.tensor([10]), SdConditioning(context=randn(1, 77, 64)), None)
         else:
             out = module(input_ids=torch.arange(77).unsqueeze(0)).last_hidden_state
         out.square().mean().backward()
         gradients.append([p.grad.clone() for p in module.parameters() if p.grad is not None])
+        calls.append(len(counted))
+    assert calls == [1, 2]
     assert len(gradients[0]) > 20
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_predict_takes_float32_latents_whatever_the_weights_are_held_in(autocast: bool, models: dict[str, NetworkTrainOptions]):
+    x, t, cond = randn(1, 4, 8, 8), torch.tensor([500]), SdConditioning(context=randn(1, 77, 64))
+    bundles = [FAMILY.load(models["v1"], device=CPU, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)]
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        exact, rounded = (FAMILY.predict(bundle.denoiser, x, t, cond, None).float() for bundle in bundles)
+    assert exact.isfinite().all()
+    assert (exact - rounded).std() < 0.1 * exact.std()
 
 
 def test_folder_and_file_of_one_model_predict_alike(tmp_path: Path, models: dict[str, NetworkTrainOptions]):

@@ -102,8 +102,7 @@ def test_an_exchanged_vae_is_written_instead_of_the_files_own(sd1: Path, tmp_pat
     assert after.keys() == load_file(sd1).keys()
 
 
-@pytest.mark.parametrize("format", ["diffusers", "diffusers_safetensors"])
-@pytest.mark.parametrize("version", ["v1", "v2"])
+@pytest.mark.parametrize(("format", "version"), [("diffusers", "v1"), ("diffusers_safetensors", "v2")])
 def test_a_file_saved_as_folder_is_read_by_diffusers_and_comes_back_as_the_same_file(
     format: str, version: Any, tmp_path: Path, tokenizer: Path
 ):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import time
 from pathlib import Path
 
 import pytest
@@ -82,9 +83,15 @@ def test_the_average_does_not_depend_on_what_left_it():
 # ---- metrics.csv -----------------------------------------------------------------------------------------------------
 
 
+def timeless(folder):
+    """All rows without the time they were written."""
+    return [{name: value for name, value in row.items() if name != "time"} for row in read_metrics(folder / "metrics.csv")]
+
+
 def test_rows_have_sd_scripts_tags_and_exact_values(tmp_path):
     run(tracker(tmp_path), range(1, 7))
     rows = read_metrics(tmp_path / "metrics.csv")
+    assert abs(float(rows[0].pop("time")) - time.time()) < 60
     assert rows[0] == {
         "step": "1", "epoch": "0", "loss/current": "1.0", "loss/average": "1.0", "max_norm/keys_scaled": "2.0",
         "lr/unet": "0.5",
@@ -134,7 +141,22 @@ def test_a_resumed_run_goes_on_where_its_state_was_and_equals_one_that_was_not_s
     with (parts / "metrics.csv").open("a") as file:
         file.write("6,1,7")  # cut short by a crash
     run(tracker(parts, resume_step=4, recent_losses=kept), range(5, 7))
-    assert (parts / "metrics.csv").read_text() == (whole / "metrics.csv").read_text()
+    assert timeless(parts) == timeless(whole)
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run(tmp_path):
+    target = tracker(tmp_path)
+    target.push(1, 0, {"loss": 1.0}, {})
+    with pytest.raises(UserError, match="nan at step 2"):
+        target.push(2, 0, {"loss": math.nan}, {})
+
+
+def test_where_loss_scaling_skips_such_steps_only_a_row_of_them_stops_the_run(tmp_path):
+    target = tracker(tmp_path, patience=3)
+    for step, loss in enumerate([math.inf, math.inf, 1.0, math.inf, math.inf], start=1):
+        target.push(step, 0, {"loss": loss}, {})
+    with pytest.raises(UserError, match="inf at step 6"):
+        target.push(6, 0, {"loss": math.inf}, {})
 
 
 def test_a_new_run_sets_the_metrics_of_an_earlier_one_aside(tmp_path):
@@ -201,7 +223,7 @@ def test_rates_that_are_named_already_keep_their_name_and_unknown_ones_are_left_
     target.push(1, 0, {"loss": 1.0}, {"lr/unet": 0.1, "lr/d*lr/unet": 0.05, "te": None})
     target.close()
     assert set(read_metrics(tmp_path / "metrics.csv")[0]) == {
-        "step", "epoch", "loss/current", "loss/average", "lr/unet", "lr/d*lr/unet",
+        "step", "epoch", "time", "loss/current", "loss/average", "lr/unet", "lr/d*lr/unet",
     }  # fmt: skip
 
 
