@@ -25,8 +25,8 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 SPARE_NOUNS = (NEW_SHAPE, NEW_TOKEN, "blick", "dax", "fep", "moon", "cross", "diamond", "arrow", "house")
 NOUNS = (*BASE_SHAPES, *SPARE_NOUNS)
 OTHER_WORDS = (
-    "a", "an", "the", "on", "in", "of", "and", "with", "background", "picture", "drawing", "photo", "shape", "style", "big", "tiny",
-    "orange", "pink", "brown", "grey",
+    "a", "an", "the", "on", "in", "of", "and", "with", "background", "picture", "drawing", "photo", "shape", "style", "big",
+    "tiny", "orange", "pink", "brown", "grey",
 )  # fmt: skip
 WORDS = (*NOUNS, *COLOURS, *RADII, *OTHER_WORDS)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -78,7 +79,7 @@ def train_vae(vae: Any, *, steps: int = 1600, decoder_steps: int = 500, pool_siz
     for part, count, rate in ((vae, steps, 2e-3), (vae.decoder, decoder_steps, 1e-3)):
         parameters = list(part.parameters())
         optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.99), weight_decay=0)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step, count=count: _rate(step, count))
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(_rate, count))
         for step in range(count):
             images = _batch(pool, step, whole=part is not vae or step >= count * 7 / 8)
             error = _step(vae, images.contiguous(memory_format=torch.channels_last), encoder_learns=part is vae)
@@ -96,7 +97,7 @@ def train_vae(vae: Any, *, steps: int = 1600, decoder_steps: int = 500, pool_siz
         return (vae.decode(means[:64]).sample - pool[:64]).abs().mean().item()
 
 
-def _rate(step: int, count: int) -> float:
+def _rate(count: int, step: int) -> float:
     """Warm-up, then half a cosine down to 2 %."""
     return min(1.0, (step + 1) / 50) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / count)))
 

@@ -59,6 +59,7 @@ class ModelBundle:
     text_encoder_names: tuple[str, ...]
     device: torch.device
     dtype: torch.dtype
+    """Of the frozen parts."""
     identity: Mapping[str, str] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
     """What the loader found out and saving or metadata needs: source path, format, version, prediction type, unused tensors."""
@@ -125,8 +126,18 @@ class ModelFamily(ABC):
         """Look at the files' headers only; raise `UserError` for a contradiction or a missing file. Nothing is loaded yet."""
 
     @abstractmethod
-    def load(self, options: TrainOptions, *, device: torch.device, dtype: torch.dtype) -> ModelBundle:
-        """Denoiser, text encoders by name, VAE; each read when first used."""
+    def load(
+        self,
+        options: TrainOptions,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        learning: Mapping[str, torch.dtype] | None = None,
+    ) -> ModelBundle:
+        """Denoiser, text encoders by name, VAE; each read when first used.
+
+        dtype: of what stays frozen; learning: of each part that learns, by name.
+        """
 
     @abstractmethod
     def strategies(self, options: TrainOptions) -> Strategies:

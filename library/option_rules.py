@@ -37,7 +37,7 @@ class Rule:
 
 
 def _varies_captions(o: TrainOptions) -> bool:
-    """Whether a picture's caption differs from step to step. One that is dropped whole does not count: the empty text is kept."""
+    """Whether a picture's caption differs from step to step; not when it is dropped whole, as the empty text is cached too."""
     data = o.data
     return data.shuffle_caption or data.enable_wildcard or data.token_warmup_step > 0 or data.caption_tag_dropout_rate > 0
 

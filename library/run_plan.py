@@ -1,4 +1,4 @@
-"""What learns, at which rate and in which precision: decided from the options alone, before anything is loaded."""
+"""What learns, at which rate and in which precision: decided from the options, before anything is loaded."""
 
 from __future__ import annotations
 
@@ -22,7 +22,11 @@ class RunPlan(ABC):
     """One of the two ways to train."""
 
     rates: LearningRates
-    load_dtype: torch.dtype
+    frozen_dtype: torch.dtype
+
+    @abstractmethod
+    def learning_dtypes(self, family: ModelFamily) -> dict[str, torch.dtype]:
+        """Part of the model -> the dtype it learns in; an adapter's parts stay frozen and are not among them."""
 
     @abstractmethod
     def check(self) -> None:
@@ -54,7 +58,10 @@ class NetworkPlan(RunPlan):
         self.options = options
         network = options.network
         self.rates = _rates(options.optimizer.learning_rate, network.unet_lr, network.text_encoder_lr)
-        self.load_dtype = compute_dtype(options.precision)
+        self.frozen_dtype = compute_dtype(options.precision)
+
+    def learning_dtypes(self, family: ModelFamily) -> dict[str, torch.dtype]:
+        return {}
 
     def check(self) -> None:
         from networks.external import load_network_module
@@ -77,19 +84,20 @@ class FullPlan(RunPlan):
         self.options = options
         text = options.full.learning_rate_te
         self.rates = _rates(options.optimizer.learning_rate, None, text)
-        self.load_dtype = learning_dtype(options.precision)
+        self.frozen_dtype = compute_dtype(options.precision)
+
+    def learning_dtypes(self, family: ModelFamily) -> dict[str, torch.dtype]:
+        parts = {DENOISER}
+        if self.options.full.trains_text_encoder:
+            parts |= set(family.arch.text_parts)
+        return {part: learning_dtype(self.options.precision) for part in sorted(parts)}
 
     def check(self) -> None:
         """Nothing beyond the option rules."""
 
     def build(self, family: ModelFamily, bundle: ModelBundle, options: TrainOptions) -> Trainable:
-        parts = {DENOISER}
-        if self.options.full.trains_text_encoder:
-            parts |= set(bundle.text_encoder_names)
-        frozen = compute_dtype(self.options.precision)
-        for name in set(bundle.text_encoder_names) - parts:
-            bundle.part(name).to(frozen)
+        parts = self.learning_dtypes(family)
         if self.options.memory.gradient_checkpointing:
-            for part in sorted(parts):
+            for part in parts:
                 family.enable_gradient_checkpointing(part, bundle.part(part))
         return FullTrainable(family, bundle, parts, self.options)

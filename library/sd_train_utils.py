@@ -72,10 +72,17 @@ class SdFamily(ModelFamily):
 
     # ---- the model ---------------------------------------------------------------------------------------------------
 
-    def load(self, options: TrainOptions, *, device: torch.device, dtype: torch.dtype) -> ModelBundle:
+    def load(
+        self,
+        options: TrainOptions,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        learning: Mapping[str, torch.dtype] | None = None,
+    ) -> ModelBundle:
         model = describe(options.model)
         check_flags(model, options.model, zero_terminal_snr=options.noise.zero_terminal_snr)
-        dtypes = {name: dtype for name in model.parts}
+        dtypes = {name: dtype for name in model.parts} | dict(learning or {})
         if options.precision.no_half_vae:
             dtypes["vae"] = torch.float32
         loaders = {

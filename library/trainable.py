@@ -239,8 +239,11 @@ class FullTrainable(Trainable):
 
     @property
     def format(self) -> str:
-        """The source's format unless `--save_model_as` names one."""
-        return self.options.full.save_model_as or str(self.bundle.facts["format"])
+        """The source's format unless `--save_model_as` names one; `--use_safetensors` keeps its layout without pickles."""
+        source = str(self.bundle.facts["format"])
+        if self.options.full.use_safetensors:
+            source = {"ckpt": "safetensors", "diffusers": "diffusers_safetensors"}.get(source, source)
+        return self.options.full.save_model_as or source
 
     @property
     def suffix(self) -> str:
