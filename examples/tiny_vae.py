@@ -99,7 +99,7 @@ def train_vae(vae: Any, *, steps: int = 1600, decoder_steps: int = 500, pool_siz
 
 def _rate(count: int, step: int) -> float:
     """Warm-up, then half a cosine down to 2 %."""
-    return min(1.0, (step + 1) / 50) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / count)))
+    return min(1.0, (step + 1) / 50) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / max(count, 1))))
 
 
 def _step(vae: Any, images: Tensor, *, encoder_learns: bool) -> Tensor:

@@ -364,6 +364,13 @@ def _explained(path: Path) -> Iterator[None]:
 NEUTRAL_GROUPS = frozenset({"output", "state", "hub", "logging", "sampling", "metadata", "run", "validation"})
 """Option groups that do not change what is learned."""
 
+NEUTRAL_OPTIONS = frozenset({
+    "cache.cache_dir", "cache.skip_cache_check", "cache.text_encoder_batch_size", "memory.vae_batch_size", "memory.lowram",
+    "memory.highvram", "model.tokenizer_cache_dir", "training.max_data_loader_n_workers",
+    "training.persistent_data_loader_workers", "training.ddp_timeout", "training.ddp_gradient_as_bucket_view",
+})  # fmt: skip
+"""Options of the other groups that do not either."""
+
 
 def result_options(options: Any) -> dict[str, str]:
     """`group.flag` -> value as text, for every option that changes what is learned. Goes into a state's `options`."""
@@ -377,11 +384,11 @@ def result_options(options: Any) -> dict[str, str]:
     return found
 
 
-def changed_options(saved: Mapping[str, Any], options: Any) -> list[str]:
-    """One line per option that differs from those recorded in a state's `options`: `--seed was 1 and is now 2`."""
+def changed_options(saved: Mapping[str, Any], options: Any) -> dict[str, str]:
+    """`group.flag` -> `--seed was 1 and is now 2`, for each option that differs from those in a state's `options`."""
     then, now = saved.get("options", {}), result_options(options)
-    return [
-        f"--{key.split('.', 1)[1]} was {then.get(key, 'not known')} and is now {now.get(key, 'not known')}"
-        for key in sorted(then.keys() | now.keys())
+    return {
+        key: f"--{key.split('.', 1)[1]} was {then.get(key, 'not known')} and is now {now.get(key, 'not known')}"
+        for key in sorted((then.keys() | now.keys()) - NEUTRAL_OPTIONS)
         if then.get(key) != now.get(key)
-    ]
+    }

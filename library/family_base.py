@@ -63,19 +63,25 @@ class ModelBundle:
     identity: Mapping[str, str] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
     """What the loader found out and saving or metadata needs: source path, format, version, prediction type, unused tensors."""
+    changed: set[str] = field(default_factory=set)
+    """Parts that are no longer what is on disk (weights were merged into them)."""
     _parts: dict[str, nn.Module] = field(default_factory=dict)
+    _aside: dict[str, nn.Module] = field(default_factory=dict)
 
     def part(self, name: str) -> nn.Module:
         if name not in self._parts:
-            self._parts[name] = self.loaders[name]()
+            aside = self._aside.pop(name, None)
+            self._parts[name] = self.loaders[name]() if aside is None else aside.to(self.device)
         return self._parts[name]
 
     def loaded(self, name: str) -> bool:
         return name in self._parts
 
     def release(self, name: str) -> None:
-        """Drop a part; the next use reads it again."""
-        self._parts.pop(name, None)
+        """Free the device of a part. The next use reads it again; a changed one waits in main memory."""
+        part = self._parts.pop(name, None)
+        if part is not None and name in self.changed:
+            self._aside[name] = part.to("cpu")
 
     @property
     def denoiser(self) -> nn.Module:

@@ -249,21 +249,27 @@ class StandardUpdate:
         if self.max_grad_norm > 0:
             self.norm = self.accelerator.clip_grad_norm_(parameters, self.max_grad_norm)
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
         return not self.accelerator.optimizer_step_was_skipped
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
         """The weights to save, validate and preview with: schedule-free optimizers train at another point.
 
-        A state to resume from is saved *outside* of this.
+        Afterwards they are what they were, bit for bit: going there and back is only nearly so, and previews and saves must
+        not change what is learned. A state to resume from is saved *outside* of this.
         """
         inner: Any = getattr(self.optimizer, "optimizer", self.optimizer)
         if not hasattr(inner, "eval"):
             yield
             return
+        parameters = [parameter for group in inner.param_groups for parameter in group["params"]]
+        before = [parameter.detach().to("cpu", copy=True) for parameter in parameters]
         inner.eval()
         try:
             yield
         finally:
             inner.train()
+            with torch.no_grad():
+                for parameter, value in zip(parameters, before, strict=True):
+                    parameter.copy_(value)

@@ -10,7 +10,7 @@ import torch
 from library.family_base import ModelBundle, ModelFamily
 from library.optimizers import LearningRates
 from library.run_setup import compute_dtype, learning_dtype
-from library.trainable import DENOISER, AdapterTrainable, FullTrainable, Trainable, split_pairs
+from library.trainable import DENOISER, AdapterTrainable, FullTrainable, Trainable, merge_base_weights, split_pairs
 
 if TYPE_CHECKING:
     from library.option_groups import FullTrainOptions, NetworkTrainOptions, TrainOptions
@@ -29,8 +29,16 @@ class RunPlan(ABC):
         """Part of the model -> the dtype it learns in; an adapter's parts stay frozen and are not among them."""
 
     @abstractmethod
+    def learning_parts(self, family: ModelFamily) -> frozenset[str]:
+        """Parts of the model whose outputs change as training goes on."""
+
+    @abstractmethod
     def check(self) -> None:
         """Raise `UserError` for what can be known to be wrong without a model."""
+
+    def prepare(self, bundle: ModelBundle, family: ModelFamily) -> None:
+        """Make the model the one that is trained on, before anything it gives is cached."""
+        return
 
     @abstractmethod
     def build(self, family: ModelFamily, bundle: ModelBundle, options: TrainOptions) -> Trainable:
@@ -63,6 +71,19 @@ class NetworkPlan(RunPlan):
     def learning_dtypes(self, family: ModelFamily) -> dict[str, torch.dtype]:
         return {}
 
+    def learning_parts(self, family: ModelFamily) -> frozenset[str]:
+        network = self.options.network
+        denoiser = {DENOISER} if network.trains_denoiser else set()
+        return frozenset(denoiser | (set(family.arch.text_parts) if network.trains_text_encoder else set()))
+
+    def prepare(self, bundle: ModelBundle, family: ModelFamily) -> None:
+        if not self.options.network.base_weights:
+            return
+        from networks.external import load_network_module
+
+        module = load_network_module(self.options.network.network_module or "").for_arch(family.arch)
+        merge_base_weights(module, bundle, self.options.network)
+
     def check(self) -> None:
         from networks.external import load_network_module
         from networks.network_args import parse_network_args
@@ -91,6 +112,9 @@ class FullPlan(RunPlan):
         if self.options.full.trains_text_encoder:
             parts |= set(family.arch.text_parts)
         return {part: learning_dtype(self.options.precision) for part in sorted(parts)}
+
+    def learning_parts(self, family: ModelFamily) -> frozenset[str]:
+        return frozenset(self.learning_dtypes(family))
 
     def check(self) -> None:
         """Nothing beyond the option rules."""

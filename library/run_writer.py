@@ -23,7 +23,6 @@ from library.checkpoint import (
 from library.metadata import BaseHashes, RunFacts, at_save, modelspec_metadata, network_metadata
 from library.optimizers import describe_optimizer
 from library.run_setup import save_dtype
-from library.sampling import PreviewWriter
 from library.tracking import Tracker
 from library.trainable import split_pairs
 
@@ -91,15 +90,7 @@ class RunWriter:
         self.policy = CheckpointPolicy.of(options.output, options.state, trainer.length.num_epochs)
         self.files = CheckpointWriter(self.folder, self.policy, trainer.trainable.suffix)
         self.metadata = FileMetadata(trainer)
-        self.previews = PreviewWriter.of(
-            trainer.family,
-            trainer.strategies,
-            options,
-            trainer.device,
-            rank=accelerator.process_index,
-            world=accelerator.num_processes,
-            autocast=accelerator.autocast,
-        )
+        self.previews = trainer.previews
         self.tracker = Tracker(
             options.logging,
             self.folder,
@@ -123,7 +114,6 @@ class RunWriter:
             trainer.length.num_epochs,
             trainer.options.training.seed,
         )
-        self.previews.encode_frozen(trainer.bundle, trainer.trainable.parts)
         if trainer.state.step == 0:
             self._preview(epoch=None)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -17,18 +18,20 @@ from torch import Tensor
 
 from library.batch import TrainBatch
 from library.caching import cache_latents, cache_text_outputs
-from library.checkpoint import SavedState, changed_options, check_output, load_state, result_options
+from library.checkpoint import SavedState, check_output, load_state
 from library.dataset import TrainData, batches_per_rank, build_train_data, make_loader
-from library.errors import Interrupted, UserError
+from library.errors import Interrupted
 from library.family_base import ModelBundle, ModelFamily
 from library.interrupts import InterruptFlag
 from library.losses import element_loss, reduce_loss
 from library.noise import make_noise, perturb
 from library.objectives import Noised
 from library.optimizers import LearningRates, StandardUpdate, create_optimizer, describe_optimizer, group_rates
+from library.processes import Processes
+from library.resume import check_resumable, restore_optimizer, restore_schedule, run_record
 from library.rng import StepRng, key_to_seed
 from library.run_plan import Mode, plan_of
-from library.run_setup import RunLength, TrainState, average_gradients, make_accelerator, seed_default_generators, with_seed
+from library.run_setup import RunLength, TrainState, make_accelerator, seed_default_generators, with_seed
 from library.run_writer import RunWriter
 from library.sampling import PreviewWriter
 from library.schedulers import create_scheduler
@@ -56,6 +59,7 @@ class Trainer:
         options: TrainOptions,
         accelerator: Accelerator,
         rates: LearningRates,
+        previews: PreviewWriter,
     ) -> None:
         self.family = family
         self.trainable = trainable
@@ -64,12 +68,16 @@ class Trainer:
         self.options = options
         self.accelerator = accelerator
         self.device = accelerator.device
+        self.previews = previews
+        self.processes = Processes(accelerator)
+        self.interrupt = InterruptFlag()
         self.bundle = trainable.bundle
         self.latent = family.latent(options)
         self.objective = family.objective(options)
         self.state = TrainState()
         self.rng = StepRng(options.training.seed or 0, rank=accelerator.process_index)
         self.length = RunLength.of(options.training, batches_per_rank(data.train, accelerator.num_processes))
+        self.record = run_record(options, self.length, accelerator.num_processes, data.train)
 
         groups = trainable.param_groups(rates)
         self.parameters = [parameter for group in groups for parameter in group.params]
@@ -90,7 +98,9 @@ class Trainer:
         noised = self.objective.corrupt(x0, noise, t, perturb(noise, self.options.noise, self.rng))
         pred = self.predict(noised, t, cond, batch)
         target = self.preserve_prior(noised, t, cond, batch)
-        error = element_loss(pred.float(), target.float(), self.options.loss.loss_type, self.objective.huber_threshold(t))
+        kind = self.options.loss.loss_type
+        threshold = self.objective.huber_threshold(t) if kind in ("huber", "smooth_l1") else None
+        error = element_loss(pred.float(), target.float(), kind, threshold)
         return reduce_loss(error, mask=batch.mask, weight=self.objective.weight(t) * batch.loss_weights)
 
     def predict(self, noised: Noised, t: Tensor, cond: Conditioning, batch: TrainBatch) -> Tensor:
@@ -129,16 +139,17 @@ class Trainer:
     # ---- one update ------------------------------------------------------------------------------------------------
 
     def update(self, group: Sequence[TrainBatch]) -> dict[str, Tensor]:
-        """One step of the weights over `group`'s micro-batches, each weighted by its share of the images."""
+        """One step of the weights over the micro-batches of all processes, `group` here, each weighted by its share of the
+        images."""
         images = sum(len(batch) for batch in group)
         total = torch.zeros((), device=self.device)
         for offset, batch in enumerate(group):
             self.rng = self.rng.at(self.state.micro_step + offset)
-            seed_default_generators(key_to_seed(self.rng.seed, self.rng.rank, self.rng.step, "default"))
+            seed_default_generators(key_to_seed(self.rng.seed, self.rng.rank, self.rng.step, "default"), self.device)
             loss = self.loss(batch.to(self.device)) * (len(batch) / images)
             self.accelerator.backward(loss)
             total += loss.detach()
-        average_gradients(self.parameters, self.accelerator)
+        total = self.processes.average(self.parameters, total, images, stop=self.interrupt.requested)
         if self.update_rule.step(self.parameters):
             self.scheduler.step()
         return {"loss": total, **self.trainable.after_step()}
@@ -167,50 +178,29 @@ class Trainer:
         """Train from `state` to the end. Ctrl-C saves the state after the running step and raises `Interrupted`."""
         self.trainable.train()
         writer.start()
-        with InterruptFlag() as interrupt:
+        with self.interrupt:
             for group in self.groups():
                 rates = group_rates(self.optimizer)
                 self.trainable.before_step(self.state.step)
                 logs = self.update(group)
                 epoch_done = self.state.advance(len(group), self.length)
                 writer.after_update(logs, rates, epoch_done=epoch_done)
-                if interrupt.requested:
+                if self.processes.agreed_to_stop:
                     raise Interrupted(writer.interrupted())
         writer.finish()
 
     def train_state(self) -> dict[str, Any]:
         """What `restore` needs beside the tensors, and what has to be the same when it is used."""
-        return {
-            **asdict(self.state),
-            "seed": self.options.training.seed,
-            "world": self.accelerator.num_processes,
-            "batches_per_epoch": self.length.batches_per_epoch,
-            "accumulation": self.length.accumulation,
-            "options": result_options(self.options),
-        }
+        return {**self.record, **asdict(self.state)}
 
     def restore(self, saved: SavedState) -> None:
-        """Continue from `saved`; a state of another data set or process count is an error that says both values."""
-        now, then = self.train_state(), saved.train_state
-        for key, remedy in (
-            ("seed", "--seed"),
-            ("world", "the number of processes"),
-            ("batches_per_epoch", "the data set and the batch size"),
-            ("accumulation", "--gradient_accumulation_steps"),
-        ):
-            if now[key] != then[key]:
-                raise UserError(
-                    f"cannot continue exactly from {saved.folder}: {key} was {then[key]} and is now {now[key]}. "
-                    f"Resume with {remedy} as it was."
-                )
-        for line in changed_options(then, self.options):
-            logger.warning("not the run that was saved: %s (learning rates and their schedule go on as saved)", line)
+        """Continue from `saved`, which `check_resumable` has let pass. Raises `UserError` where its tensors do not fit."""
         self.trainable.load_state_dict(saved.trainable)
-        self.optimizer.load_state_dict(saved.optimizer)
-        self.scheduler.load_state_dict(saved.scheduler)
+        restore_optimizer(self.optimizer, saved)
+        restore_schedule(self.scheduler, saved)
         if self.accelerator.scaler is not None and saved.scaler is not None:
             self.accelerator.scaler.load_state_dict(saved.scaler)
-        self.state = TrainState(**{key: then[key] for key in asdict(self.state)})
+        self.state = TrainState(**{key: saved.train_state[key] for key in asdict(self.state)})
 
 
 # ---- wiring ----------------------------------------------------------------------------------------------------------
@@ -230,11 +220,18 @@ def build_trainer(family: ModelFamily, options: TrainOptions, mode: Mode) -> Tra
     options = with_seed(options, saved.train_state["seed"] if saved is not None and options.training.seed is None else None)
     strategies = family.strategies(options)
     data = build_train_data(options, family.latent(options), strategies, mode=mode)
+    if saved is not None:
+        length = RunLength.of(options.training, batches_per_rank(data.train, accelerator.num_processes))
+        check_resumable(saved, run_record(options, length, accelerator.num_processes, data.train), length, options)
     learning = plan.learning_dtypes(family)
     bundle = family.load(options, device=accelerator.device, dtype=plan.frozen_dtype, learning=learning)
+    plan.prepare(bundle, family)
     fill_caches(data, strategies, bundle, options, accelerator)
+    previews = make_previews(family, strategies, options, accelerator)
+    previews.encode_frozen(bundle, plan.learning_parts(family))
+    release_cached(data, bundle, plan.learning_parts(family))
     trainable = plan.build(family, bundle, options)
-    trainer = Trainer(family, trainable, data, strategies, options, accelerator, plan.rates)
+    trainer = Trainer(family, trainable, data, strategies, options, accelerator, plan.rates, previews)
     if saved is not None:
         trainer.restore(saved)
     return trainer
@@ -243,12 +240,36 @@ def build_trainer(family: ModelFamily, options: TrainOptions, mode: Mode) -> Tra
 def fill_caches(
     data: TrainData, strategies: Strategies, bundle: ModelBundle, options: TrainOptions, accelerator: Accelerator
 ) -> None:
-    """Caches that were asked for. One process at a time, so that none writes what another reads."""
-    with accelerator.local_main_process_first():
+    """Caches that were asked for. Where they are files, one process goes first, so that none writes what another reads."""
+    on_disk = options.cache.cache_latents_to_disk or options.cache.cache_text_encoder_outputs_to_disk
+    with accelerator.local_main_process_first() if on_disk else nullcontext():
         if options.cache.latents:
             cache_latents(data, strategies, bundle, options, accelerator.device)
         if options.cache.text_outputs:
             cache_text_outputs(data, strategies, bundle, options, accelerator.device)
+
+
+def release_cached(data: TrainData, bundle: ModelBundle, learning: frozenset[str]) -> None:
+    """Free the device of the frozen parts all of whose outputs are cached. What needs one later reads it again."""
+    if all(dataset.latent_cache is not None for dataset in data.image_datasets):
+        bundle.release("vae")
+    if all(dataset.text_cache is not None and dataset.text_cache.complete for dataset in data.image_datasets):
+        for name in set(bundle.text_encoder_names) - learning:
+            bundle.release(name)
+
+
+def make_previews(
+    family: ModelFamily, strategies: Strategies, options: TrainOptions, accelerator: Accelerator
+) -> PreviewWriter:
+    return PreviewWriter.of(
+        family,
+        strategies,
+        options,
+        accelerator.device,
+        rank=accelerator.process_index,
+        world=accelerator.num_processes,
+        autocast=accelerator.autocast,
+    )
 
 
 def run(family: ModelFamily, options: TrainOptions, mode: Mode) -> None:

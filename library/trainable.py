@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from library.errors import UserError
 from library.family_base import ModelBundle, ModelFamily
+from library.model_io import open_checkpoint
 from library.optimizers import LearningRates, ParamGroup
 
 if TYPE_CHECKING:
@@ -78,6 +79,20 @@ class Trainable(ABC):
         return {}
 
 
+def check_same_tensors(own: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
+    """Raise `UserError` where a saved state is not one of what learns here."""
+    different = sorted(own.keys() ^ saved.keys())
+    different += [name for name in own if name in saved and own[name].shape != saved[name].shape]
+    if not different:
+        return
+    name = different[0]
+    then, now = (tuple(tensors[name].shape) if name in tensors else "not there" for tensors in (saved, own))
+    raise UserError(
+        f"the saved state is of another run: {len(different)} parameters differ, first {name}, which was {then} and is now {now}. "
+        "Resume with the base model and the training flags it was saved with."
+    )
+
+
 def split_pairs(pairs: Sequence[str], flag: str) -> dict[str, str]:
     """`key=value` texts to a dict. Raises `UserError` for a text without `=` and for a key that is given twice."""
     values: dict[str, str] = {}
@@ -109,12 +124,23 @@ def make_network(module: NetworkModule, bundle: ModelBundle, options: NetworkOpt
 
 
 def merge_base_weights(module: NetworkModule, bundle: ModelBundle, options: NetworkOptions) -> None:
-    """Merge `--base_weights` into the model, each at its multiplier (1 where none is given)."""
+    """Merge `--base_weights` into the model, each at its multiplier (1 where none is given).
+
+    From then on the parts have another identity: what is cached of the unmerged model is not theirs.
+    """
     files, multipliers = options.base_weights or (), options.base_weights_multiplier or ()
+    merged = []
     for index, file in enumerate(files):
         multiplier = multipliers[index] if index < len(multipliers) else 1.0
         module.merge_weights(multiplier, file, bundle.text_encoders, bundle.denoiser)
+        merged.append(f"{open_checkpoint(file).fingerprint()}*{multiplier:g}")
         logger.info("merged %s at %g", file, multiplier)
+    if merged:
+        bundle.changed |= {DENOISER, *bundle.text_encoder_names}
+        bundle.identity = {
+            part: "+".join([identity, *merged]) if part in bundle.changed else identity
+            for part, identity in bundle.identity.items()
+        }
 
 
 class AdapterTrainable(Trainable):
@@ -128,11 +154,10 @@ class AdapterTrainable(Trainable):
 
     @classmethod
     def create(cls, family: ModelFamily, bundle: ModelBundle, options: NetworkTrainOptions) -> AdapterTrainable:
-        """Base weights merged, the network made and attached, gradient checkpointing on where it is asked for."""
+        """The network made and attached, gradient checkpointing on where it is asked for."""
         from networks.external import load_network_module
 
         module = load_network_module(options.network.network_module or "").for_arch(family.arch)
-        merge_base_weights(module, bundle, options.network)
         network = make_network(module, bundle, options.network, options.training.seed or 0)
         network.to(bundle.device, torch.bfloat16 if options.precision.full_bf16 else torch.float32)
         network.attach()
@@ -148,6 +173,7 @@ class AdapterTrainable(Trainable):
         return dict(self.network.state_dict())
 
     def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
+        check_same_tensors(self.state_dict(), tensors)
         self.network.load_state_dict(dict(tensors))
 
     def reference(self) -> AbstractContextManager[None]:
@@ -155,7 +181,8 @@ class AdapterTrainable(Trainable):
 
     def train(self, mode: bool = True) -> None:
         self.network.train(mode)
-        for part in self.parts:  # gradient checkpointing of the frozen parts works in training mode only
+        # frozen parts too, if gradients pass through them: their gradient checkpointing works in training mode only
+        for part in self.parts | {DENOISER}:
             self.bundle.part(part).train(mode)
 
     def save(self, path: Path, *, dtype: torch.dtype | None, metadata: Mapping[str, str]) -> None:
@@ -181,6 +208,7 @@ class FullTrainable(Trainable):
         self.bundle = bundle
         self.options = options
         self.parts = frozenset(parts)
+        self._stopped = False
         for part in sorted(self.parts):
             bundle.part(part).requires_grad_(True).train()
 
@@ -212,12 +240,7 @@ class FullTrainable(Trainable):
 
     def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
         own = dict(self._named_parameters())
-        if own.keys() != tensors.keys():
-            different = sorted(own.keys() ^ tensors.keys())
-            raise UserError(
-                f"the saved state has other parameters than this run ({len(different)} differ, first: {different[0]}). "
-                "Resume with the base model and the training flags it was saved with."
-            )
+        check_same_tensors(own, tensors)
         with torch.no_grad():
             for name, parameter in own.items():
                 parameter.copy_(tensors[name])
@@ -232,8 +255,9 @@ class FullTrainable(Trainable):
     def before_step(self, step: int) -> None:
         """From `--stop_text_encoder_training` on, the text encoders stay as they are."""
         stop = self.options.full.stop_text_encoder_training
-        if stop is None or step < stop or self.parts == {DENOISER}:
+        if stop is None or step < stop or self._stopped:
             return
+        self._stopped = True
         for part in self.parts - {DENOISER}:
             self.bundle.part(part).requires_grad_(False)
 

@@ -340,8 +340,8 @@ def test_options_that_change_the_result_are_told_apart_from_those_that_do_not():
     )
     other = NetworkTrainOptions(training=TrainingOptions(seed=2))
     saved = json.loads(json.dumps({"options": result_options(before)}))
-    assert changed_options(saved, same) == []
-    assert changed_options(saved, other) == ["--seed was 1 and is now 2"]
+    assert changed_options(saved, same) == {}
+    assert list(changed_options(saved, other).values()) == ["--seed was 1 and is now 2"]
 
 
 def test_a_state_can_replace_one_of_the_same_name(tmp_path):

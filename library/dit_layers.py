@@ -1,0 +1,193 @@
+"""Layers that the transformer denoisers share, and the contract they all keep.
+
+Shapes: B batch, L tokens, D width, H heads, K head width.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+RunBlock = Callable[..., Any]
+"""(block, *inputs) -> the block's output."""
+
+
+def run_directly(block: nn.Module, *inputs: Any) -> Any:
+    return block(*inputs)
+
+
+def run_recomputing(block: nn.Module, *inputs: Any) -> Any:
+    """Nothing of the block's inside is kept for the backward pass: it is computed again there."""
+    if not torch.is_grad_enabled():
+        return block(*inputs)
+    return checkpoint(block, *inputs, use_reentrant=False)
+
+
+class Denoiser(nn.Module, ABC):
+    """A network of blocks, in its original parameter names.
+
+    Memory policies (checkpointing, offloading) attach to `run_block`, or to `blocks()` with hooks; the network knows none.
+    """
+
+    run_block: RunBlock
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.run_block = run_directly
+
+    @abstractmethod
+    def blocks(self) -> Sequence[nn.Module]:
+        """The blocks in execution order."""
+
+    def canonical_name(self, module: nn.Module) -> str:
+        """The published name of one of this network's modules. Raises `KeyError` for a foreign one."""
+        for name, own in self.named_modules():
+            if own is module:
+                return name
+        raise KeyError(type(module).__name__)
+
+    def enable_gradient_checkpointing(self) -> None:
+        self.run_block = run_recomputing
+
+
+# ---- attention -------------------------------------------------------------------------------------------------------
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=None if mask is None else mask[:, None, None, :])
+
+
+def _math(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """The definition, step by step: what the others are tested against."""
+    scores = (q.float() @ k.float().transpose(-1, -2)) * q.shape[-1] ** -0.5
+    if mask is not None:
+        scores = scores.masked_fill(~mask[:, None, None, :], -torch.inf)
+    return (scores.softmax(-1) @ v.float()).to(v.dtype)
+
+
+ATTENTION_MODES: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]] = {"sdpa": _sdpa, "math": _math}
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, mode: str = "sdpa") -> Tensor:
+    """Softmax attention of q, k, v [B, H, L, K] -> [B, L, H * K]. mask [B, L] bool: tokens that may be attended to."""
+    return ATTENTION_MODES[mode](q, k, v, mask).transpose(1, 2).flatten(2)
+
+
+def split_heads(fused: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Fused q, k, v [B, L, 3D] -> three of [B, H, L, K]."""
+    q, k, v = fused.unflatten(2, (3, num_heads, -1)).permute(2, 0, 3, 1, 4)
+    return q, k, v
+
+
+# ---- rotary position embedding ---------------------------------------------------------------------------------------
+
+
+class Rotation(NamedTuple):
+    """cos and sin of every pair's angle, each [B, 1, L, K / 2] float32."""
+
+    cos: Tensor
+    sin: Tensor
+
+
+def rotary_embedding(ids: Tensor, axes: Sequence[int], theta: float = 10_000.0) -> Rotation:
+    """Rotations (Su et al. 2021, arXiv 2104.09864) for positions with several axes. ids [B, L, len(axes)].
+
+    axes: widths that add up to K; axis i turns its pairs by position * theta^(-2j / axes[i]). Angles are made in float64
+    where the device has it: positions times frequencies lose digits in float32.
+    """
+    exact = torch.float32 if ids.device.type == "mps" else torch.float64
+    angles = [
+        ids[..., axis, None].to(exact) * theta ** -(torch.arange(0, width, 2, dtype=exact, device=ids.device) / width)
+        for axis, width in enumerate(axes)
+    ]
+    joined = torch.cat(angles, dim=-1).unsqueeze(1)  # [B, 1, L, K / 2]
+    return Rotation(joined.cos().float(), joined.sin().float())
+
+
+def rotate(x: Tensor, rotation: Rotation) -> Tensor:
+    """Turn neighbouring pairs of x [B, H, L, K], computed in float32."""
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # [B, H, L, K / 2]
+    turned = (even * rotation.cos - odd * rotation.sin, even * rotation.sin + odd * rotation.cos)
+    return torch.stack(turned, dim=-1).flatten(-2).to(x.dtype)
+
+
+# ---- norms and modulation --------------------------------------------------------------------------------------------
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * scale over the last dimension, computed in float32."""
+
+    def __init__(self, width: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        exact = x.float()
+        normed = exact * torch.rsqrt(exact.square().mean(-1, keepdim=True) + self.eps)
+        return (normed * self.scale.float()).to(x.dtype)
+
+
+class QKNorm(nn.Module):
+    """RMS norms of queries and keys."""
+
+    def __init__(self, head_width: int) -> None:
+        super().__init__()
+        self.query_norm = RMSNorm(head_width)
+        self.key_norm = RMSNorm(head_width)
+
+    def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        return self.query_norm(q), self.key_norm(k)
+
+
+def layer_norm(width: int) -> nn.LayerNorm:
+    """A layer norm without weights of its own: shift and scale come from the modulation."""
+    return nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """x [B, L, D]; shift and scale [B, 1, D]."""
+    return x * (1 + scale) + shift
+
+
+class Modulation(nn.Module):
+    """`count` vectors of shift, scale and gate from one embedding (adaptive layer norm, Peebles & Xie 2022)."""
+
+    def __init__(self, width: int, count: int) -> None:
+        super().__init__()
+        self.count = count
+        self.lin = nn.Linear(width, count * width)
+
+    def forward(self, vec: Tensor) -> Tensor:
+        """[B, D] -> [B, count, D]."""
+        return self.lin(F.silu(vec)).unflatten(-1, (self.count, -1))
+
+
+# ---- time ------------------------------------------------------------------------------------------------------------
+
+
+def timestep_embedding(t: Tensor, width: int, *, factor: float = 1000.0, max_period: float = 10_000.0) -> Tensor:
+    """Sinusoids of t [...] in [0, 1] -> [..., width], cosines first. Always float32: rounded times are other times."""
+    half = width // 2
+    frequencies = torch.exp(-math.log(max_period) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
+    angles = (t.float() * factor)[..., None] * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+class MLPEmbedder(nn.Module):
+    """Two linear layers with SiLU between."""
+
+    def __init__(self, inputs: int, width: int) -> None:
+        super().__init__()
+        self.in_layer = nn.Linear(inputs, width)
+        self.out_layer = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out_layer(F.silu(self.in_layer(x)))

@@ -1,0 +1,85 @@
+"""What the processes of one run tell each other in a step: gradients, the loss, and that one of them was asked to stop."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from library.tracking import LossLog
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+BUCKET_ELEMENTS = 2**25
+"""Gradients are exchanged in portions of about this size, so that no second copy of all of them is held."""
+
+
+class Processes:
+    """Makes an update of several processes the one that a single process would make of all their images.
+
+    On a single process nothing is exchanged.
+    """
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.count = accelerator.num_processes
+        self.device = accelerator.device
+        self._answers = LossLog()
+        self._stop = False
+
+    def average(self, parameters: Sequence[nn.Parameter], loss: Tensor, num_images: int, *, stop: bool) -> Tensor:
+        """Average the gradients in place; returns the loss, a 0-d tensor, over the images of all processes.
+
+        `loss` and the gradients are means over this process's `num_images`. `stop`: this process was asked to stop.
+        """
+        if self.count == 1:
+            self._stop = stop
+            return loss
+        images, asked = (torch.full((), float(value), device=self.device) for value in (num_images, stop))
+        facts = torch.stack([loss.float() * images, images, asked])
+        torch.distributed.all_reduce(facts)
+        _average_gradients(parameters, images / facts[1])
+        for row in self._answers.push(0, 0, {"asked": facts[2]}):
+            self._stop = row.values["asked"] > 0
+        return facts[0] / facts[1]
+
+    @property
+    def agreed_to_stop(self) -> bool:
+        """Whether any process asked to stop. All of them learn it after the same update: had one gone on alone, it would wait
+        for the others for ever. On a GPU that is an update late, so that no step waits for the answer."""
+        return self._stop
+
+
+def _average_gradients(parameters: Sequence[nn.Parameter], share: Tensor) -> None:
+    """Sum of every process's gradients, each times its `share` of the images.
+
+    A learning parameter without a gradient here counts as zero, so that every process sends the same shapes. One that no
+    longer learns keeps none: with zeros, the optimizer would go on moving it.
+    """
+    for parameter in parameters:
+        if parameter.requires_grad and parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    for gradients in _buckets([p.grad for p in parameters if p.grad is not None]):
+        flat = torch.cat([gradient.flatten() for gradient in gradients]).mul_(share)
+        torch.distributed.all_reduce(flat)
+        for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(mean.view_as(gradient))
+
+
+def _buckets(gradients: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Gradients of one dtype at a time, in portions of `BUCKET_ELEMENTS`."""
+    for dtype in sorted({gradient.dtype for gradient in gradients}, key=str):
+        bucket: list[Tensor] = []
+        size = 0
+        for gradient in gradients:
+            if gradient.dtype != dtype:
+                continue
+            bucket.append(gradient)
+            size += gradient.numel()
+            if size >= BUCKET_ELEMENTS:
+                yield bucket
+                bucket, size = [], 0
+        if bucket:
+            yield bucket

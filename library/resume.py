@@ -1,0 +1,100 @@
+"""What has to be the same for a run to go on from a saved state, and what may change."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+
+from library.checkpoint import SavedState, changed_options, result_options
+from library.dataset import ImageDataset
+from library.errors import UserError
+from library.optimizers import find_optimizer
+from library.rng import key_to_seed
+from library.run_setup import RunLength
+
+if TYPE_CHECKING:
+    from accelerate.optimizer import AcceleratedOptimizer
+
+    from library.option_groups import TrainOptions
+
+logger = logging.getLogger(__name__)
+
+REMEDIES = {
+    "seed": "--seed",
+    "world": "the number of processes",
+    "batches_per_epoch": "the data set and the batch size",
+    "accumulation": "--gradient_accumulation_steps",
+    "optimizer": "--optimizer_type",
+    "schedule_class": "--lr_scheduler_type",
+}
+"""What cannot differ -> what the user has to put back."""
+
+KEPT_OPTIONS = ("optimizer.optimizer_args", "schedule.lr_scheduler_args")
+"""Options whose saved values hold, as they are part of the optimizer's or the schedule's own state."""
+
+
+def run_record(options: TrainOptions, length: RunLength, world: int, data: ImageDataset) -> dict[str, Any]:
+    """What a state says about its run, to be compared when it is continued."""
+    pictures = [
+        (part.batch_size, [(record.key, record.size, record.repeats) for record in part.records]) for part in data.parts
+    ]
+    optimizer = find_optimizer(options.optimizer.name)
+    return {
+        "seed": options.training.seed,
+        "world": world,
+        "batches_per_epoch": length.batches_per_epoch,
+        "accumulation": length.accumulation,
+        "optimizer": f"{optimizer.module}.{optimizer.attribute}",
+        "schedule_class": options.schedule.lr_scheduler_type,
+        "pictures": key_to_seed(pictures),
+        "options": result_options(options),
+    }
+
+
+def check_resumable(saved: SavedState, now: dict[str, Any], length: RunLength, options: TrainOptions) -> None:
+    """Raise `UserError`, with both values, where `saved` cannot be continued exactly; warn of what differs otherwise."""
+    then = saved.train_state
+    for key, remedy in REMEDIES.items():
+        if key in then and now[key] != then[key]:
+            raise UserError(
+                f"cannot continue exactly from {saved.folder}: {key} was {then[key] or 'not given'} and is now "
+                f"{now[key] or 'not given'}. Resume with {remedy} as it was."
+            )
+    if then["step"] >= length.total_updates:
+        raise UserError(
+            f"nothing is left to train: {saved.folder} was saved after step {then['step']}, and this run ends at step "
+            f"{length.total_updates}. To go on, raise --max_train_steps (or --max_train_epochs)."
+        )
+    if then.get("pictures", now["pictures"]) != now["pictures"]:
+        logger.warning("the pictures are not those of the saved run: from here on it is another run than it would have been")
+    for key, change in changed_options(then, options).items():
+        holds = "as saved, since it is part of the saved state" if key in KEPT_OPTIONS else "with the new value"
+        logger.warning("not the run that was saved: %s; it goes on %s", change, holds)
+
+
+def restore_optimizer(optimizer: AcceleratedOptimizer, saved: SavedState) -> None:
+    try:
+        optimizer.load_state_dict(saved.optimizer)
+    except (ValueError, KeyError, RuntimeError) as error:
+        raise UserError(
+            f"the optimizer's state in {saved.folder} does not fit this run ({error}). "
+            "Resume with the flags about what learns, and at which rates, as they were."
+        ) from error
+
+
+def restore_schedule(scheduler: LRScheduler, saved: SavedState) -> None:
+    """The schedule at its saved position. Call it after `restore_optimizer`.
+
+    The named schedules are functions of the position alone: with the rates, the shape and the length this run asks for, they
+    go on from there. With nothing changed these are the saved rates, bit for bit. Other classes keep a state of their own.
+    """
+    rates = list(scheduler.base_lrs)
+    scheduler.load_state_dict(dict(saved.scheduler))
+    if type(scheduler) is not LambdaLR:
+        return
+    scheduler.base_lrs = rates
+    for group, rate, factor in zip(scheduler.optimizer.param_groups, rates, scheduler.lr_lambdas, strict=True):
+        group["initial_lr"], group["lr"] = rate, rate * factor(scheduler.last_epoch)
+    scheduler._last_lr = [group["lr"] for group in scheduler.optimizer.param_groups]
