@@ -1,0 +1,138 @@
+"""Block swap on a CUDA device: the same equality, memory, and transfers that hide behind computing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from offload_tools import UPDATES, learners
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from library.activation_offload import ActivationOffload
+from library.custom_offloading_utils import BlockGroup, BlockSwap
+
+pytestmark = pytest.mark.gpu
+
+
+class Wide(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.b(torch.nn.functional.gelu(self.a(x)))
+
+
+@pytest.mark.parametrize("pinned", [None, 0], ids=["pinned", "pageable"])
+@pytest.mark.parametrize("offload", [False, True], ids=["", "offload"])
+@pytest.mark.parametrize("checkpointing", ["none", "plain", "reentrant"])
+@pytest.mark.parametrize("update", UPDATES)
+def test_cuda_training_with_swap_is_bit_equal_to_training_without(
+    update: str, checkpointing: str, offload: bool, pinned: int | None
+) -> None:
+    device = torch.device("cuda", 0)
+    learning, width = update != "frozen", 512
+
+    def run(num_swapped: int) -> tuple[list[Tensor], int]:
+        torch.manual_seed(0)
+        model = nn.Sequential(*(Wide(width) for _ in range(8)))
+        model.requires_grad_(learning)
+        adapters = nn.ModuleList(nn.Linear(width, width, bias=False) for _ in range(8)).to(device)
+        swap = BlockSwap(
+            model, [BlockGroup(list(model.children()), num_swapped)], device, learning=learning, pinned_limit=pinned
+        )
+        keeper = ActivationOffload(model, device, budget=swap.transport.budget, min_bytes=0) if offload else None
+
+        def forward(x: Tensor) -> Tensor:
+            for block, adapter in zip(model, adapters, strict=True):
+                x = x + 0.1 * adapter(x)
+                if checkpointing in ("plain", "reentrant"):
+                    x = checkpoint(block, x, use_reentrant=checkpointing == "reentrant")
+                else:
+                    x = block(x)
+            return x
+
+        model.forward = forward  # type: ignore[method-assign]
+        parameters = learners(model) if learning else learners(adapters)
+        found = []
+        if update == "fused":
+            steppers = {parameter: torch.optim.SGD([parameter], lr=0.01) for parameter in parameters}
+
+            def step(parameter: Tensor) -> None:
+                steppers[parameter].step()  # type: ignore[index]
+                parameter.grad = None
+
+            for parameter in parameters:
+                parameter.register_post_accumulate_grad_hook(step)
+        opt = torch.optim.SGD(parameters, lr=0.01, momentum=0.9, foreach=False)
+        for number in range(4):
+            x = torch.randn(64, width, generator=torch.Generator().manual_seed(number)).to(device).requires_grad_()
+            out = model(x)
+            out.square().mean().backward()
+            assert x.grad is not None
+            found += [out.detach().cpu(), x.grad.cpu()]
+            if update != "fused":
+                with swap.updating():
+                    opt.step()
+                    opt.zero_grad(set_to_none=True)
+            with torch.no_grad():
+                found.append(model(x).cpu())
+        with swap.host_weights():
+            found += [value.detach().cpu().clone() for value in model.state_dict().values()]
+        misses = swap.misses
+        if keeper is not None:
+            keeper.close()
+        swap.close()
+        return found, misses
+
+    expected, _ = run(0)
+    for num_swapped in (2, 6):
+        found, misses = run(num_swapped)
+        # SGD's arithmetic on the host may round otherwise than on the device: the only place where bits may differ
+        close = (lambda a, b: torch.allclose(a, b, rtol=1e-4, atol=1e-5)) if update == "learning" else torch.equal
+        assert all(close(a, b) for a, b in zip(found, expected, strict=True))
+        assert misses == 0
+
+
+def test_cuda_memory_is_that_of_the_slots_and_host_memory_is_pinned() -> None:
+    device = torch.device("cuda", 0)
+    Wide(64).to(device)(torch.randn(4, 64, device=device)).sum().backward()  # the matmul library's own memory
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated(device)
+    model = nn.Sequential(*(Wide(1024) for _ in range(10)))
+    block_bytes = sum(p.numel() * 4 for p in model[0].parameters())
+    model.requires_grad_(False)
+    swap = BlockSwap(model, [BlockGroup(list(model.children()), 8)], device)
+    assert all(block.host.flat.is_pinned() for block in swap.rings[0].blocks.values())
+    torch.cuda.reset_peak_memory_stats(device)
+    x = torch.randn(4, 1024, device=device, requires_grad=True)
+    for _ in range(3):
+        model(x).sum().backward()
+    assert torch.cuda.max_memory_allocated(device) - before < 2.5 * block_bytes
+    assert swap.misses == 0
+    swap.close()
+
+
+def test_cuda_transfers_overlap_with_computing() -> None:
+    """Computing that takes longer than the transfers hides them."""
+    device = torch.device("cuda", 0)
+
+    def seconds(num_swapped: int) -> float:
+        model = nn.Sequential(*(Wide(2048) for _ in range(8))).to(torch.bfloat16)
+        model.requires_grad_(False)
+        swap = BlockSwap(model, [BlockGroup(list(model.children()), num_swapped)], device)
+        x = torch.randn(32768, 2048, device=device, dtype=torch.bfloat16, requires_grad=True)
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        for step in range(6):
+            if step == 2:
+                start.record()
+            y = x
+            for block in model:
+                y = checkpoint(block, y, use_reentrant=False)
+            y.sum().backward()
+        end.record()
+        end.synchronize()
+        swap.close()
+        return start.elapsed_time(end) / 4000
+
+    assert seconds(4) < 1.25 * seconds(0)
