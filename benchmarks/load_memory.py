@@ -38,7 +38,7 @@ _SD1_MB_FP16 = 2030  # all parts at SD1's own width
 
 def write_checkpoint(path: Path, dtype: torch.dtype, size_mb: float) -> None:
     """An SD1 file whose UNet is as wide as makes the whole about `size_mb` in fp16; VAE and CLIP at their real size."""
-    from library import sd_models
+    from library import clip_parts, sd_models, vae_parts
     from library.sd_utils import CLIP_PREFIX, UNET_PREFIX, VAE_PREFIX
 
     rest = 2 * (83.7 + 123.1)  # MB of the VAE and CLIP in fp16
@@ -56,8 +56,8 @@ def write_checkpoint(path: Path, dtype: torch.dtype, size_mb: float) -> None:
     unet_module = sd_models.make_unet(unet)
     parts = (
         (UNET_PREFIX, unet_module, sd_models.unet_key_map([True, True, True, False], 2)),
-        (VAE_PREFIX, sd_models.make_vae(vae), sd_models.vae_key_map(4)),
-        (CLIP_PREFIX, sd_models.make_clip(clip), sd_models.CLIP_NAMES),
+        (VAE_PREFIX, vae_parts.make_vae(vae), vae_parts.vae_key_map(4)),
+        (CLIP_PREFIX, clip_parts.make_clip(clip), clip_parts.CLIP_NAMES),
     )
     generator = torch.Generator().manual_seed(0)
     tensors = {}

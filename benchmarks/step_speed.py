@@ -18,12 +18,14 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "tests"))
 
-SIZES = {"tiny": (32, 64, 64, 64), "mid": (128, 256, 512, 512)}
+SIZES = {"tiny": [32, 64, 64, 64], "mid": [128, 256, 512, 512]}
+"""Channels of the UNet's levels; SD1's are 320, 640, 1280, 1280."""
 RESOLUTION = 256
 BATCH = 2
 
@@ -31,9 +33,14 @@ BATCH = 2
 def make_inputs(folder: Path, size: str) -> None:
     """A base model in diffusers layout and eight captioned pictures."""
     import tiny
+    import torch
+    from diffusers import UNet2DConditionModel
 
-    tiny.write_sd_diffusers(folder / "model", block_out_channels=SIZES[size])
-    tiny.write_images(folder / "images", 8, RESOLUTION)
+    tiny.write_sd_diffusers(folder / "model")
+    torch.manual_seed(0)
+    config = tiny.sd_configs("v1")["denoiser"] | {"block_out_channels": SIZES[size]}
+    UNet2DConditionModel.from_config(config).save_pretrained(folder / "model" / "unet")
+    tiny.write_images(folder / "images" / "1_thing", 8, RESOLUTION)
 
 
 def run_ours(folder: Path, steps: int) -> None:
@@ -74,7 +81,8 @@ def run_plain(folder: Path, steps: int) -> None:
     model = folder / "model"
     unet = UNet2DConditionModel.from_pretrained(model, subfolder="unet").to(device).requires_grad_(False)
     vae = AutoencoderKL.from_pretrained(model, subfolder="vae").to(device)
-    text = CLIPTextModel.from_pretrained(model, subfolder="text_encoder").to(device)
+    text: Any = CLIPTextModel.from_pretrained(model, subfolder="text_encoder")
+    text.to(device)
     tokenizer = CLIPTokenizer.from_pretrained(model, subfolder="tokenizer")
     scheduler = DDPMScheduler.from_pretrained(model, subfolder="scheduler")
     latents, contexts = [], []
@@ -91,6 +99,7 @@ def run_plain(folder: Path, steps: int) -> None:
     unet.add_adapter(LoraConfig(r=16, lora_alpha=16, target_modules=targets))
     unet.train()
     parameters = [p for p in unet.parameters() if p.requires_grad]
+    print(f"LEARNING {sum(p.numel() for p in parameters)}")
     optimizer = torch.optim.AdamW(parameters, lr=1e-4)
     for step in range(steps):
         rows = [(step * BATCH + i) % len(latents) for i in range(BATCH)]
@@ -98,29 +107,48 @@ def run_plain(folder: Path, steps: int) -> None:
         noise = torch.randn_like(x0)
         t = torch.randint(0, 1000, (BATCH,), device=device)
         prediction = unet(scheduler.add_noise(x0, noise, t), t, context).sample
-        torch.nn.functional.mse_loss(prediction.float(), noise.float()).backward()
+        loss = torch.nn.functional.mse_loss(prediction.float(), noise.float())
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        print(f"STEP {time.time()}", flush=True)
+        print(f"STEP {time.time()} {loss.item():.4f}", flush=True)
 
 
-def timed(side: str, folder: Path, steps: int) -> tuple[float, float]:
-    """(seconds from process start to the end of the first step, median seconds per step) of one process."""
+def timed(side: str, folder: Path, steps: int) -> tuple[float, float, int]:
+    """Of one process: seconds from its start to the end of the first step, median seconds per step, numbers that learn."""
     start = time.time()
     command = [sys.executable, __file__, "--side", side, "--folder", str(folder), "--steps", str(steps)]
-    result = subprocess.run(command, capture_output=True, text=True)
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     if result.returncode:
         raise SystemExit(result.stdout + result.stderr)
     if side == "ours":
         import csv
 
+        from safetensors.torch import load_file
+
         with (folder / "out" / "metrics.csv").open() as file:
-            stamps = [float(row["time"]) for row in csv.DictReader(file)]
+            stamps = [float(row["time"]) for row in csv.DictReader(file) if row["loss/current"]]
+        tensors = load_file(folder / "out" / "bench.safetensors")
+        learning = sum(value.numel() for name, value in tensors.items() if not name.endswith(".alpha"))
     else:
-        stamps = [float(line.split()[1]) for line in result.stdout.splitlines() if line.startswith("STEP ")]
+        said = [line.split() for line in result.stdout.splitlines()]
+        stamps = [float(words[1]) for words in said if words[:1] == ["STEP"]]
+        learning = next(int(words[1]) for words in said if words[:1] == ["LEARNING"])
     gaps = [after - before for before, after in zip(stamps, stamps[1:], strict=False)]
-    return stamps[0] - start, statistics.median(gaps)
+    return stamps[0] - start, statistics.median(gaps), learning
+
+
+def torch_threads() -> int:
+    import torch
+
+    return torch.get_num_threads()
+
+
+def device_name() -> str:
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
 
 
 def main() -> None:
@@ -140,15 +168,20 @@ def main() -> None:
         rounds = []
         for _ in range(arguments.rounds):
             ours = timed("ours", folder, arguments.steps)
-            rounds.append((ours, timed("plain", folder, arguments.steps)))
+            plain = timed("plain", folder, arguments.steps)
+            if ours[2] != plain[2]:
+                raise SystemExit(f"the two do not train the same: {ours[2]} numbers learn here, {plain[2]} in the plain loop")
+            rounds.append((ours, plain))
     row = {
         "scenario": f"sd_lora_{arguments.size}",
         "steps": arguments.steps,
+        "rounds": arguments.rounds,
+        "threads": torch_threads(),
         "step_seconds_ours": round(statistics.median(a[1] for a, _ in rounds), 4),
         "step_ratio": round(statistics.median(a[1] / b[1] for a, b in rounds), 3),
         "first_step_seconds_ours": round(statistics.median(a[0] for a, _ in rounds), 2),
         "first_step_ratio": round(statistics.median(a[0] / b[0] for a, b in rounds), 3),
-        "device": platform.processor() or platform.machine(),
+        "device": device_name(),
     }
     print(json.dumps(row))
 

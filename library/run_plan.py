@@ -14,6 +14,7 @@ from library.trainable import DENOISER, AdapterTrainable, FullTrainable, Trainab
 
 if TYPE_CHECKING:
     from library.option_groups import FullTrainOptions, NetworkTrainOptions, TrainOptions
+    from networks.external import NetworkModule
 
 Mode = Literal["network", "full"]
 
@@ -33,7 +34,7 @@ class RunPlan(ABC):
         """Parts of the model whose outputs change as training goes on."""
 
     @abstractmethod
-    def check(self) -> None:
+    def check(self, family: ModelFamily) -> None:
         """Raise `UserError` for what can be known to be wrong without a model."""
 
     def prepare(self, bundle: ModelBundle, family: ModelFamily) -> None:
@@ -74,25 +75,25 @@ class NetworkPlan(RunPlan):
     def learning_parts(self, family: ModelFamily) -> frozenset[str]:
         network = self.options.network
         denoiser = {DENOISER} if network.trains_denoiser else set()
-        return frozenset(denoiser | (set(family.arch.text_parts) if network.trains_text_encoder else set()))
+        text = self._module(family).text_parts(family.arch.text_parts, self._arguments) if network.trains_text_encoder else ()
+        return frozenset(denoiser | set(text))
+
+    @property
+    def _arguments(self) -> dict[str, str]:
+        return split_pairs(self.options.network.network_args or (), "--network_args")
+
+    def _module(self, family: ModelFamily) -> NetworkModule:
+        from networks.external import load_network_module
+
+        return load_network_module(self.options.network.network_module or "").for_arch(family.arch)
 
     def prepare(self, bundle: ModelBundle, family: ModelFamily) -> None:
         if not self.options.network.base_weights:
             return
-        from networks.external import load_network_module
+        merge_base_weights(self._module(family), bundle, self.options.network)
 
-        module = load_network_module(self.options.network.network_module or "").for_arch(family.arch)
-        merge_base_weights(module, bundle, self.options.network)
-
-    def check(self) -> None:
-        from networks.external import load_network_module
-        from networks.network_args import parse_network_args
-        from networks.network_base import NetworkFactory
-
-        module = load_network_module(self.options.network.network_module or "")
-        arguments = split_pairs(self.options.network.network_args or (), "--network_args")
-        if isinstance(module, NetworkFactory):
-            parse_network_args(module.algorithm.arguments, arguments, module=module.name)
+    def check(self, family: ModelFamily) -> None:
+        self._module(family).text_parts((), self._arguments)
 
     def build(self, family: ModelFamily, bundle: ModelBundle, options: TrainOptions) -> Trainable:
         return AdapterTrainable.create(family, bundle, cast("NetworkTrainOptions", options))
@@ -116,7 +117,7 @@ class FullPlan(RunPlan):
     def learning_parts(self, family: ModelFamily) -> frozenset[str]:
         return frozenset(self.learning_dtypes(family))
 
-    def check(self) -> None:
+    def check(self, family: ModelFamily) -> None:
         """Nothing beyond the option rules."""
 
     def build(self, family: ModelFamily, bundle: ModelBundle, options: TrainOptions) -> Trainable:

@@ -69,18 +69,22 @@ def make_accelerator(options: TrainOptions) -> Accelerator:
             kwargs_handlers=handlers,
         )
     except ValueError as error:
-        if precision != "fp16":
+        if precision == "no":
             raise
-        raise UserError(
-            f"--mixed_precision fp16 does not work on this device ({PartialState().device.type}). "
-            "Use --mixed_precision bf16, or no."
-        ) from error
+        raise _unusable(precision, PartialState().device) from error
+    if precision == "fp16" and accelerator.scaler is None:  # accelerate says nothing, and would train in fp16 unscaled
+        raise _unusable(precision, accelerator.device)
     if accelerator.distributed_type not in PLAIN_PROCESSES:
         raise UserError(
             f"the launch asks for {accelerator.distributed_type.value}, which is not implemented here yet. "
             "Run `accelerate config` again and choose plain processes, or launch with --multi_gpu."
         )
     return accelerator
+
+
+def _unusable(precision: str, device: torch.device) -> UserError:
+    other = "bf16" if precision == "fp16" else "fp16"
+    return UserError(f"--mixed_precision {precision} does not work on this device ({device.type}). Use {other}, or no.")
 
 
 def with_seed(options: OptionsT, seed: int | None) -> OptionsT:

@@ -48,6 +48,7 @@ class FileMetadata:
             architecture=family.modelspec_architecture(options),
             v2=options.model.v2,
             prediction_type=family.prediction_type(options),
+            family=family.metadata(options),
             resolution=trainer.data.datasets[0].config.rule.resolution,
             optimizer=describe_optimizer(options.optimizer),
             num_epochs=trainer.length.num_epochs,

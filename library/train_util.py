@@ -105,7 +105,7 @@ class Trainer:
 
     def predict(self, noised: Noised, t: Tensor, cond: Conditioning, batch: TrainBatch) -> Tensor:
         with self.accelerator.autocast():
-            return self.family.predict(self.trainable.denoiser, noised.x_t, t, cond, batch)
+            return self.family.predict(self.trainable.denoiser, noised.x_t, t, cond, batch, self.options)
 
     def preserve_prior(self, noised: Noised, t: Tensor, cond: Conditioning, batch: TrainBatch) -> Tensor:
         """The target; for rows that ask for it, what the frozen model predicts."""
@@ -209,7 +209,7 @@ class Trainer:
 def build_trainer(family: ModelFamily, options: TrainOptions, mode: Mode) -> Trainer:
     """Check everything, then data, model, caches and what learns, in this order: errors come before anything slow."""
     plan = plan_of(options, mode)
-    plan.check()
+    plan.check(family)
     describe_optimizer(options.optimizer)
     check_output(options.output)
     check_trackers(options.logging)

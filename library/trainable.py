@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -88,8 +88,8 @@ def check_same_tensors(own: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -
     name = different[0]
     then, now = (tuple(tensors[name].shape) if name in tensors else "not there" for tensors in (saved, own))
     raise UserError(
-        f"the saved state is of another run: {len(different)} parameters differ, first {name}, which was {then} and is now {now}. "
-        "Resume with the base model and the training flags it was saved with."
+        f"the saved state is of another run: {len(different)} parameters differ, first {name}, which was {then} and is now "
+        f"{now}. Resume with the base model and the training flags it was saved with."
     )
 
 
@@ -111,7 +111,7 @@ def make_network(module: NetworkModule, bundle: ModelBundle, options: NetworkOpt
     parts = {DENOISER} if options.trains_denoiser else set()
     encoders: dict[str, nn.Module] = {}
     if options.trains_text_encoder:
-        encoders = bundle.text_encoders
+        encoders = {name: bundle.part(name) for name in module.text_parts(bundle.text_encoder_names, arguments)}
         parts |= encoders.keys()
     weights = options.network_weights
     shared: dict[str, Any] = {"neuron_dropout": options.network_dropout, "init_seed": seed, "parts": parts, **arguments}
@@ -151,6 +151,7 @@ class AdapterTrainable(Trainable):
         self.network = network
         self.options = options
         self.parts = network.parts
+        self._frozen = False  # inside `reference`, which no batch's multiplier may undo
 
     @classmethod
     def create(cls, family: ModelFamily, bundle: ModelBundle, options: NetworkTrainOptions) -> AdapterTrainable:
@@ -176,8 +177,14 @@ class AdapterTrainable(Trainable):
         check_same_tensors(self.state_dict(), tensors)
         self.network.load_state_dict(dict(tensors))
 
-    def reference(self) -> AbstractContextManager[None]:
-        return self.network.reference()
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        self._frozen = True
+        try:
+            with self.network.reference():
+                yield
+        finally:
+            self._frozen = False
 
     def train(self, mode: bool = True) -> None:
         self.network.train(mode)
@@ -193,7 +200,7 @@ class AdapterTrainable(Trainable):
         return f".{self.options.network.save_model_as}"
 
     def set_multiplier(self, multiplier: float) -> None:
-        if multiplier != self.network.multiplier:
+        if multiplier != self.network.multiplier and not self._frozen:
             self.network.set_multiplier(multiplier)
 
     def after_step(self) -> dict[str, Tensor]:

@@ -1,8 +1,9 @@
-"""A run that was stopped and resumed is, bit for bit, the run that was not."""
+"""A run that was stopped and resumed is, bit for bit, the run that was not; and nothing that is only looked at changes it."""
 
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,10 @@ import torch
 from runs import CASES, MODES, Mode, Workspace
 from safetensors.torch import load_file
 
+from library.errors import UserError
+
 TOTAL, STOP = 10, 6
+STATE = "tiny-state"
 
 
 @pytest.fixture(scope="module")
@@ -19,14 +23,49 @@ def workspaces(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Workspace]
     return {name: runs.make_workspace(case, tmp_path_factory.mktemp(name)) for name, case in CASES.items()}
 
 
-def optimizer_tensors(folder: Path) -> dict[str, torch.Tensor]:
+@pytest.fixture
+def workspace(workspaces: dict[str, Workspace]) -> Workspace:
+    """For what is the same in every family."""
+    return workspaces["sd"]
+
+
+def step_state(output: Path, step: int) -> Path:
+    return output / f"tiny-step{step:08d}-state"
+
+
+def optimizer_state(folder: Path) -> tuple[dict[str, torch.Tensor], list[dict[str, object]]]:
+    """Tensors by parameter and name; groups with what else the optimizer remembers."""
     state = torch.load(folder / "optimizer.pt", weights_only=True)["optimizer"]
-    return {
+    tensors = {
         f"{index}.{name}": value
         for index, values in state["state"].items()
         for name, value in values.items()
         if isinstance(value, torch.Tensor)
     }
+    return tensors, state["param_groups"]
+
+
+def assert_same_end(one: Path, other: Path) -> None:
+    """Weights, optimizer, schedule and position of two output folders with a state at the end."""
+    runs.assert_same_tensors(
+        load_file(one / STATE / "trainable.safetensors"), load_file(other / STATE / "trainable.safetensors")
+    )
+    tensors, groups = optimizer_state(one / STATE)
+    other_tensors, other_groups = optimizer_state(other / STATE)
+    runs.assert_same_tensors(tensors, other_tensors)
+    assert groups == other_groups
+    first, second = (json.loads((folder / STATE / "train_state.json").read_text()) for folder in (one, other))
+    assert [first[key] for key in ("step", "epoch", "position", "micro_step")] == [
+        second[key] for key in ("step", "epoch", "position", "micro_step")
+    ]
+
+
+def train_and_resume(workspace: Workspace, mode: Mode, folder: Path, *flags: str, total: int, stop: int) -> tuple[Path, Path]:
+    """Output folders of a run of `total` updates, and of what goes on from its state after update `stop`."""
+    flags = (*flags, f"--max_train_steps={total}", f"--save_every_n_steps={stop}", "--save_state")
+    whole = workspace.train(mode, folder / "whole", *flags)
+    resumed = workspace.train(mode, folder / "resumed", *flags, f"--resume={step_state(whole, stop)}")
+    return whole, resumed
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -36,9 +75,10 @@ def test_six_steps_and_four_more_are_ten(
     family: str, mode: Mode, workers: int, workspaces: dict[str, Workspace], tmp_path: Path
 ) -> None:
     """Seven batches are four updates an epoch, so step 6 is inside one; with schedule, dropout, flips, accumulation."""
-    workspace = workspaces[family]
-    common = [
-        f"--max_train_steps={TOTAL}",
+    whole, resumed = train_and_resume(
+        workspaces[family],
+        mode,
+        tmp_path,
         "--gradient_accumulation_steps=2",
         "--lr_scheduler=cosine",
         "--lr_warmup_steps=2",
@@ -47,25 +87,154 @@ def test_six_steps_and_four_more_are_ten(
         "--caption_dropout_rate=0.3",
         "--noise_offset=0.1",
         f"--max_data_loader_n_workers={workers}",
-        "--save_state_on_train_end",
         *(["--network_dropout=0.2"] if mode == "network" else []),
-    ]
-    whole = workspace.train(mode, tmp_path / "whole", *common)
-    parts = tmp_path / "parts"
-    workspace.train(mode, parts, *common, f"--save_every_n_steps={STOP}", "--save_state")
-    state = parts / f"tiny-step{STOP:08d}-state"
-    resumed = workspace.train(mode, tmp_path / "resumed", *common, f"--resume={state}")
-
-    end = "tiny-state"
-    runs.assert_same_tensors(
-        load_file(resumed / end / "trainable.safetensors"), load_file(whole / end / "trainable.safetensors")
+        total=TOTAL,
+        stop=STOP,
     )
-    runs.assert_same_tensors(optimizer_tensors(resumed / end), optimizer_tensors(whole / end))
+    assert_same_end(resumed, whole)
     runs.assert_same_tensors(load_file(resumed / "tiny.safetensors"), load_file(whole / "tiny.safetensors"))
-    assert runs.rows(resumed, "loss/current") == runs.rows(whole, "loss/current")[STOP:]
-    assert runs.rows(resumed, "loss/average") == runs.rows(whole, "loss/average")[STOP:]
-    assert runs.rows(resumed, "lr/unet") == runs.rows(whole, "lr/unet")[STOP:]
-    one, other = (json.loads((folder / end / "train_state.json").read_text()) for folder in (resumed, whole))
-    assert one["step"] == other["step"] == TOTAL
-    assert one["position"] == other["position"]
-    assert one["position"] != 0, "the stop should fall inside an epoch"
+    for column in ("loss/current", "loss/average", "lr/unet"):
+        assert runs.rows(resumed, column) == runs.rows(whole, column)[STOP:]
+    position = json.loads((whole / STATE / "train_state.json").read_text())["position"]
+    assert position != 0, "the stop should fall inside an epoch"
+
+
+@pytest.mark.parametrize(
+    ("mode", "flags"),
+    [
+        ("network", ["--optimizer_type=AdamWScheduleFree", "--optimizer_args", "warmup_steps=2"]),
+        ("network", ["--optimizer_type=Adafactor"]),
+        ("network", ["--mixed_precision=bf16", "--full_bf16", "--gradient_checkpointing"]),
+        ("network", ["--network_args", "module_dropout=0.3", "rank_dropout=0.3", "--scale_weight_norms=0.01"]),
+        ("full", ["--stop_text_encoder_training=2"]),
+        ("full", ["--mixed_precision=bf16", "--full_bf16"]),
+    ],
+    ids=["schedule-free", "own-rate", "network-bf16", "dropped-modules", "stopped-encoder", "full-bf16"],
+)
+def test_what_keeps_a_state_of_its_own_resumes_exactly(
+    mode: Mode, flags: list[str], workspace: Workspace, tmp_path: Path
+) -> None:
+    assert_same_end(*train_and_resume(workspace, mode, tmp_path, *flags, total=3, stop=2))
+
+
+def test_a_text_encoder_that_stopped_learning_stays_as_it_is(workspace: Workspace, tmp_path: Path) -> None:
+    """Stopped before and after the state was saved; AdamW's momentum would move it on."""
+    flags = ["--stop_text_encoder_training=2", "--save_state", "--save_every_n_steps=1", "--max_train_steps=4"]
+    output = workspace.train("full", tmp_path, *flags)
+    encoders = [
+        {name: value for name, value in load_file(folder / "trainable.safetensors").items() if name.startswith("text_encoder.")}
+        for folder in [step_state(output, step) for step in (1, 2, 4)]
+    ]
+    runs.assert_same_tensors(encoders[1], encoders[2])
+    with pytest.raises(AssertionError):
+        runs.assert_same_tensors(encoders[0], encoders[1])
+
+
+@pytest.mark.parametrize("optimizer", ["AdamW", "AdamWScheduleFree"])
+def test_previews_and_saves_change_nothing(optimizer: str, workspace: Workspace, tmp_path: Path) -> None:
+    """Also not through modules that are dropped at random, and optimizers that move the weights to show them."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a thing --w 64 --h 64 --s 1\n")
+    common = [
+        f"--optimizer_type={optimizer}",
+        "--network_dropout=0.2",
+        "--network_args",
+        "module_dropout=0.3",
+        "--save_state_on_train_end",
+        "--max_train_steps=4",
+    ]
+    looked_at = workspace.train(
+        "network",
+        tmp_path / "looked at",
+        *common,
+        f"--sample_prompts={prompts}",
+        "--sample_every_n_steps=1",
+        "--sample_at_first",
+        "--save_every_n_steps=1",
+    )
+    assert len(list((looked_at / "sample").glob("*.png"))) == 5
+    alone = workspace.train("network", tmp_path / "alone", *common)
+    assert_same_end(looked_at, alone)
+    assert runs.losses(looked_at) == runs.losses(alone)
+
+
+def test_an_epoch_s_state_is_named_after_it_and_begins_the_next(workspace: Workspace, tmp_path: Path) -> None:
+    flags = ["--max_train_epochs=2", "--train_batch_size=8", "--save_every_n_epochs=1", "--save_state"]
+    whole = workspace.train("network", tmp_path / "whole", *flags)
+    assert {path.name for path in whole.glob("*-state")} == {"tiny-000001-state", STATE}
+    assert {path.name for path in whole.glob("*.safetensors")} == {"tiny-000001.safetensors", "tiny.safetensors"}
+    resumed = workspace.train("network", tmp_path / "resumed", *flags, f"--resume={whole / 'tiny-000001-state'}")
+    assert_same_end(resumed, whole)
+    assert runs.rows(resumed, "loss/epoch_average") == runs.rows(whole, "loss/epoch_average")[1:]
+
+
+def test_a_complete_run_says_so_and_goes_on_when_it_is_given_more_steps(
+    workspace: Workspace, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Constant rates know nothing of the length of the run; a cosine goes on along the longer curve."""
+    flags = ["--save_state_on_train_end", "--train_batch_size=4", "--gradient_accumulation_steps=2"]
+    first = workspace.train("network", tmp_path / "first", *flags, "--max_train_steps=3")
+    with pytest.raises(UserError, match=r"nothing is left to train.*after step 3.*--max_train_steps"):
+        workspace.train("network", tmp_path / "again", *flags, "--max_train_steps=3", f"--resume={first / STATE}")
+    caplog.clear()
+    more = [*flags, "--max_train_steps=5", f"--resume={first / STATE}"]
+    longer = workspace.train("network", tmp_path / "longer", *more)
+    assert any("--max_train_steps was 3 and is now 5" in record.message for record in caplog.records)
+    assert_same_end(longer, workspace.train("network", tmp_path / "whole", *flags, "--max_train_steps=5"))
+    curved = workspace.train("network", tmp_path / "curved", *more, "--lr_scheduler=cosine", "--learning_rate=2e-3")
+    assert runs.rows(curved, "lr/unet") == pytest.approx([2e-3 * 0.345491, 2e-3 * 0.095492], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--seed=8"], "seed was 7 and is now 8"),
+        (["--train_batch_size=1"], "batches_per_epoch was"),
+        (["--gradient_accumulation_steps=2"], "accumulation was 1 and is now 2"),
+        (["--optimizer_type=SGD", "--optimizer_args", "momentum=0.9"], "optimizer was torch.optim.AdamW"),
+        (["--network_dim=8"], "parameters differ"),
+        (["--network_train_unet_only"], "parameters differ"),
+    ],
+)
+def test_a_state_of_another_run_is_refused(
+    flags: list[str], says: str, workspace: Workspace, tmp_path: Path, saved_state: Path
+) -> None:
+    with pytest.raises(UserError, match=says):
+        workspace.trainer("network", tmp_path, f"--resume={saved_state}", *flags)
+
+
+@pytest.fixture(scope="module")
+def saved_state(workspaces: dict[str, Workspace], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("saved")
+    workspaces["sd"].train("network", output, "--max_train_steps=4", "--save_every_n_steps=1", "--save_state")
+    return step_state(output, 1)
+
+
+def test_where_data_is_loaded_and_cached_may_change(
+    workspace: Workspace, tmp_path: Path, saved_state: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING)
+    workspace.trainer("network", tmp_path, f"--resume={saved_state}", "--max_data_loader_n_workers=1", "--vae_batch_size=3")
+    assert not [record for record in caplog.records if "not the run" in record.message]
+
+
+@pytest.mark.parametrize(
+    ("args", "suffix"),
+    [
+        (["algo=lokr", "factor=4"], "lokr_w1"),
+        (["algo=locon", "conv_dim=2", "conv_alpha=1"], "lora_down.weight"),
+    ],
+    ids=["lokr", "locon"],
+)
+def test_lycoris_trains_saves_and_resumes_exactly(args: list[str], suffix: str, workspace: Workspace, tmp_path: Path) -> None:
+    flags = ["--network_module=lycoris.kohya", "--network_dropout=0.1", "--network_args", *args]
+    whole, resumed = train_and_resume(workspace, "network", tmp_path, *flags, total=3, stop=2)
+    assert_same_end(resumed, whole)
+    saved = load_file(whole / "tiny.safetensors")
+    prefixes = {"_".join(key.split("_")[:2]) for key in saved}
+    assert prefixes == {"lora_te", "lora_unet"}
+    assert f"lora_te_text_model_encoder_layers_0_self_attn_q_proj.{suffix}" in saved
+    assert f"lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q.{suffix}" in saved
+    before = load_file(step_state(whole, 2) / "trainable.safetensors")
+    after = load_file(whole / STATE / "trainable.safetensors")
+    assert any(not torch.equal(before[name], after[name]) for name in after if "te" in name)
