@@ -36,10 +36,10 @@ def new_shape_scenes() -> list[Scene]:
 
 
 def other_scenes() -> list[Scene]:
-    """The base model's own shapes in combinations that neither model was trained on; half of them."""
+    """The base model's own shapes in combinations that neither model was trained on; a third of them."""
     from examples.shapes import HELD_OUT, scenes
 
-    return [scene for scene in scenes() if scene.combination in HELD_OUT][::2]
+    return [scene for scene in scenes() if scene.combination in HELD_OUT][::3]
 
 
 def prompt_of(scene: Scene) -> str:

@@ -23,7 +23,7 @@ from library.sampling import guided_pair, make_scheduler, sample_diffusion, to_p
 from library.sd_train_utils import SdFamily
 from library.strategy_sd import SdConditioning
 
-STEPS, GUIDANCE, SAMPLER = 20, 4.0, "ddim"
+STEPS, GUIDANCE, SAMPLER = 20, 3.0, "ddim"
 
 
 class Model:
@@ -67,7 +67,7 @@ class Model:
             cond = self._encode([*part, *[""] * len(part)])
 
             def predict(x_t: Tensor, t: Tensor, cond: SdConditioning = cond) -> Tensor:
-                return self.family.predict(self.bundle.denoiser, x_t, t, cond, None)
+                return self.family.predict(self.bundle.denoiser, x_t, t, cond, None, self.options)
 
             spec = self.family.latent(self.options)
             latents = sample_diffusion(

@@ -140,7 +140,7 @@ def _batches(tokenizer: CLIPTokenizer, count: int, size: int) -> Iterator[tuple[
         yield ids, torch.tensor(values)
 
 
-def train_text_encoder(encoder: CLIPTextModel, tokenizer: CLIPTokenizer, *, steps: int = 500, batch_size: int = 64) -> float:
+def train_text_encoder(encoder: CLIPTextModel, tokenizer: CLIPTokenizer, *, steps: int = 400, batch_size: int = 64) -> float:
     """Train `encoder` in place; gives the share of the last captions that were named wholly right at their end token."""
     import torch
     from torch.nn import functional as F

@@ -90,14 +90,19 @@ class BucketRule:
     maximum: int
     step: int
     no_upscale: bool
+    listed: tuple[Size, ...] = ()
+    """Buckets that a metadata file has chosen, instead of those made from the numbers above."""
+
+    @property
+    def limits(self) -> tuple[int, int]:
+        """Shortest and longest side in whole steps. As in sd-scripts, the minimum rounds down and the maximum up."""
+        return max(self.minimum - self.minimum % self.step, self.step), self.maximum + -self.maximum % self.step
 
     @cached_property
     def sizes(self) -> tuple[Size, ...]:
-        if not self.enabled:
-            return (self.resolution,)
-        low = self.minimum - self.minimum % self.step  # as in sd-scripts: the minimum rounds down, the maximum up
-        high = self.maximum + -self.maximum % self.step
-        return bucket_sizes(self.resolution, max(low, self.step), high, self.step)
+        if self.listed:
+            return self.listed
+        return bucket_sizes(self.resolution, *self.limits, self.step) if self.enabled else (self.resolution,)
 
     def place(self, size: Size, *, native_crop: bool = False, preferred: Size | None = None) -> Placement:
         """The bucket for a picture of `size`, and the size it is resized to first.
@@ -130,12 +135,19 @@ def check_rule(rule: BucketRule, model_step: int, where: str) -> list[str]:
     """What is wrong with the size settings of the dataset called `where`, one message each."""
     wrong = []
     width, height = rule.resolution
-    if rule.enabled:
+    if rule.listed:
+        wrong += [
+            f"{where}: train_resolution {across}x{down} in the metadata file: this model needs multiples of {model_step}."
+            for across, down in rule.listed
+            if across % model_step or down % model_step
+        ]
+    elif rule.enabled:
         if rule.step % model_step:
             wrong.append(f"{where}: bucket_reso_steps is {rule.step}, but this model needs a multiple of {model_step}.")
-        if rule.minimum > min(width, height):
+        shortest, longest = rule.limits
+        if shortest > min(width, height):
             wrong.append(f"{where}: min_bucket_reso {rule.minimum} is larger than the resolution {width}x{height}.")
-        if rule.maximum < max(width, height):
+        if longest < max(width, height):
             wrong.append(f"{where}: max_bucket_reso {rule.maximum} is smaller than the resolution {width}x{height}.")
         if not wrong and not rule.sizes:
             wrong.append(f"{where}: no bucket fits resolution {width}x{height} with bucket_reso_steps {rule.step}.")

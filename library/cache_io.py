@@ -305,7 +305,8 @@ class TextFile:
         missing = [key for key in self._keys().values() if key not in arrays]
         if missing:
             return Verdict(False, f"no {missing[0]}")
-        return Verdict(True, foreign=stored is None)
+        problem = self.strategy.foreign_problem(arrays) if stored is None else ""
+        return Verdict(not problem, problem, foreign=stored is None and not problem)
 
     def save(self, entry: Conditioning, fingerprint: Fingerprint) -> None:
         """One unbatched entry. numpy has no bfloat16: it is stored as float32, exactly, and its name beside it."""

@@ -317,7 +317,8 @@ def _encode_text(
         for start in range(0, len(captions), size):
             batch = captions[start : start + size]
             tokens = {name: ids.to(device) for name, ids in strategies.tokenize.tokenize(batch).items()}
-            encoded = strategies.text_encoding.encode(bundle.text_encoders, tokens, sources).only(sources).to("cpu")
+            encoders = {name: bundle.part(name) for name in sorted(sources)}
+            encoded = strategies.text_encoding.encode(encoders, tokens, sources).only(sources).to("cpu")
             for row, caption in enumerate(batch):
                 entry = encoded.rows(row)
                 _check_finite_text(entry, caption)

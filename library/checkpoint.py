@@ -45,6 +45,7 @@ def atomic_write(path: Path, write: Callable[[Path], None]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove(temporary)
         write(temporary)
+        _as_usual(temporary)
         _flush(temporary)
         _put_in_place(temporary, path)
     except BaseException as error:
@@ -71,6 +72,17 @@ def _put_in_place(temporary: Path, path: Path) -> None:
     else:
         os.replace(temporary, path)
     _fsync(path.parent)
+
+
+_UMASK = os.umask(0o022)
+os.umask(_UMASK)  # it can only be read by setting it
+
+
+def _as_usual(path: Path) -> None:
+    """Permissions as for any new file: safetensors makes its files readable by their owner alone."""
+    for entry in [path, *path.rglob("*")] if path.is_dir() else [path]:
+        if entry.is_file():
+            entry.chmod(0o666 & ~_UMASK)
 
 
 def _flush(path: Path) -> None:

@@ -16,7 +16,31 @@ logger = logging.getLogger(__name__)
 
 SD1_TOKENIZER = "openai/clip-vit-large-patch14"
 SD2_TOKENIZER = "stabilityai/stable-diffusion-2"
-_VOCABULARY = ("tokenizer.json", "vocab.json")
+
+
+@dataclass(frozen=True)
+class TokenizerKind:
+    """Which files make a tokenizer, and where they are."""
+
+    title: str
+    vocabulary: tuple[str, ...]
+    """Files any one of which is enough."""
+    files: tuple[str, ...]
+    """All there are, for downloading."""
+    inside: str = "tokenizer"
+    """Its folder in a diffusers model."""
+    flag: str | None = "--tokenizer"
+
+    def is_in(self, folder: Path) -> bool:
+        return any((folder / name).is_file() for name in self.vocabulary)
+
+    @property
+    def expected(self) -> str:
+        return " or ".join(self.vocabulary)
+
+
+_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json")
+CLIP = TokenizerKind("CLIP", ("tokenizer.json", "vocab.json"), ("vocab.json", "merges.txt", *_SETTINGS))
 
 
 @dataclass(frozen=True)
@@ -55,7 +79,7 @@ def load_clip_tokenizer(folder: Path) -> ClipTokenizer:
     """The tokenizer in `folder` (vocab.json and merges.txt, or tokenizer.json)."""
     from transformers import CLIPTokenizer
 
-    if not _has_tokenizer(folder):
+    if not CLIP.is_in(folder):
         raise UserError(f"{folder} has no CLIP tokenizer (vocab.json with merges.txt, or tokenizer.json).")
     loaded = CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
     backend = loaded.backend_tokenizer
@@ -64,28 +88,31 @@ def load_clip_tokenizer(folder: Path) -> ClipTokenizer:
     return ClipTokenizer(backend, int(loaded.bos_token_id), int(loaded.eos_token_id), int(loaded.pad_token_id), folder)
 
 
-def _has_tokenizer(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in _VOCABULARY)
-
-
 def find_tokenizer(
-    *, flag: str | None, model_folder: Path | None, cache_dir: str | None, hub_id: str, subfolder: str | None = None
+    *,
+    flag: str | None,
+    model_folder: Path | None,
+    cache_dir: str | None,
+    hub_id: str,
+    subfolder: str | None = None,
+    kind: TokenizerKind = CLIP,
 ) -> Path:
     """The folder of the tokenizer to use: --tokenizer, else the model folder's, else --tokenizer_cache_dir's, else the hub's.
 
-    flag: value of --tokenizer. hub_id and subfolder: the published tokenizer of the family. A download is kept in `cache_dir`
-    under sd-scripts' name, the hub id with `/` as `_`. Raises `UserError`, listing the four ways, when there is none.
+    flag: value of --tokenizer, where `kind` has that flag. hub_id and subfolder: the family's published tokenizer. A download
+    is kept in `cache_dir` under sd-scripts' name, the hub id with `/` as `_`. Raises `UserError`, listing the ways, when there
+    is none.
     """
     if flag:
         return _given(flag)
-    if model_folder is not None and _has_tokenizer(model_folder / "tokenizer"):
-        return model_folder / "tokenizer"
+    if model_folder is not None and kind.is_in(model_folder / kind.inside):
+        return model_folder / kind.inside
     cached = Path(cache_dir).expanduser() / hub_id.replace("/", "_") if cache_dir else None
-    if cached is not None and _has_tokenizer(cached):
+    if cached is not None and kind.is_in(cached):
         return cached
-    downloaded = _download(hub_id, subfolder)
+    downloaded = _download(hub_id, subfolder, kind)
     if downloaded is None:
-        raise UserError(_four_ways(hub_id, model_folder, cached))
+        raise UserError(_ways(kind, hub_id, model_folder, cached))
     if cached is not None:
         _copy_tokenizer(downloaded, cached)
         logger.info("kept the tokenizer %s in %s", hub_id, cached)
@@ -96,11 +123,11 @@ def find_tokenizer(
 def _given(flag: str) -> Path:
     path = Path(flag).expanduser()
     for folder in (path, path / "tokenizer"):
-        if _has_tokenizer(folder):
+        if CLIP.is_in(folder):
             return folder
     if path.exists() or not looks_like_hub_id(flag):
         raise UserError(f"--tokenizer {flag}: no CLIP tokenizer there (vocab.json with merges.txt, or tokenizer.json).")
-    found = _download(flag, None)
+    found = _download(flag, None, CLIP)
     if found is None:
         raise UserError(
             f"--tokenizer {flag} is not a folder here, is not in the hub's cache, and the hub cannot be reached. "
@@ -109,18 +136,17 @@ def _given(flag: str) -> Path:
     return found
 
 
-def _download(hub_id: str, subfolder: str | None) -> Path | None:
+def _download(hub_id: str, subfolder: str | None, kind: TokenizerKind) -> Path | None:
     """The tokenizer's local folder, or None when the hub (and its cache) cannot give it."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
-    names = ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
     try:
-        folder = Path(snapshot_download(hub_id, allow_patterns=[f"{subfolder}/{n}" if subfolder else n for n in names]))
+        folder = Path(snapshot_download(hub_id, allow_patterns=[f"{subfolder}/{n}" if subfolder else n for n in kind.files]))
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError):
         return None
     folder = folder / subfolder if subfolder else folder
-    return folder if _has_tokenizer(folder) else None
+    return folder if kind.is_in(folder) else None
 
 
 def _copy_tokenizer(source: Path, target: Path) -> None:
@@ -132,13 +158,18 @@ def _copy_tokenizer(source: Path, target: Path) -> None:
             shutil.copyfile(path, target / path.name)
 
 
-def _four_ways(hub_id: str, model_folder: Path | None, cached: Path | None) -> str:
+def _ways(kind: TokenizerKind, hub_id: str, model_folder: Path | None, cached: Path | None) -> str:
+    ways = [f"{kind.flag} FOLDER, with {kind.expected}"] if kind.flag else []
+    ways.append(
+        f"a diffusers model folder with a {kind.inside}/ folder in it as --pretrained_model_name_or_path"
+        + (f" ({model_folder} has none)" if model_folder else "")
+    )
+    ways.append(
+        f"--tokenizer_cache_dir DIR, with the files in DIR/{hub_id.replace('/', '_')}"
+        + (f" ({cached} has none)" if cached else "")
+    )
+    ways.append("run once with a connection to the hub, which keeps it for later")
     return (
-        f"no tokenizer found, and {hub_id} cannot be downloaded now. Give it in one of four ways:\n"
-        "  1. --tokenizer FOLDER, with vocab.json and merges.txt\n"
-        "  2. a diffusers model folder with a tokenizer/ folder in it as --pretrained_model_name_or_path"
-        + (f" ({model_folder} has none)\n" if model_folder else "\n")
-        + f"  3. --tokenizer_cache_dir DIR, with the files in DIR/{hub_id.replace('/', '_')}"
-        + (f" ({cached} has none)\n" if cached else "\n")
-        + "  4. run once with a connection to the hub, which keeps it for later"
+        f"no {kind.title} tokenizer found, and {hub_id} cannot be downloaded now. Give it in one of {len(ways)} ways:\n"
+        + "\n".join(f"  {number}. {way}" for number, way in enumerate(ways, start=1))
     )

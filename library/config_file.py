@@ -12,6 +12,12 @@ from library.errors import UserError, suggest
 
 SUFFIXES = (".toml", ".yaml", ".yml", ".json")
 
+UNREAD_KEYS = frozenset({
+    "epoch", "noise_offset_type", "lowvram", "stop_text_encoder_training",
+    "loraplus_lr_ratio", "loraplus_unet_lr_ratio", "loraplus_text_encoder_lr_ratio",
+})  # fmt: skip
+"""Keys that the kohya_ss interface writes into every file, whether or not the script reads them: told, and left out."""
+
 
 def find_config(name: str) -> Path:
     """The file `--config_file` means. The suffix may be left out, as in sd-scripts."""

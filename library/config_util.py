@@ -17,6 +17,7 @@ from library.buckets import BucketRule, Size, check_rule
 from library.captions import CaptionOptions
 from library.errors import UserError, suggest
 from library.image_io import INTERPOLATIONS, listed
+from library.metadata_file import listed_buckets
 
 if TYPE_CHECKING:
     from library.option_groups import TrainOptions
@@ -413,17 +414,19 @@ def _make_dataset(
     kind = "metadata" if written["subsets"][0].get("metadata_file") else "folder"
     for index, subset in enumerate(written["subsets"], start=1):
         wrong += _check_subset(subset, levels, kind, f"{where}, [[datasets.subsets]] {index}")
+    buckets = listed_buckets(Path(subset["metadata_file"]) for subset in written["subsets"]) if kind == "metadata" else ()
     resolution = _lookup("resolution", *levels)
-    if resolution is None:
+    if resolution is None and not buckets:
         return None, [*wrong, f"{where}: no resolution. Set resolution = 512 (or [width, height]) there, or --resolution."]
-    enabled = _lookup("enable_bucket", *levels)
+    enabled = _lookup("enable_bucket", *levels) or bool(buckets)
     rule = BucketRule(
-        resolution=resolution,
+        listed=buckets,
+        resolution=resolution or max(buckets, key=lambda size: size[0] * size[1]),
         enabled=enabled,
         minimum=_lookup("min_bucket_reso", *levels),
         maximum=_lookup("max_bucket_reso", *levels),
         step=_lookup("bucket_reso_steps", *levels) if enabled else model_step,
-        no_upscale=_lookup("bucket_no_upscale", *levels),
+        no_upscale=_lookup("bucket_no_upscale", *levels) and not buckets,
     )
     wrong += check_rule(rule, model_step, where)
     if wrong:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,6 +14,7 @@ from library.captions import read_lines
 from library.config_util import DataConfig, DatasetConfig, SubsetConfig
 from library.errors import UserError
 from library.image_io import choose_crop, image_extensions, list_images, listed, read_sizes, resolve_interpolation
+from library.metadata_file import read_metadata, read_text, size_of
 from library.rng import key_to_seed
 
 logger = logging.getLogger(__name__)
@@ -103,13 +103,6 @@ def _caption_paths(image: Path, extensions: Sequence[str]) -> list[Path]:
     return [image.with_name(stem + extension) for stem in stems for extension in extensions]
 
 
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}). Save it as UTF-8.") from error
-
-
 def folder_source(subset: SubsetConfig) -> list[Found]:
     """The pictures of an image folder, with the captions that lie beside them."""
     folder = subset.image_dir
@@ -127,7 +120,7 @@ def folder_source(subset: SubsetConfig) -> list[Found]:
     for image in images:
         files = [path for path in _caption_paths(image, extensions) if path.name in beside]
         if files:
-            caption = read_lines(_read_text(files[0]), subset.captions)
+            caption = read_lines(read_text(files[0]), subset.captions)
         else:
             caption = subset.class_tokens or ""
             missing.append(image)
@@ -153,35 +146,6 @@ def _warn_missing_captions(folder: Path, missing: list[Path], total: int, extens
 
 
 # Metadata files
-
-
-def _read_metadata(path: Path) -> list[tuple[str, Mapping[str, Any]]]:
-    """(image, entry) pairs of a .json or .jsonl metadata file."""
-    if not path.is_file():
-        raise UserError(f"metadata_file: {path} does not exist.")
-    text = _read_text(path)
-    pairs: list[tuple[Any, Any]] = []
-    line_number = 0
-    try:
-        if path.suffix.lower() == ".jsonl":
-            for line in text.splitlines():
-                line_number += 1
-                if line.strip():
-                    entry = json.loads(line)
-                    pairs.append((entry["image_path"], entry))
-        else:
-            pairs = list(json.loads(text).items())
-    except (ValueError, AttributeError, TypeError) as error:
-        where = f"{path}, line {line_number}" if line_number else str(path)
-        raise UserError(f"{where}: not a metadata file: {error}. Expected an object of entries by image.") from error
-    except KeyError as error:
-        raise UserError(f"{path}, line {line_number}: the entry has no {error}.") from error
-    for image, entry in pairs:
-        if not isinstance(image, str) or not isinstance(entry, dict):
-            raise UserError(f"{path}: the entry of {image!r} is {entry!r}; expected an object with caption or tags.")
-    if not pairs:
-        raise UserError(f"{path}: has no entry.")
-    return pairs
 
 
 class _ImageFinder:
@@ -224,15 +188,6 @@ def _metadata_caption(caption: str | None, tags: str | None, subset: SubsetConfi
     return "\n".join(f"{line}{options.separator}{tags}" for line in lines) or tags, tags
 
 
-def _size_of(entry: Mapping[str, Any], name: str, where: str) -> Size | None:
-    value = entry.get(name)
-    if value is None:
-        return None
-    if not (isinstance(value, list) and len(value) == 2 and all(isinstance(side, int) and side > 0 for side in value)):
-        raise UserError(f"{where}: {name} is {value!r}; expected [width, height].")
-    return value[0], value[1]
-
-
 def metadata_source(subset: SubsetConfig) -> list[Found]:
     """The pictures a metadata file names. `image_size` saves reading a header; `train_resolution` proposes a bucket."""
     path = subset.metadata_file
@@ -241,7 +196,7 @@ def metadata_source(subset: SubsetConfig) -> list[Found]:
         raise UserError(f"image_dir: the folder {subset.image_dir} does not exist.")
     finder = _ImageFinder(subset.image_dir)
     found, missing = [], []
-    for image, entry in _read_metadata(path):
+    for image, entry in read_metadata(path):
         file = finder.find(image)
         if file is None:
             missing.append(image)
@@ -249,7 +204,7 @@ def metadata_source(subset: SubsetConfig) -> list[Found]:
         where = f"{path}, {image}"
         tags = _text_of(entry, "tags", subset, image)
         caption, counted = _metadata_caption(_text_of(entry, "caption", subset, image), tags, subset)
-        size, preferred = _size_of(entry, "image_size", where), _size_of(entry, "train_resolution", where)
+        size, preferred = size_of(entry, "image_size", where), size_of(entry, "train_resolution", where)
         found.append(Found(file, caption, counted, size, preferred))
     if missing:
         looked = (

@@ -153,7 +153,9 @@ class ModelFamily(ABC):
     def objective(self, options: TrainOptions) -> Objective: ...
 
     @abstractmethod
-    def predict(self, denoiser: nn.Module, x_t: Tensor, t: Tensor, cond: Any, batch: TrainBatch | None) -> Tensor:
+    def predict(
+        self, denoiser: nn.Module, x_t: Tensor, t: Tensor, cond: Any, batch: TrainBatch | None, options: TrainOptions
+    ) -> Tensor:
         """x_t [B, C, h, w], t [B] -> the objective's target, same shape. Sign, time direction and packing stay in here.
 
         `batch` carries size conditioning in training; None when sampling a preview.
@@ -183,6 +185,14 @@ class ModelFamily(ABC):
     def base_model_version(self, options: TrainOptions) -> str:
         """`ss_base_model_version`, for example `sd_v1`."""
 
+    def preview_guidance(self, options: TrainOptions) -> float:
+        """Classifier-free guidance of previews whose prompt line names none."""
+        return 7.5
+
+    def metadata(self, options: TrainOptions) -> dict[str, Any]:
+        """The family's own `ss_` keys of saved networks."""
+        return {}
+
     def prediction_type(self, options: TrainOptions) -> str | None:
         """`modelspec.prediction_type`, "epsilon" or "v"; None for families that have no such choice."""
         return None
@@ -194,6 +204,7 @@ class ModelFamily(ABC):
 
 FAMILIES: dict[str, str] = {
     "sd": "library.sd_train_utils:SdFamily",
+    "flux": "library.flux_train_utils:FluxFamily",
 }
 """Family name -> where its class is. Read when asked for, so naming a family costs no import."""
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -139,8 +138,7 @@ class DoubleStreamBlock(nn.Module):
 
     def forward(self, img: Tensor, txt: Tensor, vec: Tensor, rotation: Rotation, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """img [B, L, D], txt [B, M, D]; vec: FLUX's embedding [B, D], or Chroma's vectors [B, 12, D]; mask [B, M+L]."""
-        img_vectors, txt_vectors = vec.chunk(2, dim=1) if self.img_mod is None else (self.img_mod(vec), self._txt(vec))
-        i, j = img_vectors.split(1, dim=1), txt_vectors.split(1, dim=1)  # shift, scale, gate, twice; each [B, 1, D]
+        i, j = (vectors.split(1, dim=1) for vectors in self._vectors(vec))  # shift, scale, gate, twice; each [B, 1, D]
         img_heads = self.img_attn.heads(modulate(self.img_norm1(img), i[0], i[1]))
         txt_heads = self.txt_attn.heads(modulate(self.txt_norm1(txt), j[0], j[1]))
         q, k, v = (torch.cat(pair, dim=2) for pair in zip(txt_heads, img_heads, strict=True))  # [B, H, M+L, K]
@@ -152,10 +150,11 @@ class DoubleStreamBlock(nn.Module):
         txt = txt + j[5] * self.txt_mlp(modulate(self.txt_norm2(txt), j[3], j[4]))
         return img, txt
 
-    def _txt(self, vec: Tensor) -> Tensor:
-        assert self.txt_mod is not None
-        vectors: Tensor = self.txt_mod(vec)
-        return vectors
+    def _vectors(self, vec: Tensor) -> Sequence[Tensor]:
+        """The image's and the text's, each [B, 6, D]."""
+        if self.img_mod is None or self.txt_mod is None:
+            return vec.chunk(2, dim=1)
+        return self.img_mod(vec), self.txt_mod(vec)
 
 
 class SingleStreamBlock(nn.Module):
@@ -250,8 +249,9 @@ class Flux(Denoiser):
     def blocks(self) -> Sequence[nn.Module]:
         return [*self.double_blocks, *self.single_blocks]
 
-    @cached_property
+    @property
     def dtype(self) -> torch.dtype:
+        """What inputs have to be in where autocast does not see to it."""
         return self.img_in.weight.dtype
 
     def forward(

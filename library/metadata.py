@@ -54,7 +54,7 @@ FROM_OPTIONS: dict[str, str] = {
     "ss_gradient_checkpointing": "memory.gradient_checkpointing",
     "ss_gradient_accumulation_steps": "training.gradient_accumulation_steps",
     "ss_lowram": "memory.lowram",
-    "ss_cache_latents": "cache.cache_latents",
+    "ss_cache_latents": "cache.latents",
     "ss_clip_skip": "training.clip_skip",
     "ss_max_token_length": "training.max_token_length",
     "ss_noise_offset": "noise.noise_offset",

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from library.errors import UserError
-from library.key_layout import KeyMap
+from library.key_layout import KeyMap, Rule
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -42,6 +42,9 @@ SAFETENSORS_DTYPES: dict[str, torch.dtype] = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }
+Shapes = Mapping[str, tuple[int, ...]]
+"""Tensor shapes by name, without the file's prefix."""
+
 PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
 WEIGHT_SUFFIXES = (".safetensors", *PICKLE_SUFFIXES)
 
@@ -117,6 +120,27 @@ class TensorEntry:
 
 
 @dataclass(frozen=True)
+class JoinedEntry(TensorEntry):
+    """Several tensors that are one in another layout."""
+
+    parts: tuple[TensorEntry, ...] = ()
+    rule: Rule | None = None
+
+    @classmethod
+    def of(cls, parts: tuple[TensorEntry, ...], rule: Rule) -> JoinedEntry:
+        first = parts[0]
+        shape = (sum(part.shape[0] for part in parts), *first.shape[1:])
+        return cls(first.file, first.start, first.dtype, shape, parts=parts, rule=rule)
+
+    def read(self, dtype: torch.dtype | None = None) -> Tensor:
+        assert self.rule is not None
+        return self.rule.join([part.read(dtype) for part in self.parts])
+
+    def sample(self, count: int = 256) -> bytes:
+        return b"".join(part.sample(count) for part in self.parts)
+
+
+@dataclass(frozen=True)
 class TensorSource:
     """Named tensors on disk."""
 
@@ -154,6 +178,14 @@ class TensorSource:
     def only(self, keys: Iterable[str]) -> TensorSource:
         return replace(self, entries={key: self.entries[key] for key in keys})
 
+    def under_their_names(self, key_map: KeyMap) -> TensorSource:
+        """The same tensors under the other names of `key_map`, joined when read; those it does not know keep theirs."""
+        found, unknown = key_map.assemblies(self.entries)
+        joined: dict[str, TensorEntry] = {
+            name: JoinedEntry.of(tuple(self.entries[key] for key in made.keys), made.rule) for name, made in found.items()
+        }
+        return replace(self, entries=joined | {key: self.entries[key] for key in unknown})
+
     def fingerprint(self) -> str:
         """A hash of names, shapes, dtypes and a sample of every tensor. Moving or copying a file does not change it."""
         digest = blake2b(digest_size=12)
@@ -162,6 +194,11 @@ class TensorSource:
             digest.update(f"{key} {entry.shape} {entry.dtype}".encode())
             digest.update(entry.sample())
         return digest.hexdigest()
+
+
+def count_indices(shapes: Shapes, pattern: str) -> int:
+    """How many different numbers `pattern`'s group takes at the start of the names."""
+    return len({match[1] for key in shapes if (match := re.match(pattern, key))})
 
 
 # ---- opening -------------------------------------------------------------------------------------------------------

@@ -82,6 +82,7 @@ PIPELINES: dict[str, str] = {
     "StableDiffusionPipeline": "sd1",
     "StableDiffusion3Pipeline": "sd3",
     "FluxPipeline": "flux",
+    "FluxKontextPipeline": "flux",
     "ChromaPipeline": "chroma",
     "Lumina2Pipeline": "lumina",
     "Lumina2Text2ImgPipeline": "lumina",

@@ -123,12 +123,12 @@ class DiscreteDDPM:
             clipped = snr.clamp(max=self.min_snr_gamma)
             # noise prediction has no loss weight to clip at SNR 0: there min(SNR, gamma) / SNR is 1, its limit
             weight = weight * (clipped / (snr + 1) if self.v_prediction else torch.where(snr > 0, clipped / snr, 1.0))
+        clamped = snr.clamp(max=1000)  # the first steps have almost no noise
         if self.scale_v_like_noise:
-            weight = weight * snr / (snr + 1)
+            weight = weight * clamped / (clamped + 1)
         if self.v_like_loss is not None:
-            weight = weight * (1 + self.v_like_loss * (snr + 1) / snr.clamp(min=1e-8))
+            weight = weight * (1 + self.v_like_loss * (clamped + 1) / clamped.clamp(min=1e-8))
         if self.debiased:  # Yu et al. 2023, arXiv 2310.08442
-            clamped = snr.clamp(max=1000)
             weight = weight * (1 / (clamped + 1) if self.v_prediction else clamped.clamp(min=1e-8).rsqrt())
         return weight
 
@@ -139,3 +139,113 @@ class DiscreteDDPM:
             return torch.exp(math.log(self.huber_c) * t / self.num_steps) * self.huber_scale
         alpha, sigma = self._alpha_sigma(t)
         return (1 - self.huber_c) / (1 + sigma / alpha.clamp(min=1e-8)) ** 2 + self.huber_c
+
+
+# ---- flows -----------------------------------------------------------------------------------------------------------
+
+TIME_SAMPLINGS = ("sigma", "uniform", "sigmoid", "shift", "flux_shift")
+WEIGHTINGS = ("sigma_sqrt", "logit_normal", "mode", "cosmap", "none", "uniform")
+_LEAST_TIME = 1e-3  # where weights that grow without bound near t = 0 stop growing: the least time of the 1000-step grid
+_LEAST_QUANTILE = 1e-7  # keeps the normal distribution's quantiles finite in float32
+
+
+def shift_time(t: Tensor, shift: float) -> Tensor:
+    """Push times toward noise. t [B] in [0, 1], 1 = noise; shift 1 is the identity; 0 and 1 stay."""
+    return shift * t / (1 + (shift - 1) * t)
+
+
+def resolution_shift(num_tokens: int) -> float:
+    """FLUX's shift for an image of so many tokens: exp(mu), mu linear from 0.5 at 256 to 1.15 at 4096 tokens."""
+    return math.exp(0.5 + (num_tokens - 256) * (1.15 - 0.5) / (4096 - 256))
+
+
+@dataclass(frozen=True)
+class RectifiedFlow:
+    """Straight paths from data to noise (Liu et al. 2022, arXiv 2209.03003): x_t = (1 - t) x0 + t noise, target noise - x0.
+
+    Densities of t, with sd-scripts' names and formulas: `uniform`; `sigmoid`: sigmoid(sigmoid_scale * N(0, 1)); `shift` and
+    `flux_shift`: the same, pushed toward noise by `flow_shift` or by the image's size; `sigma`: the 1000 shifted levels of a
+    scheduler, drawn by `density` (Esser et al. 2024, arXiv 2403.03206: logit_normal, mode; uniform otherwise).
+    """
+
+    sampling: str = "sigma"
+    sigmoid_scale: float = 1.0
+    flow_shift: float = 3.0
+    density: str = "uniform"
+    logit_mean: float = 0.0
+    logit_std: float = 1.0
+    mode_scale: float = 1.29
+    patch: int = 2
+    """Latent pixels along a token's side."""
+    min_timestep: int = 0
+    max_timestep: int = 1000
+    """Times are mapped linearly into [min, max] / 1000."""
+    weighting: str = "none"
+    """Loss weight: sigma_sqrt t^-2, cosmap 2 / (pi (1 - 2t + 2t^2)), else 1."""
+    data_error: bool = False
+    """Measure the error of the data that a prediction implies, x_t - t v against x0, which is t times the velocity's."""
+    loss_type: str = "l2"
+    huber_schedule: str = "snr"
+    huber_c: float = 0.1
+    huber_scale: float = 1.0
+
+    def times_at(self, quantile: Tensor, latent_size: tuple[int, int]) -> Tensor:
+        """The inverse of t's distribution function. quantile [B] in [0, 1] -> [B]; never decreasing."""
+        q = quantile.float().clamp(_LEAST_QUANTILE, 1 - _LEAST_QUANTILE)
+        if self.sampling == "sigma":
+            level = (1000 - (self._density_at(q) * 1000).floor().clamp(max=999)) / 1000
+            t = shift_time(level, self.flow_shift)
+        elif self.sampling == "uniform":
+            t = q
+        else:
+            t = torch.sigmoid(self.sigmoid_scale * torch.special.ndtri(q))
+            if self.sampling == "shift":
+                t = shift_time(t, self.flow_shift)
+            elif self.sampling == "flux_shift":
+                height, width = latent_size
+                t = shift_time(t, resolution_shift((height // self.patch) * (width // self.patch)))
+        low, high = self.min_timestep / 1000, self.max_timestep / 1000
+        return low + (high - low) * t
+
+    def _density_at(self, q: Tensor) -> Tensor:
+        """sd-scripts' u, which counts from noise: its distribution is turned round, so that times still grow with q."""
+        if self.density == "logit_normal":
+            return torch.sigmoid(self.logit_mean + self.logit_std * torch.special.ndtri(1 - q))
+        if self.density == "mode":
+            return 1 - q - self.mode_scale * (torch.cos(math.pi * q / 2) ** 2 - 1 + q)
+        return 1 - q
+
+    def sample_times(self, x0: Tensor, rng: torch.Generator, quantile: float | None = None) -> Tensor:
+        """[B] float32 in [0, 1]."""
+        if quantile is None:
+            q = torch.rand(x0.shape[0], generator=rng, device=x0.device)
+        else:
+            q = torch.full((x0.shape[0],), quantile, device=x0.device)
+        return self.times_at(q, (x0.shape[-2], x0.shape[-1]))
+
+    def corrupt(self, x0: Tensor, noise: Tensor, t: Tensor, perturbed: Tensor | None = None) -> Noised:
+        time = t.view(-1, *[1] * (x0.ndim - 1))
+        x_t = (1 - time) * x0 + time * (noise if perturbed is None else perturbed)
+        return Noised(x_t=x_t, target=noise - x0, noise=noise)
+
+    def weight(self, t: Tensor) -> Tensor:
+        time = t.float().clamp(min=_LEAST_TIME)
+        weight = torch.ones_like(time)
+        if self.weighting == "sigma_sqrt":
+            weight = time**-2
+        elif self.weighting == "cosmap":
+            weight = 2 / (math.pi * (1 - 2 * time + 2 * time**2))
+        if self.data_error:  # an error t times as large: its square counts t^2, its size t
+            weight = weight * (time**2 if self.loss_type in ("l2", "huber") else time)
+        return weight
+
+    def huber_threshold(self, t: Tensor) -> Tensor:
+        """As for DDPM, with the noise-to-signal ratio t / (1 - t), which makes `snr` (1 - c)(1 - t)^2 + c."""
+        time = t.float()
+        if self.huber_schedule == "constant":
+            c = torch.full_like(time, self.huber_c * self.huber_scale)
+        elif self.huber_schedule == "exponential":
+            c = torch.exp(math.log(self.huber_c) * time) * self.huber_scale
+        else:
+            c = (1 - self.huber_c) * (1 - time) ** 2 + self.huber_c
+        return c / time.clamp(min=_LEAST_TIME) if self.data_error else c  # of the data's error, in units of the velocity's

@@ -116,9 +116,13 @@ class TrainingOptions:
     max_token_length: int | None = opt(None, "longest caption in tokens; 75 unless given", choices=(75, 150, 225))
     clip_skip: int | None = opt(None, "take the output of this text encoder layer, counted from the end, 1 the last", minimum=1)
     max_data_loader_n_workers: int = opt(8, "processes that load pictures; 0 loads in the main one", minimum=0)
-    persistent_data_loader_workers: bool = opt(False, "keep the loading processes between epochs")
+    persistent_data_loader_workers: bool = opt(False, "keep the loading processes between epochs", inert="they are always kept")
     ddp_timeout: int | None = opt(None, "minutes until a silent process counts as lost; accelerate's unless given", minimum=1)
-    ddp_gradient_as_bucket_view: bool = opt(False, "let gradients share memory with what is exchanged between devices")
+    ddp_gradient_as_bucket_view: bool = opt(
+        False,
+        "let gradients share memory with what is exchanged between devices",
+        inert="gradients are averaged in one exchange of their own, without DDP's buckets",
+    )
     ddp_static_graph: bool = opt(False, "tell DDP that every step computes the same graph", planned=True)
 
 

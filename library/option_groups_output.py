@@ -27,7 +27,9 @@ class OutputOptions:
     output_name: str | None = opt(None, "file name of saved models, without extension; 'last' unless given")
     save_every_n_epochs: int | None = opt(None, "save every so many epochs", minimum=1)
     save_every_n_steps: int | None = opt(None, "save every so many steps", minimum=1)
-    save_n_epoch_ratio: int | None = opt(None, "save so often that there are at least this many files", minimum=1)
+    save_n_epoch_ratio: int | None = opt(
+        None, "save so often that there are at least this many files; 0 does not count", minimum=0
+    )
     save_last_n_epochs: int | None = opt(None, "keep only the files of the last so many epochs' saves", minimum=1)
     save_last_n_epochs_state: int | None = opt(None, "the same for states", minimum=1)
     save_last_n_steps: int | None = opt(None, "remove files saved more than so many steps ago", minimum=1)

@@ -73,7 +73,8 @@ _PRECISION = (
 _NOISE_AND_LOSS = (
     Rule(
         lambda o: o.noise.noise_offset_random_strength and o.noise.noise_offset is None,
-        "--noise_offset_random_strength needs --noise_offset, whose strength it draws.",
+        "--noise_offset_random_strength has no effect without --noise_offset, whose strength it draws.",
+        warning=True,
     ),
     Rule(
         lambda o: o.noise.adaptive_noise_scale is not None and o.noise.noise_offset is None,
@@ -81,7 +82,8 @@ _NOISE_AND_LOSS = (
     ),
     Rule(
         lambda o: o.noise.ip_noise_gamma_random_strength and o.noise.ip_noise_gamma is None,
-        "--ip_noise_gamma_random_strength needs --ip_noise_gamma, whose strength it draws.",
+        "--ip_noise_gamma_random_strength has no effect without --ip_noise_gamma, whose strength it draws.",
+        warning=True,
     ),
     Rule(
         lambda o: (o.noise.min_timestep or 0) >= (1000 if o.noise.max_timestep is None else o.noise.max_timestep),
@@ -128,7 +130,7 @@ _DATA = (
         warning=True,
     ),
     Rule(
-        lambda o: _has_folders(o) and o.data.resolution is None,
+        lambda o: _has_folders(o) and o.data.in_json is None and o.data.resolution is None,
         "--resolution is missing: the size trained at, such as 512 or 512,768.",
     ),
     Rule(
@@ -202,7 +204,7 @@ _NETWORK = (
         scope=NetworkTrainOptions,
     ),
     Rule(
-        lambda o: o.cache.text_outputs and not o.network.network_train_unet_only,
+        lambda o: o.cache.text_outputs and o.network.trains_text_encoder and not o.family.several_text_encoders,
         "--cache_text_encoder_outputs fixes what the text encoder gives, so it cannot learn: add --network_train_unet_only.",
         scope=NetworkTrainOptions,
     ),
@@ -253,14 +255,11 @@ FOLDERS = ("train_data_dir", "reg_data_dir", "resume")
 _IGNORED_BESIDE_DATASET_CONFIG = ("train_data_dir", "reg_data_dir", "in_json")
 
 
-def check_rules(options: TrainOptions, extra_rules: tuple[Rule, ...] = ()) -> None:
-    """Raise one `UserError` with everything that is wrong, one line each; log what is only doubtful.
-
-    extra_rules: a family's own.
-    """
+def check_rules(options: TrainOptions) -> None:
+    """Raise one `UserError` with everything that is wrong, one line each; log what is only doubtful."""
     values = flat(options)
     problems = [*_flag_problems(options, values), *_path_problems(values)]
-    for rule in (*RULES, *extra_rules):
+    for rule in (*RULES, *options.family.rules):
         if isinstance(options, rule.scope) and rule.broken(options):
             message = rule.message.format_map(values)
             if rule.warning:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import logging
 import math
 import os
 import sys
@@ -17,9 +18,11 @@ import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, ClassVar, NoReturn, TypeVar
 
 from library.errors import UserError, suggest
+
+logger = logging.getLogger(__name__)
 
 Container = TypeVar("Container")
 _FLAG_KEY = "flag"
@@ -80,7 +83,12 @@ def group(group_class: type) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class NoFamilyOptions:
-    """The group of a family that has no options of its own."""
+    """The group of a family that has no options of its own; the base of those that have."""
+
+    rules: ClassVar[tuple[Any, ...]] = ()
+    """The family's own `option_rules.Rule`s."""
+    several_text_encoders: ClassVar[bool] = False
+    """Whether some text encoders may learn while the outputs of others are cached."""
 
 
 @dataclass(frozen=True)
@@ -142,6 +150,10 @@ class Flag:
             value = self.declared.convert(value)
         elif self.element is float and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
+        elif self.element is int and isinstance(value, float) and value.is_integer():
+            value = int(value)
+        elif self.element is bool and isinstance(value, int) and value in (0, 1):
+            value = bool(value)  # how programs that make such files write a switch
         elif type(value) is not self.element:
             expected = f"list of {_EXPECTED[self.element]}" if self.repeated else _EXPECTED[self.element]
             raise ValueError(f"expected {expected}, got {value!r} ({_type_word(value)})")
@@ -374,7 +386,7 @@ def parse(
     `--print_config` prints the result and `--output_config` writes it to `--config_file`; both end the program with code 0.
     Raises `UserError` for anything the user can put right.
     """
-    from library.config_file import find_config, read_config
+    from library.config_file import UNREAD_KEYS, find_config, read_config
 
     flags = flags_of(container_class, family_group)
     given = vars(build_parser(container_class, family_group, description).parse_args(argv))
@@ -384,6 +396,9 @@ def parse(
     if values.get("config_file") and not writes:
         path = find_config(values["config_file"])
         in_file = read_config(path)
+        if unread := sorted(key for key in in_file if key in UNREAD_KEYS and key not in flags):
+            logger.warning("%s: no effect, as in sd-scripts: %s", path, ", ".join(unread))
+            in_file = {key: value for key, value in in_file.items() if key not in unread}
         misplaced = [key for key in in_file if key in flags and flags[key].declared.cli_only]
         if misplaced:
             raise UserError(f"{path}: {', '.join(misplaced)}: only on the command line. Remove from the file.")

@@ -27,8 +27,8 @@ class PromptLine:
     height: int = _option("h", int, 512)
     seed: int | None = _option("d", int)
     sample_steps: int = _option("s", int, 30)
-    scale: float = _option("l", float, 7.5)
-    """Classifier-free guidance."""
+    scale: float | None = _option("l", float)
+    """Classifier-free guidance; the family's usual one unless given."""
     guidance_scale: float | None = _option("g", float)
     """Guidance that is an input of the network (FLUX)."""
     sample_sampler: str | None = _option("ss", str)

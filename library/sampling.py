@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from library.checkpoint import atomic_write
 from library.errors import UserError, suggest
 from library.family_base import ModelBundle, ModelFamily, SampleRequest
+from library.objectives import shift_time
 from library.prompts import PromptLine, parse_prompts
 from library.rng import key_to_seed
 from library.strategy_base import Conditioning, Strategies
@@ -140,6 +141,24 @@ def sample_diffusion(
     return latents
 
 
+def flow_levels(steps: int, shift: float) -> Tensor:
+    """Times from 1 (noise) to 0 (data), steps + 1 of them, pushed toward noise by `shift`."""
+    return shift_time(torch.linspace(1, 0, steps + 1), shift)
+
+
+@torch.no_grad()
+def sample_flow(velocity: Predict, levels: Tensor, shape: tuple[int, ...], *, seed: int, device: torch.device | str) -> Tensor:
+    """Latents of `shape`, float32 on `device`: Euler steps along the flow `velocity` (noise - data) through `levels`.
+
+    The noise is made on the CPU from `seed`, so that a seed is the same picture on every device.
+    """
+    latents = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device)
+    for now, following in zip(levels.tolist(), levels[1:].tolist(), strict=False):
+        t = torch.full((shape[0],), now, device=device)
+        latents = latents + (following - now) * velocity(latents, t).float()
+    return latents
+
+
 # ---- previews while training -----------------------------------------------------------------------------------------
 
 
@@ -243,7 +262,7 @@ class PreviewWriter:
             width=width,
             height=height,
             steps=line.sample_steps,
-            guidance=line.scale,
+            guidance=self.family.preview_guidance(self.options) if line.scale is None else line.scale,
             sampler=line.sample_sampler or self.options.sampling.sample_sampler,
             seed=self.seed(index),
             extra=line.extra(),
@@ -259,9 +278,13 @@ class PreviewWriter:
         return Path(self.options.output.output_dir or ".") / "sample"
 
     def path(self, index: int, step: int, epoch: int | None) -> Path:
-        """sd-scripts' name: `{output_name}_{e000001 or 000100}_{index}_{time}_{seed}.png`."""
+        """sd-scripts' name: `{output_name}_{e000001 or 000100}_{index}_{time}_{seed}.png`.
+
+        Steps name pictures made every n steps, also at an epoch's end; `e000000` are those before the first step.
+        """
         name = self.options.output.output_name
-        when = f"{step:06d}" if epoch is None else f"e{epoch:06d}"
+        by_epoch = step == 0 or bool(self.options.sampling.sample_every_n_epochs)
+        when = f"e{epoch or 0:06d}" if by_epoch else f"{step:06d}"
         stamp = time.strftime("%Y%m%d%H%M%S")
         return self.folder / f"{name + '_' if name else ''}{when}_{index:02d}_{stamp}_{self.seed(index)}.png"
 

@@ -6,20 +6,16 @@ told from their shapes. That way a tiny model in the official layout runs throug
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
-from library.key_layout import CONV_TO_LINEAR, IDENTITY, KeyMap, Rule, key_map, nested
-from library.model_io import empty_module
-
-Shapes = Mapping[str, tuple[int, ...]]
-"""Tensor shapes by name, without the file's prefix."""
+from library.clip_parts import HEAD_WIDTH, clip_config
+from library.key_layout import KeyMap, Rule, key_map, nested
+from library.model_io import Shapes, count_indices, empty_module
 
 SD1_HEADS = 8
-HEAD_WIDTH = 64
 
 # ---- key tables: original (LDM) names on the left, diffusers' and transformers' on the right -------------------------
 
@@ -72,46 +68,6 @@ def unet_key_map(attention: Sequence[bool], num_layers: int) -> KeyMap:
     return key_map(rules)
 
 
-_VAE_RESNET = (
-    Rule("norm1", "norm1"),
-    Rule("conv1", "conv1"),
-    Rule("norm2", "norm2"),
-    Rule("conv2", "conv2"),
-    Rule("nin_shortcut", "conv_shortcut"),
-)
-_VAE_ATTENTION = (
-    Rule("norm", "group_norm"),
-    Rule("q", "to_q", CONV_TO_LINEAR),
-    Rule("k", "to_k", CONV_TO_LINEAR),
-    Rule("v", "to_v", CONV_TO_LINEAR),
-    Rule("proj_out", "to_out.0", CONV_TO_LINEAR),
-)
-
-
-def vae_key_map(num_levels: int) -> KeyMap:
-    """LDM autoencoder <-> AutoencoderKL. LDM numbers the decoder's levels from the finest, diffusers from the coarsest."""
-    rules: list[Rule] = [Rule("quant_conv", "quant_conv"), Rule("post_quant_conv", "post_quant_conv")]
-    for half in ("encoder", "decoder"):
-        rules += [Rule(f"{half}.{name}", f"{half}.{name}") for name in ("conv_in", "conv_out")]
-        rules.append(Rule(f"{half}.norm_out", f"{half}.conv_norm_out"))
-        rules += nested(f"{half}.mid.block_1", f"{half}.mid_block.resnets.0", _VAE_RESNET)
-        rules += nested(f"{half}.mid.attn_1", f"{half}.mid_block.attentions.0", _VAE_ATTENTION)
-        rules += nested(f"{half}.mid.block_2", f"{half}.mid_block.resnets.1", _VAE_RESNET)
-    rules += nested("encoder.down.{i}.block.{j}", "encoder.down_blocks.{i}.resnets.{j}", _VAE_RESNET)
-    rules.append(Rule("encoder.down.{i}.downsample.conv", "encoder.down_blocks.{i}.downsamplers.0.conv"))
-    for level in range(num_levels):
-        theirs, ours = f"decoder.up.{level}", f"decoder.up_blocks.{num_levels - 1 - level}"
-        rules += nested(f"{theirs}.block.{{j}}", f"{ours}.resnets.{{j}}", _VAE_RESNET)
-        rules.append(Rule(f"{theirs}.upsample.conv", f"{ours}.upsamplers.0.conv"))
-    return key_map(rules)
-
-
-CLIP_NAMES = KeyMap(tuple(Rule(f"text_model.{name}", name) for name in ("embeddings", "encoder", "final_layer_norm")))
-"""CLIP as files name it <-> transformers' CLIPTextModel, which dropped `text_model.` in its version 5. Adapter names too."""
-
-CLIP_BARE_NAMES = KeyMap(tuple(Rule(name, name) for name in ("embeddings", "encoder", "final_layer_norm")))
-"""The second key variant of SD1 files: `text_model.` left out."""
-
 _RESBLOCK = "transformer.resblocks.{i}"
 _LAYER = "encoder.layers.{i}"
 
@@ -134,27 +90,7 @@ OPEN_CLIP_NAMES = key_map(
 )
 """OpenCLIP's text tower (SD2, and SDXL's second encoder) <-> CLIPTextModel."""
 
-CLIP_FOLDER_NAMES = key_map(CLIP_NAMES.rules, CLIP_BARE_NAMES.rules)
-"""A diffusers folder's text_encoder, written by transformers 4 (with `text_model.`) or 5 (without)."""
-
-_OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-
-VAE_FOLDER_NAMES = key_map(
-    (
-        Rule(f"{half}.mid_block.attentions.0.{old}", f"{half}.mid_block.attentions.0.{new}", CONV_TO_LINEAR)
-        for half in ("encoder", "decoder")
-        for old, new in _OLD_ATTENTION.items()
-    ),
-    IDENTITY.rules,
-)
-"""A diffusers VAE, its attention named as before diffusers 0.15 or as now."""
-
 # ---- sizes from shapes -----------------------------------------------------------------------------------------------
-
-
-def count_indices(shapes: Shapes, pattern: str) -> int:
-    """How many different numbers `pattern`'s group takes at the start of the names."""
-    return len({match[1] for key in shapes if (match := re.match(pattern, key))})
 
 
 def unet_config(shapes: Shapes) -> dict[str, Any]:
@@ -202,43 +138,6 @@ def unet_key_map_for(config: Mapping[str, Any]) -> KeyMap:
     return unet_key_map(["Cross" in kind for kind in config["down_block_types"]], config["layers_per_block"])
 
 
-def vae_config(shapes: Shapes, scale: float) -> dict[str, Any]:
-    """AutoencoderKL's configuration, from an LDM autoencoder. `scale` of the latents is not in the file."""
-    levels = count_indices(shapes, r"encoder\.down\.(\d+)\.")
-    return {
-        "in_channels": shapes["encoder.conv_in.weight"][1],
-        "out_channels": shapes["decoder.conv_out.weight"][0],
-        "block_out_channels": [shapes[f"encoder.down.{level}.block.0.conv2.weight"][0] for level in range(levels)],
-        "layers_per_block": count_indices(shapes, r"encoder\.down\.0\.block\.(\d+)\."),
-        "down_block_types": ["DownEncoderBlock2D"] * levels,
-        "up_block_types": ["UpDecoderBlock2D"] * levels,
-        "latent_channels": shapes["encoder.conv_out.weight"][0] // 2,
-        "use_quant_conv": "quant_conv.weight" in shapes,
-        "use_post_quant_conv": "post_quant_conv.weight" in shapes,
-        "scaling_factor": scale,
-    }
-
-
-def clip_config(shapes: Shapes, *, num_layers: int | None = None, activation: str = "quick_gelu") -> dict[str, Any]:
-    """CLIPTextModel's configuration, from shapes under transformers' names. Heads are 64 wide, one where it is narrower.
-
-    The vocabulary's last two entries are BOS and EOS in every published CLIP.
-    """
-    vocabulary, width = shapes["embeddings.token_embedding.weight"]
-    return {
-        "vocab_size": vocabulary,
-        "hidden_size": width,
-        "intermediate_size": shapes["encoder.layers.0.mlp.fc1.weight"][0],
-        "num_hidden_layers": num_layers or count_indices(shapes, r"encoder\.layers\.(\d+)\."),
-        "num_attention_heads": max(1, width // HEAD_WIDTH),
-        "max_position_embeddings": shapes["embeddings.position_embedding.weight"][0],
-        "hidden_act": activation,
-        "projection_dim": width,
-        "bos_token_id": vocabulary - 2,
-        "eos_token_id": vocabulary - 1,
-    }
-
-
 def open_clip_layers(shapes: Shapes) -> int:
     """How many of the file's layers SD2 uses.
 
@@ -267,19 +166,3 @@ def make_unet(config: Mapping[str, Any]) -> nn.Module:
     from diffusers import UNet2DConditionModel
 
     return empty_module(lambda: UNet2DConditionModel.from_config(dict(config)))
-
-
-def make_vae(config: Mapping[str, Any]) -> nn.Module:
-    """An AutoencoderKL without weights."""
-    from diffusers import AutoencoderKL
-
-    return empty_module(lambda: AutoencoderKL.from_config(dict(config)))
-
-
-def make_clip(config: Mapping[str, Any]) -> nn.Module:
-    """A CLIPTextModel without weights."""
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    kept = {key: value for key, value in config.items() if key not in ("architectures", "model_type", "transformers_version")}
-    kept = {key: value for key, value in kept.items() if key not in ("torch_dtype", "dtype", "_name_or_path")}
-    return empty_module(lambda: CLIPTextModel(CLIPTextConfig(**kept)))

@@ -13,10 +13,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from library import sd_models
+from library import clip_parts, sd_models, vae_parts
 from library.errors import UserError
 from library.key_layout import KeyMap
-from library.sd_utils import CLIP_PREFIX, OPEN_CLIP_PREFIX, UNET_PREFIX, VAE_PREFIX, Component, SdModel
+from library.model_parts import Component, cast, write_config, write_json, write_tensors
+from library.sd_utils import CLIP_PREFIX, OPEN_CLIP_PREFIX, UNET_PREFIX, VAE_PREFIX, SdModel
 
 SINGLE_FILE_FORMATS = ("safetensors", "ckpt")
 FOLDER_FORMATS = ("diffusers", "diffusers_safetensors")
@@ -56,7 +57,7 @@ class SdCheckpoint:
             tensors = {key: value.detach().to("cpu") for key, value in module.state_dict().items()}
         else:
             tensors = {key: component.tensor(key) for key in component.names()}
-        return {key: _cast(value, dtype) for key, value in tensors.items()}
+        return {key: cast(value, dtype) for key, value in tensors.items()}
 
     def _unchanged(self, component: Component, module: nn.Module) -> bool:
         """Whether a loaded part is still what was read, but for the precision it is held in: then the file is more exact."""
@@ -96,10 +97,10 @@ class SdCheckpoint:
         if name == "denoiser":
             return UNET_PREFIX, sd_models.unet_key_map_for(component.config)
         if name == "vae":
-            return VAE_PREFIX, sd_models.vae_key_map(len(component.config["block_out_channels"]))
+            return VAE_PREFIX, vae_parts.vae_key_map(len(component.config["block_out_channels"]))
         if self.model.version == "v2":
             return OPEN_CLIP_PREFIX, sd_models.OPEN_CLIP_NAMES
-        return CLIP_PREFIX, sd_models.CLIP_NAMES
+        return CLIP_PREFIX, clip_parts.CLIP_NAMES
 
     # ---- a folder ----------------------------------------------------------------------------------------------------
 
@@ -110,21 +111,16 @@ class SdCheckpoint:
             folder = path / folder_name
             folder.mkdir(exist_ok=True)
             component = self.model.parts[name]
-            _write_config(component.make(component.config), folder)
+            write_config(component.make(component.config), folder)
             tensors = self.part(name, dtype)
             stem = "diffusion_pytorch_model"
             if name == "text_encoder":
-                tensors, stem = sd_models.CLIP_NAMES.to_theirs(tensors), "model" if safe else "pytorch_model"
-            tensors = {key: value.contiguous() for key, value in tensors.items()}
-            if safe:
-                extra = metadata if name == "denoiser" else {}
-                save_file(tensors, folder / f"{stem}.safetensors", metadata={"format": "pt", **extra})
-            else:
-                torch.save(tensors, folder / f"{stem}.bin")
+                tensors, stem = clip_parts.CLIP_NAMES.to_theirs(tensors), "model" if safe else "pytorch_model"
+            write_tensors(tensors, folder / stem, safe=safe, metadata=metadata if name == "denoiser" else {})
         if self.tokenizer_folder is not None:
             shutil.copytree(self.tokenizer_folder, path / "tokenizer", dirs_exist_ok=True)
-        _write_json(path / "scheduler" / "scheduler_config.json", self._scheduler())
-        _write_json(path / "model_index.json", _model_index())
+        write_json(path / "scheduler" / "scheduler_config.json", self._scheduler())
+        write_json(path / "model_index.json", _model_index())
 
     def _scheduler(self) -> dict[str, Any]:
         """The source folder's scheduler, or DDIM, with what was really trained."""
@@ -165,24 +161,6 @@ def _model_index() -> dict[str, Any]:
         "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", "AutoencoderKL"],
     }
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def _write_config(module: Any, folder: Path) -> None:
-    """The configuration of a diffusers or transformers module, as its library writes it."""
-    if hasattr(module, "save_config"):
-        module.save_config(str(folder))
-    else:
-        module.config.architectures = [type(module).__name__]
-        module.config.save_pretrained(str(folder))
-
-
-def _cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
 
 
 def _unused_open_clip(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from library.clip_tokenizer import SD1_TOKENIZER, SD2_TOKENIZER, find_tokenizer, load_clip_tokenizer
 from library.family_base import LatentSpec, ModelBundle, ModelFamily, SampleRequest
+from library.model_parts import enable_encoder_checkpointing
 from library.objectives import DiscreteDDPM
 from library.sampling import guided_pair, make_scheduler, sample_diffusion
 from library.sd_saving import SINGLE_FILE_FORMATS, SdCheckpoint, check_single_file
@@ -24,6 +25,7 @@ from library.strategy_sd import (
     SdTextEncodingStrategy,
     SdTokenizeStrategy,
 )
+from library.vae_parts import decode_latents
 from networks.lora_sd import ARCH
 
 if TYPE_CHECKING:
@@ -125,13 +127,11 @@ class SdFamily(ModelFamily):
         )
 
     def enable_gradient_checkpointing(self, part: str, module: nn.Module) -> None:
-        modules: Any = module
         if part == "denoiser":
-            modules.enable_gradient_checkpointing()
-        elif hasattr(modules, "activation_checkpointing_enable"):  # its name since transformers 5.22
-            modules.activation_checkpointing_enable({"use_reentrant": False})
+            unet: Any = module
+            unet.enable_gradient_checkpointing()
         else:
-            modules.gradient_checkpointing_enable({"use_reentrant": False})
+            enable_encoder_checkpointing(module)
 
     # ---- steps -------------------------------------------------------------------------------------------------------
 
@@ -151,7 +151,15 @@ class SdFamily(ModelFamily):
             huber_scale=loss.huber_scale,
         )
 
-    def predict(self, denoiser: nn.Module, x_t: Tensor, t: Tensor, cond: SdConditioning, batch: TrainBatch | None) -> Tensor:
+    def predict(
+        self,
+        denoiser: nn.Module,
+        x_t: Tensor,
+        t: Tensor,
+        cond: SdConditioning,
+        batch: TrainBatch | None,
+        options: TrainOptions,
+    ) -> Tensor:
         context = cond.context
         if not torch.is_autocast_enabled(x_t.device.type):
             dtype = next(denoiser.parameters()).dtype
@@ -165,7 +173,7 @@ class SdFamily(ModelFamily):
 
         def predict(x_t: Tensor, t: Tensor) -> Tensor:
             """One row for each of x_t's: the positive prompt, then, when guided, the negative one."""
-            return self.predict(denoiser, x_t, t, cond.rows(slice(0, len(x_t))), None).float()
+            return self.predict(denoiser, x_t, t, cond.rows(slice(0, len(x_t))), None, options).float()
 
         return sample_diffusion(
             predict if request.guidance == 1 else guided_pair(predict, request.guidance),
@@ -177,12 +185,7 @@ class SdFamily(ModelFamily):
         )
 
     def decode(self, vae: nn.Module, latents: Tensor, options: TrainOptions) -> Tensor:
-        weight = next(vae.parameters())
-        stored = self.latent(options).denormalize(latents).to(weight.device, weight.dtype)
-        module: Any = vae
-        with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
-            images: Tensor = module.decode(stored, return_dict=False)[0]
-        return images.float().clamp(-1, 1)
+        return decode_latents(vae, self.latent(options).denormalize(latents))
 
     # ---- saving ------------------------------------------------------------------------------------------------------
 

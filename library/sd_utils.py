@@ -4,28 +4,25 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-from torch import Tensor, nn
-
-from library import sd_models
+from library import clip_parts, sd_models
 from library.errors import UserError
-from library.key_layout import IDENTITY, KeyMap, Origin
+from library.key_layout import IDENTITY, KeyMap
 from library.model_io import (
     TensorSource,
     download_snapshot,
     find_model,
-    load_into,
     looks_like_hub_id,
     open_checkpoint,
     open_component,
     read_json,
 )
+from library.model_parts import Component, stamp
 from library.model_signatures import detect_family, detect_folder, require_family
+from library.vae_parts import file_vae, open_vae
 
 if TYPE_CHECKING:
     from library.option_groups import ModelOptions
@@ -39,7 +36,8 @@ UNET_PREFIX = "model.diffusion_model."
 VAE_PREFIX = "first_stage_model."
 CLIP_PREFIX = "cond_stage_model.transformer."
 OPEN_CLIP_PREFIX = "cond_stage_model.model."
-_VAE_PREFIXES = (VAE_PREFIX, "vae.", "")
+_VAE: dict[str, Any] = {"flag": "--vae", "title": TITLE, "scale": VAE_SCALE}
+"""What `open_vae` has to be told."""
 
 Version = Literal["v1", "v2"]
 Prediction = Literal["epsilon", "v_prediction"]
@@ -57,41 +55,6 @@ _HUB_SAFE = ("unet/*.safetensors", "vae/*.safetensors", "text_encoder/*.safetens
 _HUB_PICKLED = ("unet/*.bin", "vae/*.bin", "text_encoder/*.bin")
 _HUB_VAE = ("config.json", "diffusion_pytorch_model*", "vae/config.json", "vae/diffusion_pytorch_model*")
 _HUB_VARIANTS = ("*.fp16.*", "*.non_ema.*", "*.fp32.*")
-
-
-@dataclass(frozen=True)
-class Component:
-    """One part of a model on disk: its tensors, without the file's prefix, and how they become a module."""
-
-    source: TensorSource
-    key_map: KeyMap
-    config: Mapping[str, Any]
-    make: Callable[[Mapping[str, Any]], nn.Module]
-    prefix: str = ""
-    optional: tuple[str, ...] = ()
-    """Patterns of names that may be there without being used."""
-    folder: Path | None = None
-
-    def load(self, *, dtype: torch.dtype, device: torch.device | str) -> nn.Module:
-        """The module, frozen, in eval mode."""
-        return load_into(self.make(self.config), self.source, self.key_map, dtype=dtype, device=device, optional=self.optional)
-
-    @functools.cached_property
-    def _origins(self) -> Mapping[str, Origin]:
-        return self.key_map.origins(self.source.keys())[0]
-
-    def names(self) -> list[str]:
-        """Names of the module's tensors."""
-        return list(self.make(self.config).state_dict())
-
-    def tensor(self, key: str) -> Tensor:
-        """One tensor of the module, by its name there, as the file has it."""
-        origin = self._origins[key]
-        return origin.take(self.source.get(origin.key))
-
-    def identity(self) -> str:
-        """Changes when the part's weights do, not when the file is moved."""
-        return self.source.fingerprint()
 
 
 @dataclass(frozen=True)
@@ -130,7 +93,7 @@ def describe(options: ModelOptions) -> SdModel:
         )
     path = _find_base(name)
     vae = find_model(options.vae, "--vae", allow_patterns=_HUB_VAE) if options.vae else None
-    return _describe(path, vae, (_stamp(path), _stamp(vae)))
+    return _describe(path, vae, (stamp(path), stamp(vae)))
 
 
 def _find_base(name: str) -> Path:
@@ -144,16 +107,8 @@ def _find_base(name: str) -> Path:
     return folder
 
 
-def _stamp(path: Path | None) -> tuple[tuple[str, int, int], ...]:
-    """Names, sizes and times of the files at `path`: changes when they do."""
-    if path is None:
-        return ()
-    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-    return tuple((str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files)
-
-
 @functools.lru_cache(maxsize=4)
-def _describe(path: Path, vae: Path | None, stamp: object) -> SdModel:
+def _describe(path: Path, vae: Path | None, state: object) -> SdModel:
     model = _describe_folder(path, vae) if path.is_dir() else _describe_file(path, vae)
     channels = model.unet.config.get("in_channels", 4)
     if channels in SPECIAL_INPUTS:
@@ -186,7 +141,7 @@ def _describe_file(path: Path, vae: Path | None) -> SdModel:
         format="safetensors" if path.suffix == ".safetensors" else "ckpt",
         version=version,
         unet=Component(unet, sd_models.unet_key_map_for(config), config, sd_models.make_unet, UNET_PREFIX),
-        vae=open_vae(vae) if vae else _file_vae(whole),
+        vae=open_vae(vae, **_VAE) if vae else _file_vae(whole),
         text_encoder=_open_clip(whole) if version == "v2" else _clip(whole),
         prediction=prediction,
         prediction_from=prediction_from,
@@ -211,10 +166,10 @@ def _file_prediction(whole: TensorSource) -> tuple[Prediction | None, str]:
 
 def _clip(whole: TensorSource) -> Component:
     source = whole.under(CLIP_PREFIX)
-    key_map = sd_models.CLIP_NAMES if "text_model.final_layer_norm.weight" in source else sd_models.CLIP_BARE_NAMES
-    config = sd_models.clip_config(_our_shapes(source, key_map))
+    key_map = clip_parts.CLIP_NAMES if "text_model.final_layer_norm.weight" in source else clip_parts.CLIP_BARE_NAMES
+    config = clip_parts.clip_config(_our_shapes(source, key_map))
     optional = (r"(text_model\.)?embeddings\.position_ids", r"logit_scale", r"text_projection(\.weight)?")
-    return Component(source, key_map, config, sd_models.make_clip, CLIP_PREFIX, optional)
+    return Component(source, key_map, config, clip_parts.make_clip, CLIP_PREFIX, optional)
 
 
 def _open_clip(whole: TensorSource) -> Component:
@@ -226,7 +181,7 @@ def _open_clip(whole: TensorSource) -> Component:
         source,
         sd_models.OPEN_CLIP_NAMES,
         sd_models.open_clip_config(shapes),
-        sd_models.make_clip,
+        clip_parts.make_clip,
         OPEN_CLIP_PREFIX,
         optional,
     )
@@ -238,56 +193,9 @@ def _our_shapes(source: TensorSource, key_map: KeyMap) -> dict[str, tuple[int, .
 
 
 def _file_vae(whole: TensorSource) -> Component:
-    source = whole.under(VAE_PREFIX)
-    if "encoder.conv_in.weight" not in source:
+    if f"{VAE_PREFIX}encoder.conv_in.weight" not in whole:
         raise UserError(f"{whole.path} has no VAE. Give one as --vae (a file, a diffusers folder or a hub id).")
-    config = sd_models.vae_config(source.shapes(), VAE_SCALE)
-    levels = len(config["block_out_channels"])
-    return Component(
-        source, sd_models.vae_key_map(levels), config, sd_models.make_vae, VAE_PREFIX, (r"loss\..*", r"model_ema\..*")
-    )
-
-
-def open_vae(path: Path) -> Component:
-    """A VAE: a single file in LDM or diffusers names, with or without prefix, or a diffusers folder (or its parent)."""
-    if path.is_dir():
-        folder = path / "vae" if (path / "vae" / "config.json").is_file() else path
-        config = read_json(folder / "config.json")
-        if config.get("_class_name", "AutoencoderKL") != "AutoencoderKL":
-            raise UserError(f"--vae {folder} is a {config['_class_name']}, and {TITLE} needs an AutoencoderKL.")
-        return _folder_vae(folder)
-    whole = open_checkpoint(path)
-    for prefix in _VAE_PREFIXES:
-        if f"{prefix}encoder.down.0.block.0.conv1.weight" in whole:
-            return replace(_file_vae(_with_prefix(whole.under(prefix), VAE_PREFIX)), prefix=prefix)
-        if f"{prefix}encoder.down_blocks.0.resnets.0.conv1.weight" in whole:
-            source = whole.under(prefix)
-            config = _beside(path) or _diffusers_vae_config(source)
-            return Component(source, sd_models.VAE_FOLDER_NAMES, config, sd_models.make_vae, prefix)
-    detected = detect_family(whole)
-    raise UserError(f"--vae {path} has no VAE in it" + (f": it is {detected.title}." if detected else "."))
-
-
-def _with_prefix(source: TensorSource, prefix: str) -> TensorSource:
-    return replace(source, entries={prefix + key: entry for key, entry in source.entries.items()})
-
-
-def _beside(path: Path) -> dict[str, Any] | None:
-    config = path.with_name("config.json")
-    return read_json(config) if config.is_file() else None
-
-
-def _diffusers_vae_config(source: TensorSource) -> dict[str, Any]:
-    """Configuration of a diffusers VAE file that stands alone, through its LDM names."""
-    levels = sd_models.count_indices(source.shapes(), r"encoder\.down_blocks\.(\d+)\.")
-    key_map = sd_models.vae_key_map(levels)
-    shapes = {name: source.shape(key) for key in source if (name := key_map.their_name(key)) is not None}
-    return sd_models.vae_config(shapes, VAE_SCALE)
-
-
-def _folder_vae(folder: Path) -> Component:
-    config = read_json(folder / "config.json")
-    return Component(open_component(folder), sd_models.VAE_FOLDER_NAMES, config, sd_models.make_vae, folder=folder)
+    return file_vae(whole, VAE_PREFIX, VAE_SCALE)
 
 
 def _describe_folder(path: Path, vae: Path | None) -> SdModel:
@@ -303,9 +211,9 @@ def _describe_folder(path: Path, vae: Path | None) -> SdModel:
     unet = Component(open_component(path / "unet"), IDENTITY, config, sd_models.make_unet, folder=path / "unet")
     text_encoder = Component(
         open_component(path / "text_encoder"),
-        sd_models.CLIP_FOLDER_NAMES,
+        clip_parts.CLIP_FOLDER_NAMES,
         text_config,
-        sd_models.make_clip,
+        clip_parts.make_clip,
         optional=(r"(text_model\.)?embeddings\.position_ids",),
         folder=path / "text_encoder",
     )
@@ -314,7 +222,7 @@ def _describe_folder(path: Path, vae: Path | None) -> SdModel:
         format="diffusers_safetensors" if unet.source.path.suffix == ".safetensors" else "diffusers",
         version="v2" if config.get("use_linear_projection") else "v1",
         unet=unet,
-        vae=open_vae(vae) if vae else _folder_vae(path / "vae"),
+        vae=open_vae(vae or path / "vae", **_VAE),
         text_encoder=text_encoder,
         prediction=said if said in ("epsilon", "v_prediction") else None,
         prediction_from=f"{scheduler_path} (prediction_type = {said})" if said else "",

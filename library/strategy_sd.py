@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from library.clip_tokenizer import ClipTokenizer
 from library.prompt_weights import parse_weights
-from library.rng import keyed_generator
 from library.strategy_base import (
     Conditioning,
     LatentsCachingStrategy,
@@ -24,6 +23,7 @@ from library.strategy_base import (
     Tokens,
     tensor_field,
 )
+from library.vae_parts import encode_images
 
 TEXT_ENCODER = "text_encoder"
 WEIGHTS = f"{TEXT_ENCODER}.weights"
@@ -137,14 +137,6 @@ class SdTextEncodingStrategy(TextEncodingStrategy):
         return f"clip-skip-{self.clip_skip}"
 
 
-def sample_posterior(mean: Tensor, std: Tensor, seeds: Sequence[int]) -> Tensor:
-    """mean + std * noise, [B, C, h, w] float32; row i's noise depends on seeds[i] and the shape alone."""
-    noise = torch.stack(
-        [torch.randn(mean.shape[1:], generator=keyed_generator("vae", seed), dtype=torch.float32) for seed in seeds]
-    )
-    return mean.float() + std.float() * noise.to(mean.device)
-
-
 @dataclass(frozen=True)
 class SdLatentsCachingStrategy(LatentsCachingStrategy):
     """A sample of the VAE's posterior, not yet scaled."""
@@ -153,11 +145,7 @@ class SdLatentsCachingStrategy(LatentsCachingStrategy):
     multi_resolution: ClassVar[bool] = False
 
     def encode(self, vae: nn.Module, images: Tensor, seeds: Sequence[int]) -> Tensor:
-        weight = next(vae.parameters())
-        module: Any = vae
-        with torch.autocast(weight.device.type, enabled=False):
-            posterior = module.encode(images.to(weight.device, weight.dtype)).latent_dist
-        return sample_posterior(posterior.mean, posterior.std, seeds)
+        return encode_images(vae, images, seeds)
 
     def fingerprint(self) -> str:
         return "posterior-sample-1"
@@ -168,4 +156,4 @@ class SdTextEncoderOutputsCachingStrategy(TextEncoderOutputsCachingStrategy):
     """sd-scripts has no such cache for Stable Diffusion 1.x/2.x; the name is ours."""
 
     suffix: ClassVar[str] = "_sd_te.npz"
-    conditioning: ClassVar[type[Conditioning]] = SdConditioning
+    conditioning: type[Conditioning] = SdConditioning

@@ -20,7 +20,7 @@ from library.batch import TrainBatch
 from library.caching import cache_latents, cache_text_outputs
 from library.checkpoint import SavedState, check_output, load_state
 from library.dataset import TrainData, batches_per_rank, build_train_data, make_loader
-from library.errors import Interrupted
+from library.errors import Interrupted, UserError
 from library.family_base import ModelBundle, ModelFamily
 from library.interrupts import InterruptFlag
 from library.losses import element_loss, reduce_loss
@@ -133,7 +133,8 @@ class Trainer:
         assert batch.tokens is not None
         learns = bool(live & self.trainable.parts)
         with torch.set_grad_enabled(learns and torch.is_grad_enabled()), self.accelerator.autocast():
-            encoded = self.strategies.text_encoding.encode(self.bundle.text_encoders, batch.tokens, frozenset(live))
+            encoders = {name: self.bundle.part(name) for name in sorted(live)}
+            encoded = self.strategies.text_encoding.encode(encoders, batch.tokens, frozenset(live))
         return encoded if cached is None else cached.merged(encoded)
 
     # ---- one update ------------------------------------------------------------------------------------------------
@@ -226,7 +227,7 @@ def build_trainer(family: ModelFamily, options: TrainOptions, mode: Mode) -> Tra
     learning = plan.learning_dtypes(family)
     bundle = family.load(options, device=accelerator.device, dtype=plan.frozen_dtype, learning=learning)
     plan.prepare(bundle, family)
-    fill_caches(data, strategies, bundle, options, accelerator)
+    fill_caches(data, strategies, bundle, options, accelerator, plan.learning_parts(family))
     previews = make_previews(family, strategies, options, accelerator)
     previews.encode_frozen(bundle, plan.learning_parts(family))
     release_cached(data, bundle, plan.learning_parts(family))
@@ -238,22 +239,31 @@ def build_trainer(family: ModelFamily, options: TrainOptions, mode: Mode) -> Tra
 
 
 def fill_caches(
-    data: TrainData, strategies: Strategies, bundle: ModelBundle, options: TrainOptions, accelerator: Accelerator
+    data: TrainData,
+    strategies: Strategies,
+    bundle: ModelBundle,
+    options: TrainOptions,
+    accelerator: Accelerator,
+    learning: frozenset[str],
 ) -> None:
-    """Caches that were asked for. Where they are files, one process goes first, so that none writes what another reads."""
+    """Caches that were asked for, of the parts that do not learn. Where they are files, one process goes first, so that none
+    writes what another reads."""
+    frozen = strategies.text_caching.conditioning.sources() - learning
+    if options.cache.text_outputs and not frozen:
+        raise UserError("--cache_text_encoder_outputs: every text encoder learns, so there is nothing to keep. Remove it.")
     on_disk = options.cache.cache_latents_to_disk or options.cache.cache_text_encoder_outputs_to_disk
     with accelerator.local_main_process_first() if on_disk else nullcontext():
         if options.cache.latents:
             cache_latents(data, strategies, bundle, options, accelerator.device)
         if options.cache.text_outputs:
-            cache_text_outputs(data, strategies, bundle, options, accelerator.device)
+            cache_text_outputs(data, strategies, bundle, options, accelerator.device, frozen)
 
 
 def release_cached(data: TrainData, bundle: ModelBundle, learning: frozenset[str]) -> None:
     """Free the device of the frozen parts all of whose outputs are cached. What needs one later reads it again."""
     if all(dataset.latent_cache is not None for dataset in data.image_datasets):
         bundle.release("vae")
-    if all(dataset.text_cache is not None and dataset.text_cache.complete for dataset in data.image_datasets):
+    if all(dataset.text_cache is not None for dataset in data.image_datasets):
         for name in set(bundle.text_encoder_names) - learning:
             bundle.release(name)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +21,7 @@ from networks.network_files import by_layer, describe_family, read_weights, shor
 from networks.network_interface import AdapterNetwork, text_encoder_rate
 from networks.network_targets import DENOISER, NetworkArch, infer_arch
 
-OUR_MODULES = ("networks.lora",)
+OUR_MODULES = ("networks.lora", "networks.lora_flux")
 
 PIP_NAMES = {"lycoris": "lycoris-lora"}
 """Top-level package -> what to install, where the names differ."""
@@ -39,6 +39,8 @@ class NetworkModule(Protocol):
     def name(self) -> str: ...
 
     def for_arch(self, arch: NetworkArch) -> NetworkModule: ...
+
+    def text_parts(self, names: Sequence[str], kwargs: Mapping[str, Any]) -> tuple[str, ...]: ...
 
     def create_network(
         self,
@@ -118,6 +120,10 @@ class ForeignModule:
 
     def for_arch(self, arch: NetworkArch) -> ForeignModule:
         return replace(self, arch=arch)
+
+    def text_parts(self, names: Sequence[str], kwargs: Mapping[str, Any]) -> tuple[str, ...]:
+        """All: what a foreign module leaves out is not known before it has made its network."""
+        return tuple(names)
 
     def _model(self, text_encoder: object, unet: nn.Module | None) -> _Model:
         return _Model.of(self.arch, text_encoder, unet, hidden=HIDDEN_CLASSES.get(self.name.partition(".")[0], ()))
@@ -381,7 +387,7 @@ class ForeignNetwork(AdapterNetwork):
         scaled, average, maximum = limit(max_norm, device)
         return {
             "max_norm/keys_scaled": torch.as_tensor(scaled),
-            "max_norm/average_key_norm": torch.as_tensor(average),
+            "norm/avg_key_norm": torch.as_tensor(average),
             "max_norm/max_key_norm": torch.as_tensor(maximum),
         }
 

@@ -35,8 +35,9 @@ class LoRA(Adapter):
         if isinstance(base, nn.Conv2d) and (base.groups != 1 or base.padding_mode != "zeros"):
             raise UserError(f"{layer.key}: LoRA cannot adapt a convolution with groups or a padding mode other than zeros.")
         self.rank = size.rank
+        self.rows = layer.rows
         self.dropout, self.rank_dropout = args.dropout or 0.0, args.rank_dropout or 0.0
-        self.lora_down, self.lora_up = _matrices(base, size.rank)
+        self.lora_down, self.lora_up = _matrices(base, size.rank, self.num_parts)
         nn.init.kaiming_uniform_(self.lora_down.weight, a=math.sqrt(5), generator=generator)
         nn.init.zeros_(self.lora_up.weight)
         self.register_buffer("alpha", torch.tensor(float(size.alpha or size.rank)))
@@ -54,8 +55,22 @@ class LoRA(Adapter):
         if isinstance(self.base, nn.Conv2d):
             hidden = F.conv2d(x, down, None, self.base.stride, self.base.padding, self.base.dilation)  # type: ignore[arg-type]
             return F.conv2d(self._drop(hidden, rank_dim=1) * self._strength, up)
-        hidden = F.linear(x, down)  # [B, ..., r]
-        return F.linear(self._drop(hidden, rank_dim=-1) * self._strength, up)
+        hidden = self._drop(F.linear(x, down), rank_dim=-1) * self._strength  # [B, ..., parts * r]
+        if not self.rows:
+            return F.linear(hidden, up)
+        pairs = zip(hidden.chunk(self.num_parts, dim=-1), up.split(self.rows), strict=True)
+        return torch.cat([F.linear(part, rows) for part, rows in pairs], dim=-1)
+
+    @property
+    def num_parts(self) -> int:
+        """Parts of a fused layer that have a rank-sized space each: `lora_down` holds theirs one below the other,
+        `lora_up` each part's rows for its own space."""
+        return len(self.rows) or 1
+
+    def _pairs(self) -> list[tuple[Tensor, Tensor]]:
+        """(up, down) of each part as float32 matrices."""
+        up, down = self.lora_up.weight.float().flatten(1), self.lora_down.weight.float().flatten(1)
+        return list(zip(up.split(self.rows) if self.rows else (up,), down.chunk(self.num_parts), strict=True))
 
     @property
     def _strength(self) -> float:
@@ -70,19 +85,19 @@ class LoRA(Adapter):
             hidden = F.dropout(hidden, self.dropout)
         if self.rank_dropout:
             shape = [1] * hidden.ndim
-            shape[0], shape[rank_dim] = hidden.shape[0], self.rank
+            shape[0], shape[rank_dim] = hidden.shape[0], hidden.shape[rank_dim]
             kept = torch.rand(shape, device=hidden.device) >= self.rank_dropout
             hidden = hidden * kept.to(hidden.dtype) / (1 - self.rank_dropout)
         return hidden
 
     def delta_weight(self) -> Tensor:
-        product = self.lora_up.weight.float().flatten(1) @ self.lora_down.weight.float().flatten(1)
+        product = torch.cat([up @ down for up, down in self._pairs()])
         return (product * self._strength).view(self.base.weight.shape)
 
     def weight_norm(self) -> Tensor:
         """||up @ down||^2 = sum(up^T up * down down^T): rank-sized products instead of a whole weight."""
-        up, down = self.lora_up.weight.float().flatten(1), self.lora_down.weight.float().flatten(1)
-        return ((up.T @ up) * (down @ down.T)).sum().clamp(min=0).sqrt() * abs(self.scale)
+        squares = [((up.T @ up) * (down @ down.T)).sum() for up, down in self._pairs()]
+        return torch.stack(squares).sum().clamp(min=0).sqrt() * abs(self.scale)
 
     def rescale(self, ratio: Tensor) -> None:
         root = ratio.sqrt()
@@ -102,8 +117,29 @@ class LoRA(Adapter):
         rank = tensors[DOWN].shape[0]
         return LayerSize(rank, float(tensors["alpha"]) if "alpha" in tensors else float(rank))
 
+    def file_tensors(self) -> dict[str, Tensor]:
+        """Of a split layer: one pair with a block-diagonal `up`, and `alpha` times the number of parts, so that every
+        reader's alpha / rank is what was trained."""
+        tensors = super().file_tensors()
+        if self.rows:
+            tensors[UP] = torch.block_diag(*tensors[UP].split(self.rows))
+            tensors["alpha"] = tensors["alpha"] * self.num_parts
+        return tensors
+
+    def _without_zeros(self, tensors: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
+        """The reverse of `file_tensors`. Raises `UserError` for a file whose parts share their ranks."""
+        up, rank = tensors[UP], tensors[DOWN].shape[0] // self.num_parts
+        blocks = [rows[:, i * rank : (i + 1) * rank] for i, rows in enumerate(up.split(self.rows))]
+        if tensors[DOWN].shape[0] % self.num_parts or not torch.equal(torch.block_diag(*blocks), up):
+            raise UserError(f"{self.key} in {source} was not trained with split_qkv. Remove split_qkv from --network_args.")
+        alpha = tensors["alpha"] if "alpha" in tensors else torch.tensor(float(tensors[DOWN].shape[0]))
+        return {DOWN: tensors[DOWN], UP: torch.cat(blocks), "alpha": alpha / self.num_parts}
+
     def load_file_tensors(self, tensors: Mapping[str, Tensor], source: str) -> None:
         size = self.size_in_file(self.key, tensors)
+        if self.rows:
+            tensors = self._without_zeros(tensors, source)
+            size = LayerSize(size.rank // self.num_parts, float(tensors["alpha"]))
         if size.rank != self.rank:
             spatial = isinstance(self.base, nn.Conv2d) and self.base.kernel_size != (1, 1)
             option = "conv_dim" if spatial else "--network_dim"
@@ -120,7 +156,7 @@ class LoRA(Adapter):
         self.load_state_dict(state)
 
 
-def _matrices(base: Matrix, rank: int) -> tuple[Matrix, Matrix]:
+def _matrices(base: Matrix, rank: int, num_parts: int) -> tuple[Matrix, Matrix]:
     """Down and up, uninitialised: `skip_init` keeps torch's global generator out of it."""
 
     def make(kind: type[Matrix], *args: Any) -> Any:
@@ -128,7 +164,7 @@ def _matrices(base: Matrix, rank: int) -> tuple[Matrix, Matrix]:
 
     if isinstance(base, nn.Conv2d):
         return make(nn.Conv2d, base.in_channels, rank, base.kernel_size), make(nn.Conv2d, rank, base.out_channels, 1)
-    return make(nn.Linear, base.in_features, rank), make(nn.Linear, rank, base.out_features)
+    return make(nn.Linear, base.in_features, num_parts * rank), make(nn.Linear, rank, base.out_features)
 
 
 def _without_ones(tensor: Tensor) -> tuple[int, ...]:

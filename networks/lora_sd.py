@@ -4,14 +4,9 @@ from __future__ import annotations
 
 import re
 
-from networks.network_targets import BlockTable, NetworkArch, TargetGroup
+from networks.network_targets import BlockTable, NetworkArch, TargetGroup, clip_targets
 
 _BLOCK = re.compile(r"_(down|up)_blocks_(\d+)_(resnets|attentions|downsamplers|upsamplers)_(\d+)_")
-
-
-def clip_text_name(path: str) -> str:
-    """transformers 5 dropped CLIPTextModel's `text_model.`; files keep it. CLIPTextModelWithProjection still has it."""
-    return path if path.startswith(("text_model.", "text_projection")) else f"text_model.{path}"
 
 
 def block_index(key: str) -> int | None:
@@ -36,12 +31,7 @@ ARCH = NetworkArch(
             containers=("Transformer2DModel",),
             conv_containers=("ResnetBlock2D", "Downsample2D", "Upsample2D"),
         ),
-        TargetGroup(
-            part="text_encoder",
-            prefix="lora_te",
-            containers=("CLIPAttention", "CLIPSdpaAttention", "CLIPMLP"),
-            canonical=clip_text_name,
-        ),
+        clip_targets("text_encoder", "lora_te"),
     ),
     blocks=BlockTable(index=block_index, lead=0, down=12, mid=1, up=12, tail=0),
 )

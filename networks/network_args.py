@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from library.errors import UserError, suggest
 
@@ -128,18 +128,54 @@ class NetworkArgs:
 
     def plus_ratio(self, is_denoiser: bool) -> float | None:
         own = self.loraplus_unet_lr_ratio if is_denoiser else self.loraplus_text_encoder_lr_ratio
-        return self.loraplus_lr_ratio if own is None else own
+        return own or self.loraplus_lr_ratio or None  # 0 stands for "not given"
 
 
-def parse_network_args(spec: type[ArgsT], values: Mapping[str, Any], *, module: str) -> ArgsT:
+@dataclass(frozen=True, kw_only=True)
+class ArchArgs:
+    """Arguments that a family's table adds: which of its layers learn, at which rank and rate."""
+
+    size_args: ClassVar[tuple[str, ...]] = ()
+    """Those without effect where layers and ranks come from a file."""
+
+    def learns(self, part: str) -> bool:
+        """Whether a model part is adapted, where its kind (denoiser, text encoders) is."""
+        return True
+
+    def extra_modules(self) -> tuple[str, ...]:
+        """Paths in the denoiser that are adapted beside the table's containers."""
+        return ()
+
+    def rank(self, key: str, default: int) -> int:
+        """Rank of the layer with this file key; 0 leaves it out."""
+        return default
+
+    def rate(self, key: str) -> float | None:
+        """Learning rate of a layer of the denoiser, where it has one of its own."""
+        return None
+
+    def splits_fused(self) -> bool:
+        """Whether each part of a fused layer gets an adapter of its own."""
+        return False
+
+
+def split_args(spec: type[Any], values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(values that `spec` has fields for, the others)."""
+    names = {f.name for f in fields(spec)}
+    return {k: v for k, v in values.items() if k in names}, {k: v for k, v in values.items() if k not in names}
+
+
+def parse_network_args(spec: type[ArgsT], values: Mapping[str, Any], *, module: str, also: type[ArchArgs] = ArchArgs) -> ArgsT:
     """`values` (strings from the command line, or typed ones from a file) as a `spec`. None counts as not given.
 
-    `module` is the network module's name, for messages. Raises `UserError` with every unknown name or wrong value at once.
+    `module` is the network module's name, and `also` has the names it knows beside; both are for messages. Raises `UserError`
+    with every unknown name or wrong value at once.
     """
     kinds: dict[str, Kind] = {f.name: f.metadata["kind"] for f in fields(spec)}  # type: ignore[arg-type]
     parsed: dict[str, Any] = {}
     unknown = [name for name in values if name not in kinds]
-    problems = [f"unknown network argument '{name}'.{suggest(name, kinds)}" for name in unknown]
+    names = [*kinds, *(f.name for f in fields(also))]
+    problems = [f"unknown network argument '{name}'.{suggest(name, names)}" for name in unknown]
     for name, value in values.items():
         if name in unknown or value is None:
             continue
@@ -148,6 +184,6 @@ def parse_network_args(spec: type[ArgsT], values: Mapping[str, Any], *, module: 
         except (ValueError, TypeError, KeyError):
             problems.append(f"--network_args {name}={value}: expected {kinds[name].expected}.")
     if problems:
-        known = f" Known to {module}: {', '.join(kinds)}." if unknown else ""
+        known = f" Known to {module}: {', '.join(names)}." if unknown else ""
         raise UserError(" ".join(problems) + known)
     return spec(**parsed)

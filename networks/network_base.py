@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from library.errors import UserError
 from library.optimizers import LearningRates, ParamGroup
 from library.rng import keyed_generator
-from networks.network_args import SIZE_ARGS, NetworkArgs, parse_network_args
+from networks.network_args import SIZE_ARGS, ArchArgs, NetworkArgs, parse_network_args, split_args
 from networks.network_files import by_layer, describe_family, read_weights, shorten
 from networks.network_interface import AdapterNetwork, text_encoder_rate
 from networks.network_targets import (
@@ -138,9 +138,16 @@ class Adapter(nn.Module, ABC):
 class LayerNetwork(AdapterNetwork):
     """Our networks: adapters by file key. Children are named by key, so `state_dict` has the file's names."""
 
-    def __init__(self, arch: NetworkArch, args: NetworkArgs, layers: Sequence[Layer], adapters: Sequence[Adapter]) -> None:
+    def __init__(
+        self,
+        arch: NetworkArch,
+        args: NetworkArgs,
+        arch_args: ArchArgs,
+        layers: Sequence[Layer],
+        adapters: Sequence[Adapter],
+    ) -> None:
         super().__init__({layer.part for layer in layers})
-        self.arch, self.args = arch, args
+        self.arch, self.args, self.arch_args = arch, args, arch_args
         self._part_of = {layer.key: layer.part for layer in layers}
         for adapter in adapters:
             self.add_module(adapter.key, adapter)
@@ -196,6 +203,9 @@ class LayerNetwork(AdapterNetwork):
         if part != DENOISER:
             return text_encoder_rate(rates, part, self.arch.text_parts)
         rate = rates.default if rates.denoiser is None else rates.denoiser
+        own = self.arch_args.rate(key)
+        if own is not None:
+            return f"unet_lr{own:g}", own
         if block_weights is None or self.arch.blocks is None:
             return "unet", rate
         block = self.arch.blocks.of(key)
@@ -214,7 +224,7 @@ class LayerNetwork(AdapterNetwork):
         limited = torch.stack(norms)
         return {
             "max_norm/keys_scaled": (torch.stack(ratios) < 1).sum(),
-            "max_norm/average_key_norm": limited.mean(),
+            "norm/avg_key_norm": limited.mean(),
             "max_norm/max_key_norm": limited.max(),
         }
 
@@ -262,6 +272,35 @@ def _no_match(source: str, found: Collection[str], wanted: Collection[str]) -> s
     )
 
 
+def _modules(
+    arch: NetworkArch, arch_args: ArchArgs, text_encoder: object, unet: nn.Module | None, parts: Collection[str] | None
+) -> dict[str, nn.Module]:
+    """The model parts that are adapted."""
+    modules = {
+        part: module
+        for part, module in arch.parts_of(text_encoder, unet).items()
+        if (parts is None or part in parts) and arch_args.learns(part)
+    }
+    if not modules:
+        raise UserError("no model part is left to adapt: both the denoiser and the text encoders are excluded.")
+    return modules
+
+
+def _split(arch: NetworkArch, arch_args: ArchArgs, layers: Sequence[Layer]) -> list[Layer]:
+    """The layers, fused ones with their parts where each is to get an adapter of its own."""
+    if not arch_args.splits_fused():
+        return list(layers)
+    return [replace(layer, rows=arch.fused_rows(layer)) for layer in layers]
+
+
+def _own_size(in_file: LayerSize, layer: Layer) -> LayerSize:
+    """Size of each of a layer's adapters: a file holds those of a fused layer as one of their joint rank and alpha."""
+    count = len(layer.rows) or 1
+    if in_file.rank % count:
+        raise UserError(f"{layer.key} has rank {in_file.rank} in the file, which does not divide into {count}: not split_qkv.")
+    return LayerSize(in_file.rank // count, in_file.alpha / count)
+
+
 @dataclass(frozen=True)
 class NetworkFactory:
     """Makes networks of one algorithm; a trainer binds it to its family's table, otherwise the model's classes decide.
@@ -302,16 +341,19 @@ class NetworkFactory:
 
         Raises `UserError` for unknown or wrong network arguments and for a table group that matches no layer.
         """
-        args = self._parse(kwargs, neuron_dropout)
+        arch = self.arch or infer_arch(text_encoder, unet)
+        args, arch_args = self.for_arch(arch).parse(kwargs, neuron_dropout)
         dim = 4 if network_dim is None else network_dim
         if dim < 1:
             raise UserError(f"--network_dim {dim}: a rank of at least 1 is needed.")
-        arch, modules = self._modules(text_encoder, unet, parts)
-        layers = target_layers(arch, modules, spatial=args.adapts_spatial_convs)
-        sizes = plan_sizes(layers, arch, args, dim=dim, alpha=1.0 if network_alpha is None else network_alpha)
+        modules = _modules(arch, arch_args, text_encoder, unet, parts)
+        layers = target_layers(arch, modules, spatial=args.adapts_spatial_convs, arch_args=arch_args)
+        alpha = 1.0 if network_alpha is None else network_alpha
+        sizes = plan_sizes(layers, arch, args, arch_args, dim=dim, alpha=alpha)
         if not sizes:
             raise UserError("every block's rank or learning rate factor is 0, so there is nothing to train.")
-        return self._build(arch, args, [layer for layer in layers if layer.key in sizes], sizes, multiplier, init_seed)
+        layers = _split(arch, arch_args, [layer for layer in layers if layer.key in sizes])
+        return self._build(arch, args, arch_args, layers, sizes, multiplier, init_seed)
 
     def create_network_from_weights(
         self,
@@ -330,20 +372,24 @@ class NetworkFactory:
     ) -> tuple[LayerNetwork, dict[str, Tensor]]:
         """The network of a file (or of its tensors `weights_sd`), with the file's layers, ranks, alphas and weights; and the
         tensors. Layers are found by name anywhere in the model. `for_inference`: no dropout."""
-        args = self._parse(kwargs, neuron_dropout)
+        arch = self.arch or infer_arch(text_encoder, unet)
+        args, arch_args = self.for_arch(arch).parse(kwargs, neuron_dropout)
         tensors = dict(weights_sd) if weights_sd is not None else read_weights(file or "")
         source = Path(file).name if file else "the given weights"
         unused = [name for name in SIZE_ARGS if getattr(args, name) is not None]
+        unused += [name for name in arch_args.size_args if getattr(arch_args, name) is not None]
         if unused:
             logger.warning("network_args %s have no effect: ranks come from %s", ", ".join(unused), source)
-        arch, modules = self._modules(text_encoder, unet, parts)
+        modules = _modules(arch, arch_args, text_encoder, unet, parts)
         known = every_layer(arch, modules)
         file_layers = by_layer(tensors)
-        matched = [layer for key, layer in known.items() if key in file_layers]
+        matched = _split(arch, arch_args, [layer for key, layer in known.items() if key in file_layers])
         if not matched:
             raise UserError(_no_match(source, file_layers, known))
-        sizes = {layer.key: self.algorithm.size_in_file(layer.key, file_layers[layer.key]) for layer in matched}
-        network = self._build(arch, args, matched, sizes, multiplier, init_seed)
+        sizes = {
+            layer.key: _own_size(self.algorithm.size_in_file(layer.key, file_layers[layer.key]), layer) for layer in matched
+        }
+        network = self._build(arch, args, arch_args, matched, sizes, multiplier, init_seed)
         network.load_file_state_dict(tensors, source)
         network.train(not for_inference)
         return network, tensors
@@ -362,29 +408,28 @@ class NetworkFactory:
         )
         network.merge_into_base()
 
-    def _parse(self, kwargs: Mapping[str, Any], neuron_dropout: float | None) -> NetworkArgs:
-        """One dropout from the two names for it."""
-        args = parse_network_args(self.algorithm.arguments, kwargs, module=self.name)
+    def parse(self, kwargs: Mapping[str, Any], neuron_dropout: float | None = None) -> tuple[NetworkArgs, ArchArgs]:
+        """`--network_args` for the algorithm and for the family; one dropout from the two names for it."""
+        known = self.arch.arguments if self.arch is not None else ArchArgs
+        family, others = split_args(known, kwargs)
+        arch_args = parse_network_args(known, family, module=self.name)
+        args = parse_network_args(self.algorithm.arguments, others, module=self.name, also=known)
         if neuron_dropout is None or args.dropout == neuron_dropout:
-            return args
+            return args, arch_args
         if args.dropout is not None:
             raise UserError(f"--network_dropout {neuron_dropout} and --network_args dropout={args.dropout} differ. Give one.")
-        return replace(args, dropout=neuron_dropout)
+        return replace(args, dropout=neuron_dropout), arch_args
 
-    def _modules(
-        self, text_encoder: object, unet: nn.Module | None, parts: Collection[str] | None
-    ) -> tuple[NetworkArch, dict[str, nn.Module]]:
-        arch = self.arch or infer_arch(text_encoder, unet)
-        modules = arch.parts_of(text_encoder, unet)
-        modules = {part: module for part, module in modules.items() if parts is None or part in parts}
-        if not modules:
-            raise UserError("no model part is left to adapt: both the denoiser and the text encoders are excluded.")
-        return arch, modules
+    def text_parts(self, names: Sequence[str], kwargs: Mapping[str, Any]) -> tuple[str, ...]:
+        """Which of the text encoders `names` are adapted, where text encoders are."""
+        arch_args = self.parse(kwargs)[1]
+        return tuple(name for name in names if arch_args.learns(name))
 
     def _build(
         self,
         arch: NetworkArch,
         args: NetworkArgs,
+        arch_args: ArchArgs,
         layers: Sequence[Layer],
         sizes: Mapping[str, LayerSize],
         multiplier: float,
@@ -393,7 +438,7 @@ class NetworkFactory:
         adapters = [
             self.algorithm(layer, sizes[layer.key], args, keyed_generator("network", seed, layer.key)) for layer in layers
         ]
-        network = LayerNetwork(arch, args, layers, adapters)
+        network = LayerNetwork(arch, args, arch_args, layers, adapters)
         network.set_multiplier(multiplier)
         counts = {part: sum(layer.part == part for layer in layers) for part in dict.fromkeys(layer.part for layer in layers)}
         logger.info("%s: adapted layers: %s", self.name, ", ".join(f"{part} {count}" for part, count in counts.items()))

@@ -10,13 +10,13 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from library.errors import UserError
-from networks.network_args import RATE_PRESETS, NetworkArgs
+from networks.network_args import RATE_PRESETS, ArchArgs, NetworkArgs
 
 logger = logging.getLogger(__name__)
 
 DENOISER = "denoiser"
 
-KNOWN_ARCHS: dict[str, str] = {"sd": "networks.lora_sd:ARCH"}
+KNOWN_ARCHS: dict[str, str] = {"sd": "networks.lora_sd:ARCH", "flux": "networks.lora_flux:ARCH"}
 """Arch name -> where its table is; used only where nobody says which family the model belongs to."""
 
 
@@ -45,6 +45,16 @@ class TargetGroup:
 
     def holds(self, key: str) -> bool:
         return key.startswith(f"{self.prefix}_")
+
+
+def clip_text_name(path: str) -> str:
+    """transformers 5 dropped CLIPTextModel's `text_model.`; files keep it. CLIPTextModelWithProjection still has it."""
+    return path if path.startswith(("text_model.", "text_projection")) else f"text_model.{path}"
+
+
+def clip_targets(part: str, prefix: str) -> TargetGroup:
+    """A CLIP text encoder's attention and MLP layers."""
+    return TargetGroup(part, prefix, ("CLIPAttention", "CLIPSdpaAttention", "CLIPMLP"), canonical=clip_text_name)
 
 
 @dataclass(frozen=True)
@@ -96,12 +106,36 @@ def _expand(name: str, given: tuple[float, ...] | str, count: int) -> list[float
 
 
 @dataclass(frozen=True)
+class Layer:
+    """One layer that can be adapted. `key` is its name in files."""
+
+    key: str
+    part: str
+    module: nn.Linear | nn.Conv2d
+    rows: tuple[int, ...] = ()
+    """Output rows of the parts that get an adapter each; empty: one for the whole layer."""
+
+    @property
+    def is_spatial(self) -> bool:
+        """A convolution larger than 1x1: it takes `conv_dim`."""
+        return isinstance(self.module, nn.Conv2d) and self.module.kernel_size != (1, 1)
+
+
+def unfused(layer: Layer) -> tuple[int, ...]:
+    return ()
+
+
+@dataclass(frozen=True)
 class NetworkArch:
     """All that adapters must know about a model family."""
 
     name: str
     groups: tuple[TargetGroup, ...]
     blocks: BlockTable | None = None
+    arguments: type[ArchArgs] = ArchArgs
+    """What `--network_args` may hold for this family beside the algorithm's own."""
+    fused_rows: Callable[[Layer], tuple[int, ...]] = field(default=unfused)
+    """Rows of the parts of a fused layer, such as q, k and v; empty for all others."""
 
     @property
     def text_parts(self) -> tuple[str, ...]:
@@ -139,20 +173,6 @@ def infer_arch(text_encoder: object, unet: nn.Module | None) -> NetworkArch:
     raise UserError(f"no network table fits this model ({names}). Known: {', '.join(KNOWN_ARCHS)}. Pass the arch explicitly.")
 
 
-@dataclass(frozen=True)
-class Layer:
-    """One layer that can be adapted. `key` is its name in files."""
-
-    key: str
-    part: str
-    module: nn.Linear | nn.Conv2d
-
-    @property
-    def is_spatial(self) -> bool:
-        """A convolution larger than 1x1: it takes `conv_dim`."""
-        return isinstance(self.module, nn.Conv2d) and self.module.kernel_size != (1, 1)
-
-
 def _linear_and_conv(group: TargetGroup, root: nn.Module) -> Iterator[tuple[str, Layer]]:
     for path, module in root.named_modules():
         if isinstance(module, (nn.Linear, nn.Conv2d)):
@@ -165,8 +185,11 @@ def every_layer(arch: NetworkArch, parts: Mapping[str, nn.Module]) -> dict[str, 
     return {layer.key: layer for group in groups for _, layer in _linear_and_conv(group, parts[group.part])}
 
 
-def target_layers(arch: NetworkArch, parts: Mapping[str, nn.Module], *, spatial: bool) -> list[Layer]:
-    """The layers the arch's table names in the given parts. Raises `UserError` for a group that matches none."""
+def target_layers(
+    arch: NetworkArch, parts: Mapping[str, nn.Module], *, spatial: bool, arch_args: ArchArgs | None = None
+) -> list[Layer]:
+    """The layers the arch's table and arguments name in the given parts. Raises `UserError` for a group that matches none."""
+    extra = arch_args.extra_modules() if arch_args is not None else ()
     found = []
     for group in arch.groups:
         if group.part not in parts:
@@ -179,6 +202,10 @@ def target_layers(arch: NetworkArch, parts: Mapping[str, nn.Module], *, spatial:
             if type(module).__name__ in wanted
             for inner, _ in module.named_modules()
         }
+        if group.part == DENOISER:
+            inside |= {
+                path for path, _ in root.named_modules() if path in extra or path.startswith(tuple(f"{e}." for e in extra))
+            }
         layers = [
             layer for path, layer in _linear_and_conv(group, root) if path in inside and (spatial or not layer.is_spatial)
         ]
@@ -200,7 +227,13 @@ class LayerSize:
 
 
 def plan_sizes(
-    layers: Sequence[Layer], arch: NetworkArch, args: NetworkArgs, *, dim: int, alpha: float
+    layers: Sequence[Layer],
+    arch: NetworkArch,
+    args: NetworkArgs,
+    arch_args: ArchArgs | None = None,
+    *,
+    dim: int,
+    alpha: float,
 ) -> dict[str, LayerSize]:
     """Rank and alpha by layer key. A layer of rank 0, or in a block whose learning rate factor is 0, is left out."""
     plain, spatial = LayerSize(dim, alpha), LayerSize(args.conv_dim or 0, _or(args.conv_alpha, 1.0))
@@ -212,6 +245,8 @@ def plan_sizes(
             size = blocks[index][layer.is_spatial]
         else:
             size = spatial if layer.is_spatial else plain
+        if arch_args is not None and not layer.is_spatial:
+            size = LayerSize(arch_args.rank(layer.key, size.rank), size.alpha)
         if size.rank:
             sizes[layer.key] = size
     return sizes

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import tiny
+import tiny_flux
 import torch
 from torch import Tensor
 
@@ -29,7 +30,8 @@ class FamilyCase:
     write_model: Callable[[Path], Path]
     scripts: dict[Mode, str]
     resolution: int = 64
-    extra: tuple[str, ...] = ()
+    arguments: Callable[[Path], list[str]] = lambda folder: []
+    """Further arguments, which name files in the folder that `write_model` wrote to."""
     full_extra: tuple[str, ...] = field(default=())
 
 
@@ -38,6 +40,18 @@ CASES: dict[str, FamilyCase] = {
         family="sd",
         write_model=lambda folder: tiny.write_sd_checkpoint(folder / "sd.safetensors", version="v1"),
         scripts={"network": "train_network", "full": "train_db"},
+    ),
+    "flux": FamilyCase(
+        family="flux",
+        write_model=tiny_flux.write_flux_files,
+        scripts={"network": "flux_train_network", "full": "flux_train"},
+        arguments=tiny_flux.arguments,
+    ),
+    "chroma": FamilyCase(
+        family="flux",
+        write_model=lambda folder: tiny_flux.write_flux_files(folder, "chroma"),
+        scripts={"network": "flux_train_network", "full": "flux_train"},
+        arguments=tiny_flux.arguments,
     ),
 }
 MODES: tuple[Mode, ...] = ("network", "full")
@@ -73,7 +87,7 @@ class Workspace:
             "--seed=7",
             f"--output_dir={output}",
             "--output_name=tiny",
-            *self.case.extra,
+            *self.case.arguments(self.model.parent),
         ]
         if mode == "network":
             arguments += ["--network_module=networks.lora", "--network_dim=4", "--network_alpha=2"]

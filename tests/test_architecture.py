@@ -239,7 +239,14 @@ def test_the_library_logs_and_never_prints() -> None:
 
 RANDOM_TENSORS = re.compile(r"torch\.(rand|randn|randint|randperm|normal|bernoulli|multinomial)(_like)?")
 RANDOM_METHODS = re.compile(r".+\.((kaiming_|xavier_|trunc_)?(normal_|uniform_)|random_|bernoulli_|exponential_)")
-FOREIGN_GENERATORS = ("torch.manual_seed", "torch.cuda.manual_seed_all", "random.seed", "np.random.seed", "set_seed")
+FOREIGN_GENERATORS = (
+    "torch.manual_seed",
+    "torch.default_generator.manual_seed",
+    "torch.cuda.manual_seed_all",
+    "random.seed",
+    "np.random.seed",
+    "set_seed",
+)
 
 
 def test_nothing_draws_from_a_global_random_generator() -> None:

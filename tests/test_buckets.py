@@ -90,7 +90,7 @@ def test_minimum_rounds_down_and_maximum_up_to_the_step() -> None:
     [
         ({"step": 12}, "bucket_reso_steps is 12, but this model needs a multiple of 8"),
         ({"minimum": 600}, "min_bucket_reso 600 is larger than the resolution 512x512"),
-        ({"maximum": 500}, "max_bucket_reso 500 is smaller than the resolution 512x512"),
+        ({"maximum": 400}, "max_bucket_reso 400 is smaller than the resolution 512x512"),
         ({"enabled": False, "resolution": (500, 512)}, "500x512 is not a multiple of 8, which this model needs. Use 496x512"),
     ],
 )
@@ -102,3 +102,4 @@ def test_settings_the_model_cannot_have_are_named(changes: dict[str, object], sa
 def test_settings_the_model_can_have_are_accepted() -> None:
     assert check_rule(rule(), 64, "x") == []
     assert check_rule(rule(resolution=(500, 500)), 8, "x") == []  # buckets make multiples of any resolution
+    assert check_rule(rule(minimum=520, maximum=500), 8, "x") == []  # the sides in whole steps count: 512 and 512

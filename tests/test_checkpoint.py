@@ -350,3 +350,12 @@ def test_a_state_can_replace_one_of_the_same_name(tmp_path):
     assert load_state(tmp_path / "s").train_state["step"] == 9
     assert names(tmp_path) == ["s"]
     shutil.rmtree(tmp_path / "s")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such permissions")
+def test_saved_files_have_the_permissions_of_any_new_file(tmp_path):
+    from safetensors.torch import save_file
+
+    (tmp_path / "usual").write_text("")
+    atomic_write(tmp_path / "saved.safetensors", lambda path: save_file({"a": torch.zeros(1)}, path))
+    assert (tmp_path / "saved.safetensors").stat().st_mode == (tmp_path / "usual").stat().st_mode

@@ -324,6 +324,23 @@ def test_a_json_metadata_file_names_images_by_stem_name_or_path(tmp_path: Path, 
     assert json.loads(data.metadata()["ss_tag_frequency"]) == {"meta.json": {"t": 1, "u": 1, "only": 1, "tags": 1}}
 
 
+def test_buckets_that_a_metadata_file_lists_whole_stand_in_for_a_resolution(tmp_path: Path, strategies: Strategies) -> None:
+    for picture in ("a.png", "b.jpg"):
+        write_picture(tmp_path / "img" / picture, (64, 64))
+
+    def placed(entries: dict[str, Any]) -> dict[str, tuple[int, int]]:
+        (tmp_path / "meta.json").write_text(json.dumps(entries), encoding="utf-8")
+        flags = {"in_json": tmp_path / "meta.json", "train_data_dir": tmp_path / "img"}
+        return {record.path.name: record.placement.bucket for record in build(make_options(**flags), strategies).train.records}
+
+    listed = {"a": {"caption": "one", "train_resolution": [96, 32]}, "b": {"caption": "two", "train_resolution": [40, 72]}}
+    assert placed(listed) == {"a.png": (96, 32), "b.jpg": (40, 72)}
+    with pytest.raises(UserError, match="no resolution"):
+        placed({**listed, "b": {"caption": "two"}})
+    with pytest.raises(UserError, match="train_resolution 97x32 in the metadata file: this model needs multiples of 8"):
+        placed({**listed, "a": {"train_resolution": [97, 32]}})
+
+
 def test_tags_follow_every_line_of_a_caption_when_wildcards_are_on(tmp_path: Path, strategies: Strategies) -> None:
     content = json.dumps({"a": {"caption": "one\ntwo", "tags": "t"}})
     data = metadata_data(tmp_path, strategies, "meta.json", content, "enable_wildcard = true\n")

@@ -138,6 +138,11 @@ BAD = [
     Bad("missing network package", lambda f, w: ["--network_module=no_such_package.kohya"], ("no_such_package",)),
     Bad("rank of another file", other_rank, ("rank mismatch", "4", "8", "--dim_from_weights")),
     Bad("missing weights", lambda f, w: ["--network_weights=/nowhere/a.safetensors"], ("/nowhere/a.safetensors",)),
+    *(
+        []
+        if torch.cuda.is_available()
+        else [Bad("precision the device cannot compute in", lambda f, w: ["--mixed_precision=fp16"], ("fp16", "cpu", "bf16"))]
+    ),
     Bad("unknown optimizer", lambda f, w: ["--optimizer_type=AdamV"], ("AdamV", "AdamW")),
     Bad("missing state", lambda f, w: ["--resume=/nowhere/state"], ("/nowhere/state",)),
     Bad("half-written state", half_state, ("half-state",)),

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from library import sd_models
+from library import clip_parts, sd_models
 from library.key_layout import CONV_TO_LINEAR, IDENTITY, SWAP_HALVES, TRANSPOSE, KeyMap, Rule, UnmappedKeys, key_map, nested
 
 FLUX_LIKE = key_map(
@@ -138,7 +138,7 @@ def test_clip_names_in_files_have_text_model_whatever_transformers_calls_its_mod
         bos_token_id=8,
         eos_token_id=9,
     )
-    names = [sd_models.CLIP_NAMES.their_name(name) for name in CLIPTextModel(config).state_dict()]
+    names = [clip_parts.CLIP_NAMES.their_name(name) for name in CLIPTextModel(config).state_dict()]
     layer = "text_model.encoder.layers.0"
     linears = [f"{layer}.self_attn.{name}_proj" for name in ("q", "k", "v", "out")] + [f"{layer}.mlp.fc1", f"{layer}.mlp.fc2"]
     norms = [f"{layer}.layer_norm1", f"{layer}.layer_norm2", "text_model.final_layer_norm"]

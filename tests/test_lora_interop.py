@@ -74,7 +74,10 @@ def test_our_module_is_found_by_name() -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("networks.lore", "there is no network module 'networks.lore'. Known: networks.lora. Did you mean 'networks.lora'"),
+        (
+            "networks.lore",
+            "there is no network module 'networks.lore'. Known: networks.lora, networks.lora_flux.",
+        ),
         ("nosuchpackage.kohya", "the package 'nosuchpackage' is not installed. Install it with: pip install nosuchpackage"),
         ("json", "'json' is not a network module: it has no create_network"),
     ],

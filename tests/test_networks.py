@@ -328,7 +328,7 @@ def test_max_norm_shrinks_only_what_exceeds_it_and_reports_sd_scripts_rows(share
     after = torch.stack([adapter.delta_weight().norm().detach() for adapter in network.adapters()])
     torch.testing.assert_close(after, norms.clamp(max=limit), atol=1e-4, rtol=1e-4)
     assert logged["max_norm/keys_scaled"] == (norms > limit).sum()
-    assert logged["max_norm/average_key_norm"] == pytest.approx(float(after.mean()), rel=1e-4)
+    assert logged["norm/avg_key_norm"] == pytest.approx(float(after.mean()), rel=1e-4)
     assert logged["max_norm/max_key_norm"] == pytest.approx(limit, rel=1e-4)
     kept = next(a.key for a, norm in zip(network.adapters(), norms, strict=True) if norm < limit * 0.9)
     name = f"{kept}.lora_up.weight"

@@ -165,6 +165,22 @@ def test_values_gui_programs_write_for_nothing_mean_nothing() -> None:
     assert options.model.vae is options.network.network_args is options.network.text_encoder_lr is None
     assert options.sampling.sample_every_n_steps is None
     assert from_flags(NetworkTrainOptions, text_encoder_lr=5e-5).network.text_encoder_lr == (5e-5,)
+    numbers = from_flags(NetworkTrainOptions, persistent_data_loader_workers=1, save_n_epoch_ratio=0, save_every_n_epochs=2.0)
+    assert numbers.training.persistent_data_loader_workers is True
+    assert numbers.output.save_every_n_epochs == 2
+    assert "flip_aug" in problem(lambda: from_flags(NetworkTrainOptions, flip_aug=2))
+    assert "network_dim" in problem(lambda: from_flags(NetworkTrainOptions, network_dim=4.5))
+
+
+def test_keys_that_only_another_program_writes_are_left_out_with_a_word(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    text = 'epoch = 10\nnoise_offset_type = "Original"\nseed = 3\nstop_text_encoder_training = 5\n'
+    file = write(tmp_path / "gui.toml", text)
+    assert network(f"--config_file={file}").training.seed == 3
+    assert "no effect, as in sd-scripts: epoch, noise_offset_type, stop_text_encoder_training" in caplog.text
+    full = parse(DreamBoothOptions, [f"--config_file={file}"])
+    assert full.full.stop_text_encoder_training == 5  # there it is an option
 
 
 # What is said about a wrong value
@@ -200,7 +216,7 @@ def test_a_wrong_command_line_is_named_in_one_message(argv: list[str], says: lis
     [
         ("a.toml", "[x]\nnetwork_dimm = 4\nflip = 1", ["a.toml", "network_dimm", "Did you mean 'network_dim'", "'flip'"]),
         ("a.toml", "learning_rate = '1e-4'", ["a.toml: learning_rate: expected float, got '1e-4' (str)"]),
-        ("a.toml", "flip_aug = 1", ["a.toml: flip_aug: expected true or false, got 1 (int)"]),
+        ("a.toml", "flip_aug = 2", ["a.toml: flip_aug: expected true or false, got 2 (int)"]),
         ("a.toml", "seed = true", ["seed: expected int, got True (bool)"]),
         ("a.toml", "output_name = 3", ["output_name: expected str, got 3"]),
         ("a.toml", "network_args = [1]", ["network_args: expected list of str, got 1"]),
@@ -324,11 +340,11 @@ def test_good_options_pass_without_a_word(tmp_path: Path, caplog: pytest.LogCapt
 def test_all_that_is_wrong_is_told_at_once(tmp_path: Path) -> None:
     options = good(
         tmp_path, full_bf16=True, train_batch_size=0, fp8_base=True, resume=tmp_path / "no", network_dropout=2.0,
-        noise_offset_random_strength=True,
+        adaptive_noise_scale=1.0,
     )  # fmt: skip
     lines = problem(lambda: check_rules(options)).split("\n")
     assert len(lines) == 6
-    for part in ("--full_bf16", "--train_batch_size 0", "--fp8_base", "--resume", "--network_dropout 2", "--noise_offset"):
+    for part in ("--full_bf16", "--train_batch_size 0", "--fp8_base", "--resume", "--network_dropout 2", "--adaptive_noise"):
         assert sum(part in line for line in lines) == 1, part
 
 
@@ -355,7 +371,6 @@ ERRORS: list[tuple[dict[str, Any], str]] = [
     ({"base_weights": ["nowhere.safetensors"]}, "--base_weights nowhere.safetensors: does not exist"),
     ({"mixed_precision": "fp16", "full_bf16": True}, "--full_bf16 needs --mixed_precision bf16, which is 'fp16'"),
     ({"adaptive_noise_scale": 1.0}, "--adaptive_noise_scale needs"),
-    ({"ip_noise_gamma_random_strength": True}, "--ip_noise_gamma_random_strength needs"),
     ({"min_timestep": 500, "max_timestep": 500}, "--min_timestep 500 has to be below --max_timestep 500"),
     ({"scale_v_pred_loss_like_noise_pred": True}, "needs --v_parameterization"),
     ({"v_pred_like_loss": 0.5, "v_parameterization": True}, "--v_pred_like_loss"),
@@ -395,7 +410,10 @@ WARNINGS: list[tuple[dict[str, Any], str]] = [
     ({"max_train_epochs": 2, "max_train_steps": 10}, "--max_train_epochs 2 goes before --max_train_steps 10"),
     ({"sample_every_n_steps": 5}, "no --sample_prompts"),
     ({"sample_prompts": __file__}, "--sample_prompts has no effect"),
+    ({"ip_noise_gamma_random_strength": True}, "--ip_noise_gamma_random_strength has no effect without"),
+    ({"noise_offset_random_strength": True}, "--noise_offset_random_strength has no effect without"),
     ({"xformers": True}, "--xformers has no effect: attention"),
+    ({"persistent_data_loader_workers": True}, "--persistent_data_loader_workers has no effect"),
     ({"lowram": True}, "--lowram has no effect"),
 ]
 

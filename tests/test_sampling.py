@@ -52,7 +52,7 @@ def test_a_line_has_every_inline_option_in_its_type():
 
 def test_defaults_are_those_of_sd_scripts():
     line = parse_line("a cat", "")
-    assert (line.width, line.height, line.sample_steps, line.scale, line.seed) == (512, 512, 30, 7.5, None)
+    assert (line.width, line.height, line.sample_steps, line.scale, line.seed) == (512, 512, 30, None, None)
     assert line.negative_prompt is None and line.extra() == {}
 
 
@@ -296,9 +296,11 @@ def test_previews_have_sd_scripts_names_the_asked_size_and_the_same_pixels_each_
     assert [picture.shape for picture in pictures] == [(64, 64, 3), (96, 64, 3)]  # 70 is no multiple of the latent's 8
     assert pictures[0].std() > 1
 
-    again, other = make_writer(make_options(model, tmp_path))
+    again, other = make_writer(make_options(model, tmp_path, sample_every_n_epochs=2))
     second = again.write(other, other.denoiser, step=12, epoch=2)
     assert re.fullmatch(r"tiny_e000002_00_\d{14}_5\.png", second[0].name)
+    assert writer.path(0, 12, epoch=2).name.startswith("tiny_000012_")  # every n steps, at an epoch's end
+    assert writer.path(0, 0, epoch=None).name.startswith("tiny_e000000_")
     assert all(np.array_equal(np.asarray(Image.open(path)), picture) for path, picture in zip(second, pictures, strict=True))
 
 

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import runs
-from runs import CASES, Workspace
+from runs import CASES, Mode, Workspace
 from safetensors import safe_open
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = ["train_network.py", "train_db.py", "fine_tune.py"]
+SCRIPTS = ["train_network.py", "train_db.py", "fine_tune.py", "flux_train_network.py", "flux_train.py"]
 
 
 @pytest.fixture(scope="module")
@@ -94,3 +94,27 @@ def test_fine_tune_from_a_metadata_file(workspace: Workspace, tmp_path: Path) ->
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-3000:]
     assert (tmp_path / "out" / "tiny.safetensors").exists()
+
+
+@pytest.mark.parametrize("mode", ["network", "full"])
+def test_flux_trains_with_caches_and_previews_in_a_process_of_its_own(
+    mode: Mode, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
+) -> None:
+    flux = runs.make_workspace(CASES["flux"], tmp_path_factory.mktemp("flux"))
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a thing --w 64 --h 64 --s 2 --d 1 --g 2 --l 3 --n bad\n")
+    result = run(
+        f"{flux.script(mode)}.py",
+        *flux.arguments(mode, tmp_path / "out", "--max_train_steps=2", "--mixed_precision=bf16"),
+        *(["--network_module=networks.lora_flux", "--network_train_unet_only"] if mode == "network" else []),
+        *("--cache_latents_to_disk", "--cache_text_encoder_outputs_to_disk", f"--cache_dir={tmp_path / 'cache'}"),
+        *(f"--sample_prompts={prompts}", "--sample_every_n_steps=2", "--timestep_sampling=flux_shift"),
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    with safe_open(tmp_path / "out" / "tiny.safetensors", "pt") as file:
+        assert file.metadata()["modelspec.architecture"] == ("flux-1-dev/lora" if mode == "network" else "flux-1-dev")
+        if mode == "network":
+            assert file.metadata()["ss_timestep_sampling"] == "flux_shift"
+            assert file.metadata()["ss_base_model_version"] == "flux1"
+    assert list((tmp_path / "out" / "sample").glob("*.png"))
+    assert {path.name.rpartition("_")[2] for path in (tmp_path / "cache").rglob("*.npz")} >= {"flux.npz", "te.npz"}

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from library import sd_models
+from library import clip_parts, sd_models, vae_parts
 from library.losses import element_loss, reduce_loss
 from library.objectives import DiscreteDDPM
 from library.option_groups import LossOptions, ModelOptions, NetworkTrainOptions, NoiseOptions
@@ -17,6 +17,7 @@ from library.strategy_sd import SdConditioning
 from tests import tiny
 
 FAMILY = SdFamily()
+OPTIONS = NetworkTrainOptions()
 CPU = torch.device("cpu")
 
 
@@ -49,7 +50,7 @@ def test_a_single_file_gives_the_outputs_of_modules_built_directly(version: Any,
             bundle.text_encoders["text_encoder"](input_ids=ids).last_hidden_state, context, atol=1e-5, rtol=0
         )
         expected = direct["denoiser"](x, t, encoder_hidden_states=context).sample
-        ours = FAMILY.predict(bundle.denoiser, x, t, SdConditioning(context=context), None)
+        ours = FAMILY.predict(bundle.denoiser, x, t, SdConditioning(context=context), None, OPTIONS)
         torch.testing.assert_close(ours, expected, atol=1e-5, rtol=0)
         assert expected.std() > 0.1
         vae: Any = bundle.vae
@@ -99,13 +100,13 @@ def test_key_tables_know_every_key_of_a_file_and_nothing_twice():
     for version in ("v1", "v2"):
         file = tiny.sd_ldm_tensors(version)
         config = tiny.sd_configs(version)["denoiser"]
-        tables = {UNET_PREFIX: sd_models.unet_key_map_for(config), VAE_PREFIX: sd_models.vae_key_map(4)}
+        tables = {UNET_PREFIX: sd_models.unet_key_map_for(config), VAE_PREFIX: vae_parts.vae_key_map(4)}
         for prefix, table in tables.items():
             keys = [key.removeprefix(prefix) for key in file if key.startswith(prefix)]
             origins, unknown = table.origins(keys)
             assert not unknown
             assert len(origins) == len(keys)
-    assert len(sd_models.CLIP_NAMES.origins(k.removeprefix(CLIP_PREFIX) for k in tiny.sd_ldm_tensors("v1"))[0]) > 30
+    assert len(clip_parts.CLIP_NAMES.origins(k.removeprefix(CLIP_PREFIX) for k in tiny.sd_ldm_tensors("v1"))[0]) > 30
 
 
 def test_zero_terminal_snr_betas_equal_those_of_diffusers():
@@ -150,7 +151,7 @@ def test_the_loss_equals_one_computed_by_hand_from_the_ddpm_scheduler(
     objective = FAMILY.objective(options)
     noised = objective.corrupt(x0, noise, t)
     with torch.no_grad():
-        ours = FAMILY.predict(unet, noised.x_t, t, SdConditioning(context=context), None)
+        ours = FAMILY.predict(unet, noised.x_t, t, SdConditioning(context=context), None, OPTIONS)
     error = element_loss(ours, noised.target, options.loss.loss_type)
     loss = reduce_loss(error, mask=None, weight=objective.weight(t))
     assert abs(loss.item() - per_image.mean().item()) < 1e-6
@@ -210,7 +211,9 @@ def test_gradient_checkpointing_recomputes_and_changes_no_gradient(part: str, mo
         counted: list[int] = []
         inner.register_forward_hook(lambda *args, counted=counted: counted.append(1))
         if part == "denoiser":
-            out = FAMILY.predict(module, randn(1, 4, 8, 8), torch.tensor([10]), SdConditioning(context=randn(1, 77, 64)), None)
+            out = FAMILY.predict(
+                module, randn(1, 4, 8, 8), torch.tensor([10]), SdConditioning(context=randn(1, 77, 64)), None, OPTIONS
+            )
         else:
             out = module(input_ids=torch.arange(77).unsqueeze(0)).last_hidden_state
         out.square().mean().backward()
@@ -226,7 +229,7 @@ def test_predict_takes_float32_latents_whatever_the_weights_are_held_in(autocast
     x, t, cond = randn(1, 4, 8, 8), torch.tensor([500]), SdConditioning(context=randn(1, 77, 64))
     bundles = [FAMILY.load(models["v1"], device=CPU, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)]
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        exact, rounded = (FAMILY.predict(bundle.denoiser, x, t, cond, None).float() for bundle in bundles)
+        exact, rounded = (FAMILY.predict(bundle.denoiser, x, t, cond, None, OPTIONS).float() for bundle in bundles)
     assert exact.isfinite().all()
     assert (exact - rounded).std() < 0.1 * exact.std()
 

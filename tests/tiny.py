@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from library import sd_models
+from library import clip_parts, sd_models, vae_parts
 from library.key_layout import KeyMap
 from library.rng import keyed_generator
 from library.sd_utils import CLIP_PREFIX, OPEN_CLIP_PREFIX, UNET_PREFIX, VAE_PREFIX
@@ -107,7 +107,7 @@ def sd_configs(version: Version = "v1") -> dict[str, dict[str, Any]]:
 
 def sd_modules(version: Version = "v1", seed: int = 0) -> dict[str, nn.Module]:
     """Tiny parts built directly from diffusers and transformers, with random weights, in eval mode."""
-    makers = {"denoiser": sd_models.make_unet, "vae": sd_models.make_vae, "text_encoder": sd_models.make_clip}
+    makers = {"denoiser": sd_models.make_unet, "vae": vae_parts.make_vae, "text_encoder": clip_parts.make_clip}
     configs = sd_configs(version)
     modules = {}
     for name, make in makers.items():
@@ -145,10 +145,10 @@ def _sd_ldm_tensors(version: Version, seed: int, bare_clip: bool) -> dict[str, T
     modules, configs = sd_modules(version, seed), sd_configs(version)
     clip = (OPEN_CLIP_PREFIX, sd_models.OPEN_CLIP_NAMES)
     if version == "v1":
-        clip = (CLIP_PREFIX, sd_models.CLIP_BARE_NAMES if bare_clip else sd_models.CLIP_NAMES)
+        clip = (CLIP_PREFIX, clip_parts.CLIP_BARE_NAMES if bare_clip else clip_parts.CLIP_NAMES)
     layouts: dict[str, tuple[str, KeyMap]] = {
         "denoiser": (UNET_PREFIX, sd_models.unet_key_map_for(configs["denoiser"])),
-        "vae": (VAE_PREFIX, sd_models.vae_key_map(len(configs["vae"]["block_out_channels"]))),
+        "vae": (VAE_PREFIX, vae_parts.vae_key_map(len(configs["vae"]["block_out_channels"]))),
         "text_encoder": clip,
     }
     tensors: dict[str, Tensor] = {}

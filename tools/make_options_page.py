@@ -7,20 +7,32 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from library.option_groups import DreamBoothOptions, FineTuneOptions, NetworkTrainOptions, TrainOptions  # noqa: E402
-from library.options import Flag, flags_of, groups_of  # noqa: E402
+from library.flux_options import FluxFullOptions, FluxOptions  # noqa: E402
+from library.option_groups import (  # noqa: E402
+    DreamBoothOptions,
+    FineTuneOptions,
+    FullTrainOptions,
+    NetworkTrainOptions,
+    TrainOptions,
+)
+from library.options import Flag, NoFamilyOptions, flags_of, groups_of  # noqa: E402
 
 SCRIPTS: dict[str, type[TrainOptions]] = {
     "train_network.py": NetworkTrainOptions,
     "train_db.py": DreamBoothOptions,
     "fine_tune.py": FineTuneOptions,
+    "flux_train_network.py": NetworkTrainOptions,
+    "flux_train.py": FullTrainOptions,
 }
+FAMILY_GROUPS: dict[str, type] = {"flux_train_network.py": FluxOptions, "flux_train.py": FluxFullOptions}
+"""Script -> its family's own group, where it has one."""
 PAGE, SNAPSHOT = ROOT / "docs" / "options.md", ROOT / "tests" / "snapshots" / "flags.json"
 
 _INTRODUCTION = """# Options
@@ -36,9 +48,22 @@ A switch is turned off by `--no-switch`; an option without default is unset by `
 """
 
 
+def script_flags(script: str) -> Mapping[str, Flag]:
+    return flags_of(SCRIPTS[script], FAMILY_GROUPS.get(script, NoFamilyOptions))
+
+
+def script_groups(script: str) -> dict[str, type]:
+    return groups_of(SCRIPTS[script], FAMILY_GROUPS.get(script, NoFamilyOptions))
+
+
+def section(script: str, group: str) -> str:
+    """Where the page has the flags of a group: those of a family stand under its name."""
+    return script.partition("_train")[0] if group == "family" else group
+
+
 def flags_by_script() -> dict[str, dict[str, Any]]:
     """Script -> flag -> default."""
-    return {script: {name: flag.default for name, flag in flags_of(container).items()} for script, container in SCRIPTS.items()}
+    return {script: {name: flag.default for name, flag in script_flags(script).items()} for script in SCRIPTS}
 
 
 def snapshot() -> str:
@@ -47,8 +72,8 @@ def snapshot() -> str:
 
 def _scripts_of(name: str, group: str) -> dict[str, Flag]:
     """The scripts that have this flag in this group, with their own version of it."""
-    found = {script: flags_of(container).get(name) for script, container in SCRIPTS.items()}
-    return {script: flag for script, flag in found.items() if flag is not None and flag.group == group}
+    found = {script: script_flags(script).get(name) for script in SCRIPTS}
+    return {script: flag for script, flag in found.items() if flag is not None and section(script, flag.group) == group}
 
 
 def _code(value: Any) -> str:
@@ -79,14 +104,14 @@ def _row(name: str, group: str) -> str:
 def page() -> str:
     """The whole of docs/options.md."""
     groups: dict[str, dict[str, type]] = {}  # group -> script -> its class
-    for script, container in SCRIPTS.items():
-        for group, group_class in groups_of(container).items():
-            groups.setdefault(group, {})[script] = group_class
+    for script in SCRIPTS:
+        for group, group_class in script_groups(script).items():
+            groups.setdefault(section(script, group), {})[script] = group_class
     parts = [_INTRODUCTION]
     shared_last = sorted(groups.items(), key=lambda item: len(item[1]) == len(SCRIPTS))
     for group, classes in shared_last:
         names = dict.fromkeys(
-            name for script in classes for name, flag in flags_of(SCRIPTS[script]).items() if flag.group == group
+            name for script in classes for name, flag in script_flags(script).items() if section(script, flag.group) == group
         )
         if not names:
             continue

@@ -1,0 +1,137 @@
+"""Writing fine-tuned FLUX.1 and Chroma: the transformer under its original names, or a whole diffusers folder."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from library.errors import UserError
+from library.flux_models import FluxParams
+from library.flux_utils import CLIP_L, FLUX_DIFFUSERS, T5XXL, FluxModel
+from library.model_parts import cast, write_config, write_json, write_tensors
+
+FORMATS = ("safetensors", "ckpt", "diffusers", "diffusers_safetensors")
+
+
+@dataclass(frozen=True)
+class FluxCheckpoint:
+    """What is saved: the trained transformer, and in a folder the parts as they were found. transformer None: unchanged."""
+
+    model: FluxModel
+    transformer: nn.Module | None
+    tokenizers: Mapping[str, Path]
+
+    def write(self, path: Path, *, format: str, dtype: torch.dtype | None, metadata: Mapping[str, str]) -> None:
+        """A single file holds the transformer alone, as sd-scripts writes it. dtype None keeps what is there."""
+        if format == "safetensors":
+            save_file(self.part("denoiser", dtype), path, metadata=dict(metadata))
+        elif format == "ckpt":
+            torch.save({"state_dict": self.part("denoiser", dtype)}, path)
+        elif format in FORMATS:
+            self.write_folder(path, safe=format == "diffusers_safetensors", dtype=dtype, metadata=metadata)
+        else:
+            raise UserError(f"unknown format '{format}'. Known: {', '.join(FORMATS)}.")
+
+    def part(self, name: str, dtype: torch.dtype | None) -> dict[str, Tensor]:
+        """A part's tensors under our names (the transformer's are the original ones), on the CPU."""
+        component = self.model.parts[name]
+        if name == "denoiser" and self.transformer is not None:
+            tensors = {key: value.detach().to("cpu") for key, value in self.transformer.state_dict().items()}
+        else:
+            tensors = {key: component.tensor(key) for key in component.names()}
+        return {key: cast(value, dtype).contiguous() for key, value in tensors.items()}
+
+    def write_folder(self, path: Path, *, safe: bool, dtype: torch.dtype | None, metadata: Mapping[str, str]) -> None:
+        path.mkdir(parents=True, exist_ok=True)
+        transformer = FLUX_DIFFUSERS.to_ours(self.part("denoiser", dtype))
+        (path / "transformer").mkdir(exist_ok=True)
+        write_json(path / "transformer" / "config.json", transformer_config(self.model.params))
+        write_tensors(transformer, path / "transformer" / "diffusion_pytorch_model", safe=safe, metadata=metadata)
+        for name, folder in _folders(self.model).items():
+            (path / folder).mkdir(exist_ok=True)
+            component = self.model.parts[name]
+            write_config(component.make(component.config), path / folder)
+            tensors = self.part(name, dtype)
+            stem = "diffusion_pytorch_model"
+            if name != "vae":
+                tensors, stem = component.key_map.to_theirs(tensors), "model" if safe else "pytorch_model"
+            write_tensors(tensors, path / folder / stem, safe=safe, metadata={})
+        for name, source in self.tokenizers.items():
+            shutil.copytree(source, path / _tokenizer_folder(self.model, name), dirs_exist_ok=True)
+        write_json(path / "scheduler" / "scheduler_config.json", self._scheduler())
+        write_json(path / "model_index.json", _model_index(self.model))
+
+    def _scheduler(self) -> dict[str, Any]:
+        return {
+            "_class_name": "FlowMatchEulerDiscreteScheduler",
+            "num_train_timesteps": 1000,
+            "base_image_seq_len": 256,
+            "max_image_seq_len": 4096,
+            "base_shift": 0.5,
+            "max_shift": 1.15,
+            "shift": 1.0 if self.model.kind == "schnell" else 3.0,
+            "use_dynamic_shifting": self.model.kind != "schnell",
+        }
+
+
+def _folders(model: FluxModel) -> dict[str, str]:
+    """Part -> its folder in a diffusers model."""
+    if model.kind == "chroma":
+        return {"vae": "vae", T5XXL: "text_encoder"}
+    return {"vae": "vae", CLIP_L: "text_encoder", T5XXL: "text_encoder_2"}
+
+
+def _tokenizer_folder(model: FluxModel, name: str) -> str:
+    return _folders(model)[name].replace("text_encoder", "tokenizer")
+
+
+def transformer_config(params: FluxParams) -> dict[str, Any]:
+    """diffusers' configuration of the transformer."""
+    config: dict[str, Any] = {
+        "_class_name": "ChromaTransformer2DModel" if params.approximator else "FluxTransformer2DModel",
+        "patch_size": 1,
+        "in_channels": params.in_channels,
+        "num_layers": params.num_double_blocks,
+        "num_single_layers": params.num_single_blocks,
+        "attention_head_dim": params.head_width,
+        "num_attention_heads": params.num_heads,
+        "joint_attention_dim": params.context_width,
+        "axes_dims_rope": list(params.axes),
+    }
+    if params.approximator is None:
+        return config | {"pooled_projection_dim": params.pooled_width, "guidance_embeds": params.guidance_embed}
+    sizes = params.approximator
+    return config | {
+        "approximator_num_channels": sizes.inputs,
+        "approximator_hidden_dim": sizes.hidden,
+        "approximator_layers": sizes.num_layers,
+    }
+
+
+def _model_index(model: FluxModel) -> dict[str, Any]:
+    import diffusers
+
+    chroma = model.kind == "chroma"
+    index: dict[str, Any] = {
+        "_class_name": "ChromaPipeline" if chroma else "FluxPipeline",
+        "_diffusers_version": diffusers.__version__,
+        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+        "transformer": ["diffusers", "ChromaTransformer2DModel" if chroma else "FluxTransformer2DModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+        "feature_extractor": [None, None],
+        "image_encoder": [None, None],
+    }
+    classes = {CLIP_L: ("CLIPTextModel", "CLIPTokenizer"), T5XXL: ("T5EncoderModel", "T5TokenizerFast")}
+    for name, folder in _folders(model).items():
+        if name in classes:
+            encoder, tokenizer = classes[name]
+            index[folder] = ["transformers", encoder]
+            index[_tokenizer_folder(model, name)] = ["transformers", tokenizer]
+    return index

@@ -1,0 +1,269 @@
+"""FLUX.1 and Chroma as a model family."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from library.clip_tokenizer import SD1_TOKENIZER, TokenizerKind, find_tokenizer, load_clip_tokenizer
+from library.family_base import LatentSpec, ModelBundle, ModelFamily, SampleRequest
+from library.flux_models import Flux, image_ids, pack, unpack
+from library.flux_saving import FluxCheckpoint
+from library.flux_utils import CLIP_L, TITLE, FluxModel, describe
+from library.model_parts import enable_encoder_checkpointing
+from library.objectives import RectifiedFlow, resolution_shift
+from library.sampling import flow_levels, guided_pair, sample_flow
+from library.strategy_base import Strategies
+from library.strategy_flux import (
+    ChromaConditioning,
+    FluxConditioning,
+    FluxLatentsCachingStrategy,
+    FluxTextEncoderOutputsCachingStrategy,
+    FluxTextEncodingStrategy,
+    FluxTokenizeStrategy,
+    with_one_padding,
+)
+from library.t5_parts import T5, T5_TOKENIZER, load_t5_tokenizer
+from library.vae_parts import decode_latents
+from networks.lora_flux import ARCH
+
+if TYPE_CHECKING:
+    from library.batch import TrainBatch
+    from library.flux_options import FluxOptions
+    from library.option_groups import TrainOptions
+    from networks.network_targets import NetworkArch
+
+logger = logging.getLogger(__name__)
+
+PREVIEW_GUIDANCE = 3.5
+"""What dev is published with; a prompt line's `--g` goes before it."""
+
+
+class FluxFamily(ModelFamily):
+    """FLUX.1 dev, schnell and Kontext's shape, and Chroma: a transformer that predicts the velocity noise - data."""
+
+    name: ClassVar[str] = "flux"
+    title: ClassVar[str] = TITLE
+    scripts: ClassVar[Mapping[str, str]] = {"network": "flux_train_network.py", "full": "flux_train.py"}
+    arch: ClassVar[NetworkArch] = ARCH
+
+    # ---- facts -------------------------------------------------------------------------------------------------------
+
+    def latent(self, options: TrainOptions) -> LatentSpec:
+        """Stored latents are scaled already, as sd-scripts stores them."""
+        config = describe(options).parts["vae"].config
+        return LatentSpec(
+            channels=config.get("latent_channels", 16), stride=2 ** (len(config["block_out_channels"]) - 1), patch=2
+        )
+
+    def check(self, options: TrainOptions) -> None:
+        model = describe(options)
+        tokenizer_folders(model, options)
+        flags: FluxOptions = options.family
+        if model.kind != "dev" and "guidance_scale" in options.explicit:
+            logger.warning("--guidance_scale has no effect: %s has no guidance embedding.", model.path)
+        if model.kind == "chroma" and flags.clip_l is not None:
+            logger.warning("--clip_l has no effect: %s is Chroma, which has no CLIP.", model.path)
+
+    def base_model_version(self, options: TrainOptions) -> str:
+        return "chroma" if describe(options).kind == "chroma" else "flux1"
+
+    def modelspec_architecture(self, options: TrainOptions) -> str:
+        kind = describe(options).kind
+        return kind if kind == "chroma" else f"flux-1-{kind}"
+
+    def preview_guidance(self, options: TrainOptions) -> float:
+        """dev and schnell are distilled: their guidance is an input, or none."""
+        return 4.0 if describe(options).kind == "chroma" else 1.0
+
+    def metadata(self, options: TrainOptions) -> dict[str, Any]:
+        flags: FluxOptions = options.family
+        model = describe(options)
+        names = (
+            "weighting_scheme", "logit_mean", "logit_std", "mode_scale", "guidance_scale", "timestep_sampling",
+            "sigmoid_scale", "model_prediction_type", "discrete_flow_shift",
+        )  # fmt: skip
+        return {
+            "ss_model_type": "chroma" if model.kind == "chroma" else "flux",
+            "ss_apply_t5_attn_mask": _masks_text(model, flags),
+            **{f"ss_{name}": getattr(flags, name) for name in names},
+        }
+
+    # ---- the model ---------------------------------------------------------------------------------------------------
+
+    def load(
+        self,
+        options: TrainOptions,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        learning: Mapping[str, torch.dtype] | None = None,
+    ) -> ModelBundle:
+        model = describe(options)
+        dtypes = {name: dtype for name in model.parts} | dict(learning or {})
+        if options.precision.no_half_vae:
+            dtypes["vae"] = torch.float32
+        loaders = {
+            name: (lambda part=part, kind=dtypes[name]: part.load(dtype=kind, device=device))
+            for name, part in model.parts.items()
+        }
+        identity = {
+            name: f"{part.identity()}-{str(dtypes[name]).removeprefix('torch.')}"
+            for name, part in model.parts.items()
+            if name != "denoiser"
+        }
+        return ModelBundle(
+            loaders=loaders,
+            text_encoder_names=model.text_encoders,
+            device=device,
+            dtype=dtype,
+            identity=identity,
+            facts={
+                "source": model.path,
+                "format": model.format,
+                "model": model,
+                "tokenizers": tokenizer_folders(model, options),
+            },
+        )
+
+    def strategies(self, options: TrainOptions) -> Strategies:
+        model = describe(options)
+        flags: FluxOptions = options.family
+        folders = tokenizer_folders(model, options)
+        length = flags.t5xxl_max_token_length or (256 if model.kind == "schnell" else 512)
+        conditioning: type[ChromaConditioning] = ChromaConditioning if model.kind == "chroma" else FluxConditioning
+        scale, shift = model.latent_scale
+        masked = _masks_text(model, flags)
+        return Strategies(
+            tokenize=FluxTokenizeStrategy(
+                t5=load_t5_tokenizer(folders["t5xxl"]),
+                t5_length=length,
+                clip=load_clip_tokenizer(folders[CLIP_L]) if CLIP_L in folders else None,
+            ),
+            text_encoding=FluxTextEncodingStrategy(conditioning=conditioning, mask_t5=masked),
+            latents_caching=FluxLatentsCachingStrategy(scale=scale, shift=shift),
+            text_caching=FluxTextEncoderOutputsCachingStrategy(conditioning=conditioning, length=length, mask_t5=masked),
+        )
+
+    def enable_gradient_checkpointing(self, part: str, module: nn.Module) -> None:
+        if isinstance(module, Flux):
+            module.enable_gradient_checkpointing()
+        else:
+            enable_encoder_checkpointing(module)
+
+    # ---- steps -------------------------------------------------------------------------------------------------------
+
+    def objective(self, options: TrainOptions) -> RectifiedFlow:
+        flags: FluxOptions = options.family
+        noise, loss = options.noise, options.loss
+        scaled = flags.model_prediction_type == "sigma_scaled"
+        return RectifiedFlow(
+            sampling=flags.timestep_sampling,
+            sigmoid_scale=flags.sigmoid_scale,
+            flow_shift=flags.discrete_flow_shift,
+            density=flags.weighting_scheme,
+            logit_mean=flags.logit_mean,
+            logit_std=flags.logit_std,
+            mode_scale=flags.mode_scale,
+            min_timestep=noise.min_timestep or 0,
+            max_timestep=1000 if noise.max_timestep is None else noise.max_timestep,
+            weighting=flags.weighting_scheme if scaled else "none",
+            data_error=scaled,
+            loss_type=loss.loss_type,
+            huber_schedule=loss.huber_schedule,
+            huber_c=loss.huber_c,
+            huber_scale=loss.huber_scale,
+        )
+
+    def predict(
+        self,
+        denoiser: nn.Module,
+        x_t: Tensor,
+        t: Tensor,
+        cond: ChromaConditioning,
+        batch: TrainBatch | None,
+        options: TrainOptions,
+    ) -> Tensor:
+        flags: FluxOptions = options.family
+        return velocity(denoiser, x_t, t, cond, guidance=flags.guidance_scale, masked=flags.apply_t5_attn_mask)
+
+    def sample(self, denoiser: nn.Module, request: SampleRequest, options: TrainOptions, device: torch.device) -> Tensor:
+        """`--l` above 1 guides with the negative prompt; `--g` is the guidance that dev is told; `--fs` the shift of times."""
+        spec = self.latent(options)
+        height, width = request.height // spec.stride, request.width // spec.stride
+        flags: FluxOptions = options.family
+        both: Any = type(request.positive).collate([request.positive.rows(0), request.negative.rows(0)]).to(device)
+        told = request.extra.get("guidance_scale", PREVIEW_GUIDANCE)
+
+        def predict(x_t: Tensor, t: Tensor) -> Tensor:
+            """One row for each of x_t's: the positive prompt, then, when guided, the negative one."""
+            cond = both.rows(slice(0, len(x_t)))
+            return velocity(denoiser, x_t, t, cond, guidance=told, masked=flags.apply_t5_attn_mask).float()
+
+        is_schnell = describe(options).kind == "schnell"
+        shift = request.extra.get("flow_shift", 1.0 if is_schnell else resolution_shift(height * width // 4))
+        return sample_flow(
+            predict if request.guidance == 1 else guided_pair(predict, request.guidance),
+            flow_levels(request.steps, shift),
+            (1, spec.channels, height, width),
+            seed=request.seed,
+            device=device,
+        )
+
+    def decode(self, vae: nn.Module, latents: Tensor, options: TrainOptions) -> Tensor:
+        scale, shift = describe(options).latent_scale
+        return decode_latents(vae, latents / scale + shift)
+
+    # ---- saving ------------------------------------------------------------------------------------------------------
+
+    def save_checkpoint(
+        self, bundle: ModelBundle, path: Path, *, format: str, dtype: torch.dtype | None, metadata: Mapping[str, str]
+    ) -> None:
+        FluxCheckpoint(
+            model=bundle.facts["model"],
+            transformer=bundle.denoiser if bundle.loaded("denoiser") else None,
+            tokenizers=bundle.facts["tokenizers"],
+        ).write(path, format=format, dtype=dtype, metadata=metadata)
+
+
+def _masks_text(model: FluxModel, flags: FluxOptions) -> bool:
+    return model.kind == "chroma" or flags.apply_t5_attn_mask
+
+
+def velocity(denoiser: nn.Module, x_t: Tensor, t: Tensor, cond: ChromaConditioning, *, guidance: float, masked: bool) -> Tensor:
+    """What the transformer gives for latents x_t [B, C, h, w] at t [B], same shape. masked: hide padding (Chroma always)."""
+    model = cast(Flux, denoiser)
+    height, width = x_t.shape[-2:]
+    mask = cond.mask.bool()
+    if model.params.approximator is not None:
+        mask, masked = with_one_padding(mask), True
+    pooled = cond.pooled.to(model.dtype) if isinstance(cond, FluxConditioning) else None
+    out: Tensor = denoiser(
+        pack(x_t).to(model.dtype),
+        image_ids(height, width, x_t.device),
+        cond.context.to(model.dtype),
+        torch.zeros(1, cond.context.shape[1], 3, device=x_t.device),
+        t.float(),
+        pooled=pooled,
+        guidance=torch.full((len(x_t),), guidance, device=x_t.device),
+        txt_mask=mask if masked else None,
+    )
+    return unpack(out, height, width)
+
+
+def tokenizer_folders(model: FluxModel, options: TrainOptions) -> dict[str, Path]:
+    """Encoder -> where its tokenizer is; downloads it when that is what is left. Raises `UserError` when there is none."""
+    folder = model.path if model.path.is_dir() else None
+    chroma = model.kind == "chroma"
+    kind = TokenizerKind(T5.title, T5.vocabulary, T5.files, "tokenizer" if chroma else T5.inside, None)
+    cache = options.model.tokenizer_cache_dir
+    found = {"t5xxl": find_tokenizer(flag=None, model_folder=folder, cache_dir=cache, hub_id=T5_TOKENIZER, kind=kind)}
+    if not chroma:
+        flag = options.model.tokenizer
+        found[CLIP_L] = find_tokenizer(flag=flag, model_folder=folder, cache_dir=cache, hub_id=SD1_TOKENIZER)
+    return found

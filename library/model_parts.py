@@ -1,0 +1,99 @@
+"""One part of a model on disk: its tensors, and how they become a module."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from library.key_layout import KeyMap, Origin
+from library.model_io import TensorSource, load_into
+
+
+@dataclass(frozen=True)
+class Component:
+    """One part of a model on disk: its tensors, without the file's prefix, and how they become a module."""
+
+    source: TensorSource
+    key_map: KeyMap
+    config: Mapping[str, Any]
+    make: Callable[[Mapping[str, Any]], nn.Module]
+    prefix: str = ""
+    optional: tuple[str, ...] = ()
+    """Patterns of names that may be there without being used."""
+    folder: Path | None = None
+
+    def load(self, *, dtype: torch.dtype, device: torch.device | str) -> nn.Module:
+        """The module, frozen, in eval mode."""
+        return load_into(self.make(self.config), self.source, self.key_map, dtype=dtype, device=device, optional=self.optional)
+
+    @functools.cached_property
+    def _origins(self) -> Mapping[str, Origin]:
+        return self.key_map.origins(self.source.keys())[0]
+
+    def names(self) -> list[str]:
+        """Names of the module's tensors."""
+        return list(self.make(self.config).state_dict())
+
+    def tensor(self, key: str) -> Tensor:
+        """One tensor of the module, by its name there, as the file has it."""
+        origin = self._origins[key]
+        return origin.take(self.source.get(origin.key))
+
+    def identity(self) -> str:
+        """Changes when the part's weights do, not when the file is moved."""
+        return self.source.fingerprint()
+
+
+def stamp(path: Path | None) -> tuple[tuple[str, int, int], ...]:
+    """Names, sizes and times of the files at `path`: changes when they do."""
+    if path is None:
+        return ()
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    return tuple((str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files)
+
+
+def enable_encoder_checkpointing(encoder: nn.Module) -> None:
+    """Gradient checkpointing of a transformers text encoder."""
+    module: Any = encoder
+    if hasattr(module, "activation_checkpointing_enable"):  # its name since transformers 5.22
+        module.activation_checkpointing_enable({"use_reentrant": False})
+    else:
+        module.gradient_checkpointing_enable({"use_reentrant": False})
+
+
+# ---- writing ---------------------------------------------------------------------------------------------------------
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def write_config(module: Any, folder: Path) -> None:
+    """The configuration of a diffusers or transformers module, as its library writes it."""
+    if hasattr(module, "save_config"):
+        module.save_config(str(folder))
+    else:
+        module.config.architectures = [type(module).__name__]
+        module.config.save_pretrained(str(folder))
+
+
+def cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+
+
+def write_tensors(tensors: Mapping[str, Tensor], stem: Path, *, safe: bool, metadata: Mapping[str, str]) -> None:
+    """One component's weights as diffusers and transformers read them: `{stem}.safetensors`, or else `{stem}.bin`."""
+    made = {key: value.contiguous() for key, value in tensors.items()}
+    if safe:
+        save_file(made, stem.with_suffix(".safetensors"), metadata={"format": "pt", **metadata})
+    else:
+        torch.save(made, stem.with_suffix(".bin"))

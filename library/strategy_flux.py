@@ -1,0 +1,140 @@
+"""FLUX.1 and Chroma: captions to ids, ids to conditioning, images to latents, and the caches of both.
+
+Shapes: B batch, M text tokens (all padded to one length), D width, C latent channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from library.clip_tokenizer import ClipTokenizer
+from library.strategy_base import (
+    Conditioning,
+    LatentsCachingStrategy,
+    TextEncoderOutputsCachingStrategy,
+    TextEncodingStrategy,
+    TokenizeStrategy,
+    Tokens,
+    tensor_field,
+)
+from library.t5_parts import PAD, T5Tokenizer
+from library.vae_parts import encode_images
+
+CLIP_L, T5XXL = "clip_l", "t5xxl"
+CLIP_LENGTH = 77
+
+
+@dataclass(frozen=True)
+class ChromaConditioning(Conditioning):
+    """T5's hidden states, and which of them are text (before Chroma's one token of padding is added)."""
+
+    context: Tensor = tensor_field(source=T5XXL, pad=True)  # [B, M, D]
+    mask: Tensor = tensor_field(source=T5XXL, pad=True)  # [B, M], 1 = text, 0 = padding
+
+
+@dataclass(frozen=True)
+class FluxConditioning(ChromaConditioning):
+    """The same, and CLIP-L's pooled output."""
+
+    pooled: Tensor = tensor_field(source=CLIP_L)  # [B, D]
+
+
+def with_one_padding(mask: Tensor) -> Tensor:
+    """mask [B, M] bool with the first token of padding let through, as Chroma was trained."""
+    shifted = torch.nn.functional.pad(mask[:, :-1], (1, 0), value=True)
+    return mask | shifted
+
+
+@dataclass(frozen=True)
+class FluxTokenizeStrategy(TokenizeStrategy):
+    """Captions to ids. clip: None for Chroma."""
+
+    t5: T5Tokenizer
+    t5_length: int
+    clip: ClipTokenizer | None = None
+
+    def tokenize(self, captions: Sequence[str]) -> Tokens:
+        tokens = {T5XXL: torch.tensor([[self.t5.ids(caption, self.t5_length)] for caption in captions])}  # [B, 1, M]
+        if self.clip is not None:
+            tokens[CLIP_L] = torch.tensor([[self._clip_row(self.clip, caption)] for caption in captions])  # [B, 1, 77]
+        return tokens
+
+    def _clip_row(self, clip: ClipTokenizer, caption: str) -> list[int]:
+        ids = clip.ids(caption)[: CLIP_LENGTH - 2]
+        return [clip.bos, *ids, clip.eos, *[clip.pad] * (CLIP_LENGTH - 2 - len(ids))]
+
+    def fingerprint(self) -> str:
+        clip = self.clip.fingerprint() if self.clip is not None else "no clip"
+        return f"t5-{self.t5.fingerprint()}-{self.t5_length}-{clip}"
+
+
+@dataclass(frozen=True)
+class FluxTextEncodingStrategy(TextEncodingStrategy):
+    """Ids to T5's last hidden states and CLIP-L's pooled output. mask_t5: padding is hidden inside T5, too."""
+
+    conditioning: type[ChromaConditioning]
+    mask_t5: bool
+
+    def encode(
+        self, encoders: Mapping[str, nn.Module], tokens: Tokens, only: frozenset[str] | None = None
+    ) -> ChromaConditioning:
+        wanted = self.conditioning.sources() if only is None else only & self.conditioning.sources()
+        fields: dict[str, Tensor] = {}
+        if T5XXL in wanted:
+            ids = _on(encoders[T5XXL], tokens[T5XXL])
+            fields["mask"] = (ids != PAD).long()
+            t5: Any = encoders[T5XXL]
+            attended = fields["mask"] if self.mask_t5 else None
+            fields["context"] = t5(input_ids=ids, attention_mask=attended).last_hidden_state
+        if CLIP_L in wanted:
+            clip: Any = encoders[CLIP_L]
+            fields["pooled"] = clip(input_ids=_on(clip, tokens[CLIP_L])).pooler_output
+        return self.conditioning(**fields)
+
+    def fingerprint(self) -> str:
+        return f"t5-{'masked' if self.mask_t5 else 'unmasked'}"
+
+
+def _on(encoder: nn.Module, ids: Tensor) -> Tensor:
+    """[B, 1, M] -> [B, M] on the encoder's device."""
+    return ids[:, 0].to(next(encoder.parameters()).device)
+
+
+@dataclass(frozen=True)
+class FluxLatentsCachingStrategy(LatentsCachingStrategy):
+    """A sample of the autoencoder's posterior, scaled: (z - shift) * scale."""
+
+    suffix: ClassVar[str] = "flux"
+    multi_resolution: ClassVar[bool] = True
+    scale: float
+    shift: float
+
+    def encode(self, vae: nn.Module, images: Tensor, seeds: Sequence[int]) -> Tensor:
+        return (encode_images(vae, images, seeds) - self.shift) * self.scale
+
+    def fingerprint(self) -> str:
+        return f"posterior-sample-scaled-{self.scale}-{self.shift}"
+
+
+@dataclass(frozen=True)
+class FluxTextEncoderOutputsCachingStrategy(TextEncoderOutputsCachingStrategy):
+    """length and mask_t5: what sd-scripts' files have to agree with."""
+
+    suffix: ClassVar[str] = "_flux_te.npz"
+    legacy_keys: ClassVar[Mapping[str, str]] = {"pooled": "l_pooled", "context": "t5_out", "mask": "t5_attn_mask"}
+    length: int
+    mask_t5: bool
+
+    def foreign_problem(self, arrays: Mapping[str, np.ndarray]) -> str:
+        if len(arrays["t5_out"]) != self.length:
+            return f"a T5 length of {len(arrays['t5_out'])}, not {self.length} (--t5xxl_max_token_length)"
+        masked = bool(arrays.get("apply_t5_attn_mask", self.mask_t5))
+        if masked != self.mask_t5:
+            return f"--apply_t5_attn_mask, which was {'on' if masked else 'off'}"
+        return ""
