@@ -85,7 +85,7 @@ def test_an_adapter_changes_nothing_until_it_learns(family: str, workspaces: dic
 
 def _randomised(trainer: object) -> None:
     for parameter in trainer.parameters:  # type: ignore[attr-defined]
-        torch.nn.init.normal_(parameter.data, std=0.05, generator=torch.Generator().manual_seed(parameter.numel()))
+        torch.nn.init.normal_(parameter.data, std=0.2, generator=torch.Generator().manual_seed(parameter.numel()))
 
 
 @pytest.mark.parametrize("family", CASES)

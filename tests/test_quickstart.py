@@ -227,7 +227,7 @@ def test_test_runs_pytest_of_the_environment_with_the_options(project: Path) -> 
     (site / "pytest.py").write_text("import sys; print('pytest', sys.argv[1:]); sys.exit(3)\n")
     result = call(project, "test", "tests/a.py", "-k", "name", "-x")
     assert result.returncode == 3
-    assert str(["tests/a.py", "-k", "name", "-x"]) in result.stdout
+    assert str(["-n", "auto", "--dist", "loadfile", "tests/a.py", "-k", "name", "-x"]) in result.stdout
 
 
 @pytest.mark.parametrize("arguments", [(), ("install",), ("setup", "--fast")])
