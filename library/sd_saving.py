@@ -178,11 +178,22 @@ def _unused_open_clip(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return added
 
 
+NORM_GROUPS = 32
+"""Of every Stable Diffusion in a single file; the tensors do not tell it."""
+
+
 def check_single_file(model: SdModel) -> None:
     """Raise a `UserError` when a single file could not hold what the folder `model` says of its sizes."""
     unet = model.unet
     if model.whole is not None:
         return
+    for name, part in (("UNet", unet), ("VAE", model.vae)):
+        groups = part.config.get("norm_num_groups", NORM_GROUPS)
+        if groups != NORM_GROUPS:
+            raise UserError(
+                f"{model.path}: its {name} has {groups} norm groups, and a single file is read as having {NORM_GROUPS}. "
+                "Save it as a folder: --save_model_as diffusers_safetensors."
+            )
     assemblies, _ = sd_models.unet_key_map_for(unet.config).assemblies(unet.source.keys())
     told = sd_models.unet_config({key: unet.source.shape(made.keys[0]) for key, made in assemblies.items()})
     heads, expected = unet.config.get("attention_head_dim", 8), told["attention_head_dim"]

@@ -145,3 +145,13 @@ def test_head_counts_that_a_single_file_cannot_hold_are_refused_before_training(
     FAMILY.check(FullTrainOptions(model=base, full=FullOptions(save_model_as="diffusers")))
     with pytest.raises(UserError, match=r"4 attention heads.*diffusers_safetensors"):
         FAMILY.check(FullTrainOptions(model=base, full=FullOptions(save_model_as="safetensors")))
+
+
+def test_norm_groups_that_a_single_file_cannot_hold_are_refused_before_training():
+    """The example model's autoencoder has 4 groups."""
+    folder = Path(__file__).parent.parent / "examples" / "tiny-sd"
+    wanted = FullTrainOptions(
+        model=ModelOptions(pretrained_model_name_or_path=str(folder)), full=FullOptions(save_model_as="safetensors")
+    )
+    with pytest.raises(UserError, match="VAE has 4 norm groups"):
+        FAMILY.check(wanted)
