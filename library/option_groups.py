@@ -302,6 +302,11 @@ class TrainOptions:
     explicit: frozenset[str] = field(default=frozenset(), compare=False)
     """Names of the flags that were set, on the command line or in a file."""
 
+    @property
+    def log_name(self) -> str:
+        """What TensorBoard and wandb call the run, unless `--log_tracker_name` does; sd-scripts' names."""
+        return "network_train"
+
 
 @dataclass(frozen=True, kw_only=True)
 class NetworkTrainOptions(TrainOptions):
@@ -316,12 +321,20 @@ class FullTrainOptions(TrainOptions):
 
     full: FullOptions = group(FullOptions)
 
+    @property
+    def log_name(self) -> str:
+        return "finetuning"
+
 
 @dataclass(frozen=True, kw_only=True)
 class DreamBoothOptions(FullTrainOptions):
     """`train_db.py`: from picture folders, with the text encoder unless told otherwise."""
 
     full: DreamBoothPartOptions = group(DreamBoothPartOptions)
+
+    @property
+    def log_name(self) -> str:
+        return "dreambooth"
 
 
 @dataclass(frozen=True, kw_only=True)

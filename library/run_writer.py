@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor
 
@@ -40,9 +40,9 @@ class FileMetadata:
         self.trainer = trainer
         options, family = trainer.options, trainer.family
         self.network = getattr(options, "network", None)
-        arguments = split_pairs(self.network.network_args or (), "--network_args") if self.network else {}
-        if self.network and self.network.network_dropout is not None:
-            arguments["dropout"] = str(self.network.network_dropout)  # sd-scripts lists it among the arguments
+        arguments: dict[str, Any] = split_pairs(self.network.network_args or (), "--network_args") if self.network else {}
+        if self.network and arguments:
+            arguments.setdefault("dropout", self.network.network_dropout)  # sd-scripts lists it among the arguments
         self.facts = RunFacts(
             base_model_version=family.base_model_version(options),
             architecture=family.modelspec_architecture(options),
@@ -99,6 +99,7 @@ class RunWriter:
             steps_per_epoch=trainer.length.updates_per_epoch,
             resume_step=trainer.state.step if options.state.resume else None,
             recent_losses=recent_losses(options.state.resume),
+            name=options.log_name,
             config=result_options(options),
             enabled=self.is_main,
             patience=1 if accelerator.scaler is None else 20,
