@@ -224,13 +224,13 @@ def build_trainer(family: ModelFamily, options: TrainOptions, mode: Mode) -> Tra
     if saved is not None:
         length = RunLength.of(options.training, batches_per_rank(data.train, accelerator.num_processes))
         check_resumable(saved, run_record(options, length, accelerator.num_processes, data.train), length, options)
-    learning = plan.learning_dtypes(family)
-    bundle = family.load(options, device=accelerator.device, dtype=plan.frozen_dtype, learning=learning)
+    dtypes, learning = plan.learning_dtypes(family), plan.learning_parts(family)
+    bundle = family.load(options, device=accelerator.device, dtype=plan.frozen_dtype, learning=dtypes)
     plan.prepare(bundle, family)
-    fill_caches(data, strategies, bundle, options, accelerator, plan.learning_parts(family))
+    fill_caches(data, strategies, bundle, options, accelerator, learning)
     previews = make_previews(family, strategies, options, accelerator)
-    previews.encode_frozen(bundle, plan.learning_parts(family))
-    release_cached(data, bundle, plan.learning_parts(family))
+    previews.encode_frozen(bundle, learning)
+    release_cached(data, bundle, learning)
     trainable = plan.build(family, bundle, options)
     trainer = Trainer(family, trainable, data, strategies, options, accelerator, plan.rates, previews)
     if saved is not None:

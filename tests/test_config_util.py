@@ -191,7 +191,8 @@ def test_all_problems_of_a_file_are_told_at_once(tmp_path: Path) -> None:
 
 
 def test_waiting_keys_at_their_default_are_accepted(tmp_path: Path) -> None:
-    load(tmp_path, f"[[datasets]]\nresolution = 64\n{SUBSET}alpha_mask = false\n")
+    config = load(tmp_path, f"[[datasets]]\nresolution = 64\n{SUBSET}alpha_mask = false\n")
+    assert len(config.datasets[0].subsets) == 1
 
 
 def test_a_missing_file_and_a_foreign_extension_are_named(tmp_path: Path) -> None:

@@ -202,6 +202,10 @@ def test_schedule_free_weights_are_swapped_while_evaluating_and_put_back():
 
 
 def test_evaluating_changes_nothing_for_other_optimizers():
-    update = StandardUpdate(make("AdamW"), 1.0, Accelerator(cpu=True))
+    made = make("AdamW")
+    before = [parameter.detach().clone() for group in made.param_groups for parameter in group["params"]]
+    update = StandardUpdate(made, 1.0, Accelerator(cpu=True))
     with update.evaluating():
-        pass
+        inside = [parameter.detach().clone() for group in made.param_groups for parameter in group["params"]]
+    assert before
+    assert all(torch.equal(one, other) for one, other in zip(before, inside, strict=True))

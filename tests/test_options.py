@@ -601,8 +601,3 @@ def test_groups_are_frozen() -> None:
             value = getattr(options, entry.name)
             with pytest.raises(AttributeError):
                 setattr(value, fields(value)[0].name, None)
-
-
-def test_runs_are_logged_under_sd_scripts_names() -> None:
-    named = {NetworkTrainOptions: "network_train", DreamBoothOptions: "dreambooth", FineTuneOptions: "finetuning"}
-    assert {container: from_flags(container).log_name for container in named} == named

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from library.errors import UserError
-from library.option_groups import LoggingOptions
+from library.option_groups import DreamBoothOptions, FineTuneOptions, LoggingOptions, NetworkTrainOptions
+from library.options import from_flags
 from library.tracking import (
     LossLog,
     MetricsFile,
@@ -252,3 +253,8 @@ def test_nothing_to_draw_is_an_error(tmp_path):
     MetricsFile(tmp_path / "metrics.csv", resume_step=None)
     with pytest.raises(UserError, match="no losses to draw"):
         draw_loss(tmp_path / "metrics.csv", tmp_path / "loss.png")
+
+
+def test_runs_are_logged_under_sd_scripts_names() -> None:
+    named = {NetworkTrainOptions: "network_train", DreamBoothOptions: "dreambooth", FineTuneOptions: "finetuning"}
+    assert {container: from_flags(container).log_name for container in named} == named
