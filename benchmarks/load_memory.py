@@ -38,8 +38,9 @@ _SD1_MB_FP16 = 2030  # all parts at SD1's own width
 
 def write_checkpoint(path: Path, dtype: torch.dtype, size_mb: float) -> None:
     """An SD1 file whose UNet is as wide as makes the whole about `size_mb` in fp16; VAE and CLIP at their real size."""
-    from library import clip_parts, sd_models, vae_parts
-    from library.sd_utils import CLIP_PREFIX, UNET_PREFIX, VAE_PREFIX
+    from library import clip_parts, unet_names, unet_parts, vae_parts
+    from library.sd_utils import CLIP_PREFIX
+    from library.unet_parts import UNET_PREFIX, VAE_PREFIX
 
     rest = 2 * (83.7 + 123.1)  # MB of the VAE and CLIP in fp16
     share = max(0.04, (size_mb - rest) / (_SD1_MB_FP16 - rest))
@@ -53,9 +54,9 @@ def write_checkpoint(path: Path, dtype: torch.dtype, size_mb: float) -> None:
         "latent_channels": 4,
     }
     clip = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
-    unet_module = sd_models.make_unet(unet)
+    unet_module = unet_parts.make_unet(unet)
     parts = (
-        (UNET_PREFIX, unet_module, sd_models.unet_key_map([True, True, True, False], 2)),
+        (UNET_PREFIX, unet_module, unet_names.unet_key_map([True, True, True, False], 2)),
         (VAE_PREFIX, vae_parts.make_vae(vae), vae_parts.vae_key_map(4)),
         (CLIP_PREFIX, clip_parts.make_clip(clip), clip_parts.CLIP_NAMES),
     )

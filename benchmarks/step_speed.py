@@ -1,61 +1,106 @@
 """Time per step and time to the first step, against a plain diffusers + peft loop, in one run.
 
-    python benchmarks/step_speed.py [--size tiny|mid] [--steps 20] [--rounds 3]
+    python benchmarks/step_speed.py [--model sd_tiny|sd_mid|flux_mid] [--steps 20] [--rounds 3]
 
-Both sides train a rank-16 LoRA on the attention of the same UNet with AdamW in float32, from cached latents and cached text
-outputs, on the same device. The two run in turn, round by round, in processes of their own; the row printed holds the median
-of the ratios, so that a machine whose speed drifts does not favour either.
+Both sides train a rank-16 LoRA on the same layers of the same model with AdamW in float32, from cached latents and cached text
+outputs, on the same device. The two run in turn, round by round, in processes of their own, each first in every other round;
+the row printed holds the median of the ratios, so that a machine whose speed drifts does not favour either.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "tests"))
 
-SIZES = {"tiny": [32, 64, 64, 64], "mid": [128, 256, 512, 512]}
-"""Channels of the UNet's levels; SD1's are 320, 640, 1280, 1280."""
-RESOLUTION = 256
-BATCH = 2
+
+RANK = 16
 
 
-def make_inputs(folder: Path, size: str) -> None:
-    """A base model in diffusers layout and eight captioned pictures."""
+@dataclass(frozen=True)
+class Model:
+    """One model to train, and how."""
+
+    write: Callable[[Path], None]
+    """Makes the model, a diffusers folder."""
+    script: str
+    plain: str
+    """Class of `plain_loops`."""
+    batch: int
+    arguments: tuple[str, ...] = ()
+    resolution: int = 256
+
+
+def write_sd(folder: Path, channels: list[int]) -> None:
+    """channels: of the UNet's levels; SD1's are 320, 640, 1280, 1280. All else is tiny."""
     import tiny
     import torch
     from diffusers import UNet2DConditionModel
 
-    tiny.write_sd_diffusers(folder / "model")
+    tiny.write_sd_diffusers(folder)
     torch.manual_seed(0)
-    config = tiny.sd_configs("v1")["denoiser"] | {"block_out_channels": SIZES[size]}
-    UNet2DConditionModel.from_config(config).save_pretrained(folder / "model" / "unet")
-    tiny.write_images(folder / "images" / "1_thing", 8, RESOLUTION)
+    config = tiny.sd_configs("v1")["denoiser"] | {"block_out_channels": channels}
+    UNet2DConditionModel.from_config(config).save_pretrained(folder / "unet")
 
 
-def run_ours(folder: Path, steps: int) -> None:
-    """Train with `train_network.py`, whose metrics carry the wall time of every step."""
-    from train_network import main
+def write_flux(folder: Path, width: int, num_double: int, num_single: int) -> None:
+    """FLUX.1's are 3072, 19, 38. All but the transformer is tiny."""
+    import tiny_flux
+    import torch
+    from diffusers import FluxTransformer2DModel
 
-    main(
+    tiny_flux.write_flux_folder(folder)
+    torch.manual_seed(0)
+    config = FluxTransformer2DModel.load_config(folder / "transformer") | {
+        "num_layers": num_double,
+        "num_single_layers": num_single,
+        "attention_head_dim": 128,
+        "num_attention_heads": width // 128,
+        "axes_dims_rope": (16, 56, 56),
+    }
+    FluxTransformer2DModel.from_config(config).save_pretrained(folder / "transformer")
+
+
+FLUX_ARGUMENTS = ("--t5xxl_max_token_length=64", "--timestep_sampling=sigmoid", "--network_args", "split_qkv=True")
+"""An adapter for each of q, k, v and MLP, as peft makes them on diffusers' layers."""
+
+MODELS = {
+    "sd_tiny": Model(lambda folder: write_sd(folder, [32, 64, 64, 64]), "train_network", "PlainSd", batch=2),
+    "sd_mid": Model(lambda folder: write_sd(folder, [128, 256, 512, 512]), "train_network", "PlainSd", batch=2),
+    "flux_mid": Model(lambda folder: write_flux(folder, 1024, 4, 8), "flux_train_network", "PlainFlux", 1, FLUX_ARGUMENTS),
+}
+
+
+def make_inputs(folder: Path, model: Model) -> None:
+    """A base model in diffusers layout and eight captioned pictures."""
+    import tiny
+
+    model.write(folder / "model")
+    tiny.write_images(folder / "images" / "1_thing", 8, model.resolution)
+
+
+def run_ours(folder: Path, model: Model, steps: int) -> None:
+    """Train with the script, whose metrics carry the wall time of every step."""
+    importlib.import_module(model.script).main(
         [
             f"--pretrained_model_name_or_path={folder / 'model'}",
             f"--train_data_dir={folder / 'images'}",
-            f"--resolution={RESOLUTION}",
-            f"--train_batch_size={BATCH}",
+            f"--resolution={model.resolution}",
+            f"--train_batch_size={model.batch}",
             "--network_module=networks.lora",
-            "--network_dim=16",
-            "--network_alpha=16",
+            f"--network_dim={RANK}",
+            f"--network_alpha={RANK}",
             "--network_train_unet_only",
             "--cache_latents",
             "--cache_text_encoder_outputs",
@@ -65,125 +110,110 @@ def run_ours(folder: Path, steps: int) -> None:
             "--seed=1",
             f"--output_dir={folder / 'out'}",
             "--output_name=bench",
+            *model.arguments,
         ]
     )
 
 
-def run_plain(folder: Path, steps: int) -> None:
-    """What a person would write with the libraries alone."""
+def run_plain(folder: Path, model: Model, steps: int) -> None:
+    import plain_loops
     import torch
-    from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
-    from peft import LoraConfig
-    from PIL import Image
-    from transformers import CLIPTextModel, CLIPTokenizer
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = folder / "model"
-    unet = UNet2DConditionModel.from_pretrained(model, subfolder="unet").to(device).requires_grad_(False)
-    vae = AutoencoderKL.from_pretrained(model, subfolder="vae").to(device)
-    text: Any = CLIPTextModel.from_pretrained(model, subfolder="text_encoder")
-    text.to(device)
-    tokenizer = CLIPTokenizer.from_pretrained(model, subfolder="tokenizer")
-    scheduler = DDPMScheduler.from_pretrained(model, subfolder="scheduler")
-    latents, contexts = [], []
-    for path in sorted((folder / "images").rglob("*.png")):
-        pixels = torch.frombuffer(bytearray(Image.open(path).convert("RGB").tobytes()), dtype=torch.uint8)
-        image = pixels.view(1, RESOLUTION, RESOLUTION, 3).permute(0, 3, 1, 2).float().to(device) / 127.5 - 1
-        ids = tokenizer(
-            path.with_suffix(".txt").read_text(), padding="max_length", truncation=True, return_tensors="pt"
-        ).input_ids
-        with torch.no_grad():
-            latents.append(vae.encode(image).latent_dist.sample() * vae.config.scaling_factor)
-            contexts.append(text(ids.to(device)).last_hidden_state)
-    targets = ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"]
-    unet.add_adapter(LoraConfig(r=16, lora_alpha=16, target_modules=targets))
-    unet.train()
-    parameters = [p for p in unet.parameters() if p.requires_grad]
-    print(f"LEARNING {sum(p.numel() for p in parameters)}")
-    optimizer = torch.optim.AdamW(parameters, lr=1e-4)
-    for step in range(steps):
-        rows = [(step * BATCH + i) % len(latents) for i in range(BATCH)]
-        x0, context = torch.cat([latents[r] for r in rows]), torch.cat([contexts[r] for r in rows])
-        noise = torch.randn_like(x0)
-        t = torch.randint(0, 1000, (BATCH,), device=device)
-        prediction = unet(scheduler.add_noise(x0, noise, t), t, context).sample
-        loss = torch.nn.functional.mse_loss(prediction.float(), noise.float())
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        print(f"STEP {time.time()} {loss.item():.4f}", flush=True)
+    plain = getattr(plain_loops, model.plain)(folder / "model", folder / "images", device)
+    plain_loops.train(plain, RANK, model.batch, steps)
 
 
-def timed(side: str, folder: Path, steps: int) -> tuple[float, float, int]:
-    """Of one process: seconds from its start to the end of the first step, median seconds per step, numbers that learn."""
+@dataclass(frozen=True)
+class Timing:
+    """Of one process."""
+
+    first: float
+    """Seconds from its start to the end of the first step."""
+    step: float
+    """Median seconds per step."""
+    learning: int
+    """Numbers that learn."""
+
+
+def timed(side: str, folder: Path, name: str, steps: int) -> Timing:
+    import time
+
     start = time.time()
-    command = [sys.executable, __file__, "--side", side, "--folder", str(folder), "--steps", str(steps)]
+    command = [sys.executable, __file__, "--side", side, "--folder", str(folder), "--steps", str(steps), "--model", name]
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     if result.returncode:
         raise SystemExit(result.stdout + result.stderr)
-    if side == "ours":
-        import csv
-
-        from safetensors.torch import load_file
-
-        with (folder / "out" / "metrics.csv").open() as file:
-            stamps = [float(row["time"]) for row in csv.DictReader(file) if row["loss/current"]]
-        tensors = load_file(folder / "out" / "bench.safetensors")
-        learning = sum(value.numel() for name, value in tensors.items() if not name.endswith(".alpha"))
-    else:
-        said = [line.split() for line in result.stdout.splitlines()]
-        stamps = [float(words[1]) for words in said if words[:1] == ["STEP"]]
-        learning = next(int(words[1]) for words in said if words[:1] == ["LEARNING"])
+    stamps, learning = _ours_says(folder / "out") if side == "ours" else _plain_says(result.stdout)
     gaps = [after - before for before, after in zip(stamps, stamps[1:], strict=False)]
-    return stamps[0] - start, statistics.median(gaps), learning
+    return Timing(stamps[0] - start, statistics.median(gaps), learning)
 
 
-def torch_threads() -> int:
+def _ours_says(output: Path) -> tuple[list[float], int]:
+    import csv
+
+    from safetensors.torch import load_file
+
+    with (output / "metrics.csv").open() as file:
+        stamps = [float(row["time"]) for row in csv.DictReader(file) if row["loss/current"]]
+    tensors = load_file(output / "bench.safetensors")
+    downs = sum(value.numel() for name, value in tensors.items() if name.endswith(".lora_down.weight"))
+    # of split layers a file has the parts' matrices side by side, with zeros between them: each row has one rank of numbers
+    ups = sum(len(value) * RANK for name, value in tensors.items() if name.endswith(".lora_up.weight"))
+    return stamps, downs + ups
+
+
+def _plain_says(output: str) -> tuple[list[float], int]:
+    said = [line.split() for line in output.splitlines()]
+    stamps = [float(words[1]) for words in said if words[:1] == ["STEP"]]
+    return stamps, next(int(words[1]) for words in said if words[:1] == ["LEARNING"])
+
+
+def measure(name: str, steps: int, rounds: int) -> dict[str, object]:
+    """The row. Raises `SystemExit` when the two sides do not train as many numbers."""
+    import facts
     import torch
 
-    return torch.get_num_threads()
-
-
-def device_name() -> str:
-    import torch
-
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    pairs = []
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        make_inputs(folder, MODELS[name])
+        for number in range(rounds):
+            sides = ("ours", "plain") if number % 2 == 0 else ("plain", "ours")
+            found = {side: timed(side, folder, name, steps) for side in sides}
+            ours, plain = found["ours"], found["plain"]
+            if ours.learning != plain.learning:
+                raise SystemExit(f"not the same training: {ours.learning} numbers learn here, {plain.learning} there")
+            print(f"round {number + 1}: {found}", file=sys.stderr, flush=True)
+            pairs.append((ours, plain))
+    family, _, size = name.partition("_")
+    return {
+        "commit": facts.commit(),
+        "machine": facts.machine(),
+        "scenario": f"{family}_lora_{size}",
+        "steps": steps,
+        "rounds": rounds,
+        "threads": torch.get_num_threads(),
+        "step_seconds_ours": round(statistics.median(ours.step for ours, _ in pairs), 4),
+        "step_ratio": round(statistics.median(ours.step / plain.step for ours, plain in pairs), 3),
+        "first_step_seconds_ours": round(statistics.median(ours.first for ours, _ in pairs), 2),
+        "first_step_ratio": round(statistics.median(ours.first / plain.first for ours, plain in pairs), 3),
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=SIZES, default="tiny")
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--model", choices=MODELS, default="sd_tiny")
+    parser.add_argument("--steps", type=int, default=20, help="at least 2")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--side", choices=("ours", "plain"), help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.side:
-        (run_ours if arguments.side == "ours" else run_plain)(arguments.folder, arguments.steps)
+        run = run_ours if arguments.side == "ours" else run_plain
+        run(arguments.folder, MODELS[arguments.model], arguments.steps)
         return
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        make_inputs(folder, arguments.size)
-        rounds = []
-        for _ in range(arguments.rounds):
-            ours = timed("ours", folder, arguments.steps)
-            plain = timed("plain", folder, arguments.steps)
-            if ours[2] != plain[2]:
-                raise SystemExit(f"the two do not train the same: {ours[2]} numbers learn here, {plain[2]} in the plain loop")
-            rounds.append((ours, plain))
-    row = {
-        "scenario": f"sd_lora_{arguments.size}",
-        "steps": arguments.steps,
-        "rounds": arguments.rounds,
-        "threads": torch_threads(),
-        "step_seconds_ours": round(statistics.median(a[1] for a, _ in rounds), 4),
-        "step_ratio": round(statistics.median(a[1] / b[1] for a, b in rounds), 3),
-        "first_step_seconds_ours": round(statistics.median(a[0] for a, _ in rounds), 2),
-        "first_step_ratio": round(statistics.median(a[0] / b[0] for a, b in rounds), 3),
-        "device": device_name(),
-    }
-    print(json.dumps(row))
+    print(json.dumps(measure(arguments.model, arguments.steps, arguments.rounds)))
 
 
 if __name__ == "__main__":

@@ -53,9 +53,9 @@ def to_pictures(images: Tensor) -> list[Image.Image]:
     return [Image.fromarray(picture.cpu().numpy()) for picture in pixels]
 
 
-def _pool(count: int) -> Tensor:
-    rng, known = keyed_random("tiny-vae"), list(scenes())
-    return to_tensor([draw(rng.choice(known), "vae", index) for index in range(count)])
+def _pool(name: str, count: int) -> Tensor:
+    rng, known = keyed_random(name), list(scenes())
+    return to_tensor([draw(rng.choice(known), name.removeprefix("tiny-"), index) for index in range(count)])
 
 
 def _batch(pool: Tensor, step: int, whole: bool) -> Tensor:
@@ -68,33 +68,47 @@ def _batch(pool: Tensor, step: int, whole: bool) -> Tensor:
     return rows.flip(-1) if torch.rand((), generator=generator) < 0.5 else rows
 
 
-def train_vae(vae: Any, *, steps: int = 1600, decoder_steps: int = 500, pool_size: int = 700) -> float:
-    """Train in place; gives the last mean absolute error. The last eighth of the steps sees whole pictures.
+def train_vae(vae: Any, *, steps: int = 1600, decoder_steps: int = 500, pool_size: int = 700) -> None:
+    """Train in place. The last eighth of the steps sees whole pictures; then comes a first phase for the decoder alone.
 
-    Then `decoder_steps` for the decoder alone, which sharpen the pictures and leave the latents as they are.
     Also sets `scaling_factor`, which makes the latents' variance one.
     """
-    pool = _pool(pool_size)
-    vae.to(memory_format=torch.channels_last)
-    for part, count, rate in ((vae, steps, 2e-3), (vae.decoder, decoder_steps, 1e-3)):
-        parameters = list(part.parameters())
-        optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.99), weight_decay=0)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(_rate, count))
-        for step in range(count):
-            images = _batch(pool, step, whole=part is not vae or step >= count * 7 / 8)
-            error = _step(vae, images.contiguous(memory_format=torch.channels_last), encoder_learns=part is vae)
-            optimizer.zero_grad()
-            error.backward()
-            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
-            schedule.step()
-            if step % 50 == 0:
-                print(f"vae {'both' if part is vae else 'decoder'} {step}/{count}: loss {error.item():.4f}", flush=True)
+    pool = _pool("tiny-vae", pool_size)
+    _run(vae, vae, pool, steps, 2e-3)
+    _run(vae, vae.decoder, pool, decoder_steps, 1e-3)
     vae.eval()
     with torch.no_grad():
         means = torch.cat([vae.encode(part).latent_dist.mean for part in pool[:320].split(16)])
-        vae.register_to_config(scaling_factor=round(1 / means.std().item(), 5))
-        return (vae.decode(means[:64]).sample - pool[:64]).abs().mean().item()
+    vae.register_to_config(scaling_factor=round(1 / means.std().item(), 5))
+
+
+def sharpen_decoder(vae: Any, *, steps: int = 2000, pool_size: int = 2000) -> float:
+    """Train the decoder alone on new drawings, which leaves the latents as they are; gives the mean absolute error."""
+    pool = _pool("tiny-vae decoder", pool_size)
+    _run(vae, vae.decoder, pool, steps, 2e-3)
+    vae.eval()
+    with torch.no_grad():
+        decoded = vae.decode(vae.encode(pool[:64]).latent_dist.mean).sample
+    return (decoded - pool[:64]).abs().mean().item()
+
+
+def _run(vae: Any, part: Any, pool: Tensor, count: int, rate: float) -> None:
+    """`count` steps of `part`, which is the whole autoencoder or its decoder."""
+    parameters = list(part.parameters())
+    vae.to(memory_format=torch.channels_last).requires_grad_(False)
+    part.requires_grad_(True)
+    optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.99), weight_decay=0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(_rate, count))
+    for step in range(count):
+        images = _batch(pool, step, whole=part is not vae or step >= count * 7 / 8)
+        error = _step(vae, images.contiguous(memory_format=torch.channels_last), encoder_learns=part is vae)
+        optimizer.zero_grad()
+        error.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % 50 == 0:
+            print(f"vae {'both' if part is vae else 'decoder'} {step}/{count}: loss {error.item():.4f}", flush=True)
 
 
 def _rate(count: int, step: int) -> float:

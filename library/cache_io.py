@@ -175,6 +175,8 @@ class CachedLatents:
     latents: Tensor
     flipped: Tensor | None
     seed: int
+    crop_ltrb: tuple[float, ...] | None = None
+    """What the file says was cut: ours what was cut, sd-scripts' what it trained with. None where no file says."""
 
 
 @dataclass(frozen=True)
@@ -210,6 +212,12 @@ class LatentFile:
                 return Verdict(False, " and ".join(differing))
         problem = self._shape_problem(arrays, suffix)
         return Verdict(not problem, problem, foreign=stored is None and not problem)
+
+    def fits(self) -> bool:
+        """Whether the file has this entry, whatever it was made from. Not said of files without one."""
+        arrays = read_npz(self.path)
+        suffix = None if arrays is None else self._found_suffix(arrays)
+        return arrays is not None and suffix is not None and not self._shape_problem(arrays, suffix)
 
     def _shape_problem(self, arrays: Mapping[str, np.ndarray], suffix: str) -> str:
         names = ["latents", "latents_flipped"] if self.needs_flipped else ["latents"]
@@ -252,7 +260,13 @@ class LatentFile:
         latents = torch.from_numpy(arrays[f"latents{suffix}"]).float()
         flipped = torch.from_numpy(arrays[f"latents_flipped{suffix}"]).float() if self.needs_flipped else None
         stored = stored_fingerprint(arrays, suffix) or {}
-        return CachedLatents(latents, flipped, content_seed(stored["image"]) if stored.get("image") else 0)
+        crop = arrays.get(f"crop_ltrb{suffix}")
+        return CachedLatents(
+            latents,
+            flipped,
+            content_seed(stored["image"]) if stored.get("image") else 0,
+            None if crop is None else tuple(float(side) for side in crop),
+        )
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from collections import defaultdict, deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -133,8 +133,15 @@ def _latent_files(
         path = cache_path(strategy.path_for(job.record.path, job.record.size), options.cache.cache_dir)
         if taken.setdefault((path, suffix), job.key) != job.key:
             path = own_path(path, job.record.recipe)
-        files[job.key] = LatentFile(path, suffix, (latent.channels, height, width), job.record.size, job.flipped)
+        file = LatentFile(path, suffix, (latent.channels, height, width), job.record.size, job.flipped)
+        files[job.key] = _nameless(file, job.record.path) if strategy.nameless else file
     return files
+
+
+def _nameless(file: LatentFile, image: Path) -> LatentFile:
+    """sd-scripts' old file `{stem}.npz` instead, where it has this entry and `file` is not there."""
+    old = replace(file, path=image.with_suffix(".npz"))
+    return old if not file.path.exists() and old.fits() else file
 
 
 def _latent_fingerprints(
@@ -295,11 +302,25 @@ def _text_fingerprints(
     return {caption: Fingerprint({**shared, "caption": short_hash(caption, 32)}) for caption in captions}
 
 
-def _autocast(options: TrainOptions, device: torch.device) -> AbstractContextManager[object]:
+def encoder_autocast(options: TrainOptions, device: torch.device) -> AbstractContextManager[object]:
     """The precision that encoders run in when they run live, so that cached and live outputs are the same."""
     dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
     dtype = dtypes.get(options.precision.mixed_precision)
     return torch.autocast(device.type, dtype) if dtype else nullcontext()
+
+
+def text_batch_size(options: TrainOptions) -> int:
+    """Captions encoded at a time."""
+    return options.cache.text_encoder_batch_size or options.training.train_batch_size
+
+
+def encode_captions(
+    captions: Sequence[str], strategies: Strategies, sources: frozenset[str], bundle: ModelBundle, device: torch.device
+) -> Conditioning:
+    """One batch, on the CPU. The caller sets precision and gradients."""
+    tokens = {name: ids.to(device) for name, ids in strategies.tokenize.tokenize(captions).items()}
+    encoders = {name: bundle.part(name) for name in sorted(sources)}
+    return strategies.text_encoding.encode(encoders, tokens, sources).only(sources).to("cpu")
 
 
 def _encode_text(
@@ -311,14 +332,12 @@ def _encode_text(
     device: torch.device,
 ) -> Iterator[tuple[str, Conditioning]]:
     """Unbatched entries, on the CPU."""
-    size = options.cache.text_encoder_batch_size or options.training.train_batch_size
+    size = text_batch_size(options)
     bar = tqdm(total=len(captions), desc="caching text encoder outputs", unit="caption", disable=not _is_main())
-    with bar, torch.no_grad(), _autocast(options, device):
+    with bar, torch.no_grad(), encoder_autocast(options, device):
         for start in range(0, len(captions), size):
             batch = captions[start : start + size]
-            tokens = {name: ids.to(device) for name, ids in strategies.tokenize.tokenize(batch).items()}
-            encoders = {name: bundle.part(name) for name in sorted(sources)}
-            encoded = strategies.text_encoding.encode(encoders, tokens, sources).only(sources).to("cpu")
+            encoded = encode_captions(batch, strategies, sources, bundle, device)
             for row, caption in enumerate(batch):
                 entry = encoded.rows(row)
                 _check_finite_text(entry, caption)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from library.errors import UserError, is_disk_full
+from library.offload_transport import overlapping
 
 if TYPE_CHECKING:
     from library.option_groups import OutputOptions, StateOptions
@@ -291,14 +292,11 @@ def save_state(
 
 
 def _storable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous tensors that share no memory, as safetensors wants them."""
-    stored: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for name, tensor in tensors.items():
-        tensor = tensor.detach().contiguous()
-        pointer = tensor.untyped_storage().data_ptr()
-        stored[name] = tensor.clone() if pointer in seen or tensor.untyped_storage().nbytes() != tensor.nbytes else tensor
-        seen.add(pointer)
+    """Contiguous tensors that share no memory, as safetensors wants them. They may be neighbours in one buffer."""
+    stored = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    names = list(stored)
+    for piece in overlapping(list(stored.values())):
+        stored |= {names[index]: stored[names[index]].clone() for index in piece[1:]}
     return stored
 
 
@@ -377,8 +375,9 @@ NEUTRAL_GROUPS = frozenset({"output", "state", "hub", "logging", "sampling", "me
 """Option groups that do not change what is learned."""
 
 NEUTRAL_OPTIONS = frozenset({
-    "cache.cache_dir", "cache.skip_cache_check", "cache.text_encoder_batch_size", "memory.vae_batch_size", "memory.lowram",
-    "memory.highvram", "model.tokenizer_cache_dir", "training.max_data_loader_n_workers",
+    "cache.cache_dir", "cache.skip_cache_check", "cache.text_encoder_batch_size", "family.blocks_to_swap", "family.split_mode",
+    "full.max_shard_size", "memory.vae_batch_size", "memory.lowram", "memory.highvram", "memory.pinned_memory_limit",
+    "model.tokenizer_cache_dir", "training.max_data_loader_n_workers",
     "training.persistent_data_loader_workers", "training.ddp_timeout", "training.ddp_gradient_as_bucket_view",
 })  # fmt: skip
 """Options of the other groups that do not either."""

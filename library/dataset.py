@@ -161,7 +161,7 @@ class ImageDataset(Dataset[TrainBatch]):
         records = [part.records[record] for record, _ in items]
         moment = self._moment(epoch, index)
         rows = [self._row(record, repeat, moment) for record, (_, repeat) in zip(records, items, strict=True)]
-        return self._collate(records, rows, part.multiplier)
+        return self.collate(records, rows, part.multiplier)
 
     def _moment(self, epoch: int, index: int) -> CaptionMoment:
         steps_per_epoch = math.ceil(self.num_batches / self.batches_per_step)
@@ -177,7 +177,8 @@ class ImageDataset(Dataset[TrainBatch]):
         flipped = record.subset.flip_aug and draw.random() < 0.5 and not self.evaluating
         if self.latent_cache is not None:
             entry = self.latent_cache.get(entry_key(record.path, record.recipe))
-            crop = choose_crop(record.placement)
+            recorded = entry.crop_ltrb
+            crop = choose_crop(record.placement) if recorded is None else Crop.of_stored(recorded, record.placement.bucket)
             pixels, seed = _choose(entry, flipped), entry.seed
         else:
             random_crop = record.subset.random_crop and not self.evaluating
@@ -189,7 +190,8 @@ class ImageDataset(Dataset[TrainBatch]):
         caption = final_caption(record.caption, record.subset.captions, moment, key, drop=not self.evaluating)
         return Row(pixels, seed, crop.mirrored() if flipped else crop, caption)
 
-    def _collate(self, records: Sequence[Record], rows: Sequence[Row], multiplier: float) -> TrainBatch:
+    def collate(self, records: Sequence[Record], rows: Sequence[Row], multiplier: float) -> TrainBatch:
+        """The batch of `rows`, which show `records`."""
         stacked = torch.stack([row.pixels for row in rows])
         captions = tuple(row.caption for row in rows)
         cached = self.text_cache.batch(captions) if self.text_cache is not None else None

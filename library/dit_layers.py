@@ -37,14 +37,21 @@ class Denoiser(nn.Module, ABC):
     """
 
     run_block: RunBlock
+    attention_mode: str
+    """A key of `library.attention.BACKENDS`."""
 
     def __init__(self) -> None:
         super().__init__()
         self.run_block = run_directly
+        self.attention_mode = "sdpa"
 
     @abstractmethod
+    def block_groups(self) -> Sequence[Sequence[nn.Module]]:
+        """The blocks in execution order, in groups of equal ones."""
+
     def blocks(self) -> Sequence[nn.Module]:
         """The blocks in execution order."""
+        return [block for group in self.block_groups() for block in group]
 
     def canonical_name(self, module: nn.Module) -> str:
         """The published name of one of this network's modules. Raises `KeyError` for a foreign one."""
@@ -55,29 +62,6 @@ class Denoiser(nn.Module, ABC):
 
     def enable_gradient_checkpointing(self) -> None:
         self.run_block = run_recomputing
-
-
-# ---- attention -------------------------------------------------------------------------------------------------------
-
-
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=None if mask is None else mask[:, None, None, :])
-
-
-def _math(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """The definition, step by step: what the others are tested against."""
-    scores = (q.float() @ k.float().transpose(-1, -2)) * q.shape[-1] ** -0.5
-    if mask is not None:
-        scores = scores.masked_fill(~mask[:, None, None, :], -torch.inf)
-    return (scores.softmax(-1) @ v.float()).to(v.dtype)
-
-
-ATTENTION_MODES: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]] = {"sdpa": _sdpa, "math": _math}
-
-
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, mode: str = "sdpa") -> Tensor:
-    """Softmax attention of q, k, v [B, H, L, K] -> [B, L, H * K]. mask [B, L] bool: tokens that may be attended to."""
-    return ATTENTION_MODES[mode](q, k, v, mask).transpose(1, 2).flatten(2)
 
 
 def split_heads(fused: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -114,7 +98,8 @@ def rotary_embedding(ids: Tensor, axes: Sequence[int], theta: float = 10_000.0) 
 def rotate(x: Tensor, rotation: Rotation) -> Tensor:
     """Turn neighbouring pairs of x [B, H, L, K], computed in float32."""
     even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # [B, H, L, K / 2]
-    turned = (even * rotation.cos - odd * rotation.sin, even * rotation.sin + odd * rotation.cos)
+    cos, sin = rotation
+    turned = torch.addcmul(even * cos, odd, sin, value=-1), torch.addcmul(even * sin, odd, cos)
     return torch.stack(turned, dim=-1).flatten(-2).to(x.dtype)
 
 
@@ -153,8 +138,13 @@ def layer_norm(width: int) -> nn.LayerNorm:
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """x [B, L, D]; shift and scale [B, 1, D]."""
-    return x * (1 + scale) + shift
+    """x * (1 + scale) + shift in one pass. x [B, L, D]; shift and scale [B, 1, D]."""
+    return torch.addcmul(shift, x, 1 + scale)
+
+
+def gated(x: Tensor, gate: Tensor, change: Tensor) -> Tensor:
+    """x + gate * change in one pass. x and change [B, L, D]; gate [B, 1, D]."""
+    return torch.addcmul(x, gate, change)
 
 
 class Modulation(nn.Module):

@@ -22,14 +22,23 @@ class DitOptions(NoFamilyOptions):
     logit_mean: float = opt(0.0, "mean of --weighting_scheme logit_normal")
     logit_std: float = opt(1.0, "standard deviation of --weighting_scheme logit_normal", minimum=0)
     mode_scale: float = opt(1.29, "strength of --weighting_scheme mode")
-    blocks_to_swap: int | None = opt(None, "blocks kept in main memory until they are needed", minimum=0, planned=True)
+    blocks_to_swap: int | None = opt(None, "keep about this many blocks in main memory until they are needed", minimum=0)
     disable_mmap_load_safetensors: bool = opt(False, "read files without mapping them", inert="files are never mapped")
+
+    @property
+    def swapped_blocks(self) -> int:
+        return self.blocks_to_swap or 0
 
 
 def _weights_of_ddpm(o: TrainOptions) -> bool:
     loss = o.loss
     given = loss.min_snr_gamma or loss.debiased_estimation_loss or loss.v_pred_like_loss
     return bool(given or loss.scale_v_pred_loss_like_noise_pred)
+
+
+def _stays_small(o: FullTrainOptions) -> bool:
+    """Whether autograd keeps no copies of the weights."""
+    return o.memory.recomputes or o.precision.full_bf16
 
 
 FLOW_RULES: tuple[Rule, ...] = (
@@ -46,6 +55,13 @@ FLOW_RULES: tuple[Rule, ...] = (
     Rule(
         lambda o: o.training.clip_skip is not None or o.training.max_token_length is not None,
         "--clip_skip and --max_token_length have no effect: they are Stable Diffusion's.",
+        warning=True,
+    ),
+    Rule(
+        lambda o: o.family.swapped_blocks and o.precision.mixed_precision != "no" and not _stays_small(o),
+        "--blocks_to_swap {blocks_to_swap} saves little: each block's weights are cast to {mixed_precision}, and the casts are "
+        "kept on the device until the backward pass. Add --gradient_checkpointing, or --full_bf16.",
+        scope=FullTrainOptions,
         warning=True,
     ),
     Rule(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -13,6 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from library.errors import UserError, suggest
+from library.offload_plan import SwapDivision
+from library.quantization import LayerTable
+from library.quantized_layers import Quantizer
 from library.strategy_base import Conditioning, Strategies
 
 if TYPE_CHECKING:
@@ -122,6 +125,8 @@ class ModelFamily(ABC):
     scripts: ClassVar[Mapping[str, str]]
     """What is trained -> the script that does it: {"network": "train_network.py", ...}."""
     arch: ClassVar[NetworkArch]
+    quantized_layers: ClassVar[LayerTable | None] = None
+    """Which layers of a frozen denoiser can be kept in 8 or 4 bits; None where nobody has chosen them yet."""
 
     @abstractmethod
     def latent(self, options: TrainOptions) -> LatentSpec:
@@ -139,10 +144,11 @@ class ModelFamily(ABC):
         device: torch.device,
         dtype: torch.dtype,
         learning: Mapping[str, torch.dtype] | None = None,
+        quantizers: Mapping[str, Quantizer] | None = None,
     ) -> ModelBundle:
         """Denoiser, text encoders by name, VAE; each read when first used.
 
-        dtype: of what stays frozen; learning: of each part that learns, by name.
+        dtype: of what stays frozen; learning: of each part that learns, by name; quantizers: of each part that has one.
         """
 
     @abstractmethod
@@ -172,13 +178,38 @@ class ModelFamily(ABC):
     @abstractmethod
     def enable_gradient_checkpointing(self, part: str, module: nn.Module) -> None: ...
 
+    def unused_modules(self, part: str, module: nn.Module) -> tuple[nn.Module, ...]:
+        """What of a part nothing that is trained depends on: it gets no gradient, and stays as it is."""
+        return ()
+
+    def own_group(self, part: str, parameter: str, options: TrainOptions) -> tuple[str, float] | None:
+        """Log name and learning rate of a parameter that has a rate of its own in full fine-tuning; 0 leaves it as it is."""
+        return None
+
+    def head_widths(self, options: TrainOptions) -> Sequence[int]:
+        """Widths of the denoiser's attention heads, from headers alone; none where the family does not know them."""
+        return ()
+
+    def swap_division(self, options: TrainOptions) -> SwapDivision | None:
+        """How `--blocks_to_swap` divides among the denoiser's blocks, from headers alone: the groups of its `block_groups()`.
+        None for families whose denoiser is not a `Denoiser`."""
+        return None
+
     @abstractmethod
     def save_checkpoint(
-        self, bundle: ModelBundle, path: Path, *, format: str, dtype: torch.dtype | None, metadata: Mapping[str, str]
+        self,
+        bundle: ModelBundle,
+        path: Path,
+        *,
+        format: str,
+        dtype: torch.dtype | None,
+        metadata: Mapping[str, str],
+        max_shard_size: int | None = None,
     ) -> None:
         """A full checkpoint under its published key names. format: safetensors, ckpt, diffusers or diffusers_safetensors.
 
-        Writes to `path` only (a file, or a folder for the diffusers formats); the caller makes that atomic.
+        Writes to `path` only (a file, or a folder for the diffusers formats and, with `max_shard_size`, for safetensors); the
+        caller makes that atomic. max_shard_size: most bytes of tensors in a file; larger parts become several.
         """
 
     @abstractmethod
@@ -204,6 +235,7 @@ class ModelFamily(ABC):
 
 FAMILIES: dict[str, str] = {
     "sd": "library.sd_train_utils:SdFamily",
+    "sdxl": "library.sdxl_train_utils:SdxlFamily",
     "flux": "library.flux_train_utils:FluxFamily",
 }
 """Family name -> where its class is. Read when asked for, so naming a family costs no import."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from library.attention import Attention
 from library.dit_layers import (
     Denoiser,
     MLPEmbedder,
@@ -19,7 +20,7 @@ from library.dit_layers import (
     QKNorm,
     RMSNorm,
     Rotation,
-    attention,
+    gated,
     layer_norm,
     modulate,
     rotary_embedding,
@@ -27,6 +28,7 @@ from library.dit_layers import (
     split_heads,
     timestep_embedding,
 )
+from library.offload_plan import SwapDivision
 
 TIME_WIDTH = 256
 
@@ -71,6 +73,11 @@ class FluxParams:
         """Modulation vectors of all blocks and the last layer: 344 in the published Chroma."""
         return 3 * self.num_single_blocks + 12 * self.num_double_blocks + 2
 
+    @property
+    def swap_division(self) -> SwapDivision:
+        counts = ("double blocks", self.num_double_blocks), ("single blocks", self.num_single_blocks)
+        return SwapDivision(counts, divide_swapped)
+
     @classmethod
     def of(cls, shapes: Mapping[str, tuple[int, ...]]) -> FluxParams:
         """Sizes from tensor shapes under original names. Raises `KeyError` when a tensor is missing."""
@@ -92,6 +99,11 @@ class FluxParams:
             guidance_embed="guidance_in.in_layer.weight" in shapes,
             approximator=approximator,
         )
+
+
+def divide_swapped(number: int) -> tuple[int, int]:
+    """(double, single) blocks that sd-scripts swaps for `--blocks_to_swap number`: two single ones weigh about a double one."""
+    return number // 2, 2 * (number - number // 2)
 
 
 def _count(shapes: Mapping[str, tuple[int, ...]], prefix: str) -> int:
@@ -136,18 +148,18 @@ class DoubleStreamBlock(nn.Module):
         self.txt_attn = SelfAttention(width, params.num_heads)
         self.txt_mlp = _mlp(width, params.mlp_width)
 
-    def forward(self, img: Tensor, txt: Tensor, vec: Tensor, rotation: Rotation, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """img [B, L, D], txt [B, M, D]; vec: FLUX's embedding [B, D], or Chroma's vectors [B, 12, D]; mask [B, M+L]."""
+    def forward(self, img: Tensor, txt: Tensor, vec: Tensor, rotation: Rotation, attend: Attention) -> tuple[Tensor, Tensor]:
+        """img [B, L, D], txt [B, M, D]; vec: FLUX's embedding [B, D], or Chroma's vectors [B, 12, D]."""
         i, j = (vectors.split(1, dim=1) for vectors in self._vectors(vec))  # shift, scale, gate, twice; each [B, 1, D]
         img_heads = self.img_attn.heads(modulate(self.img_norm1(img), i[0], i[1]))
         txt_heads = self.txt_attn.heads(modulate(self.txt_norm1(txt), j[0], j[1]))
         q, k, v = (torch.cat(pair, dim=2) for pair in zip(txt_heads, img_heads, strict=True))  # [B, H, M+L, K]
-        out = attention(rotate(q, rotation), rotate(k, rotation), v, mask)
+        out = attend(rotate(q, rotation), rotate(k, rotation), v)
         txt_out, img_out = out.split([txt.shape[1], img.shape[1]], dim=1)
-        img = img + i[2] * self.img_attn.proj(img_out)
-        img = img + i[5] * self.img_mlp(modulate(self.img_norm2(img), i[3], i[4]))
-        txt = txt + j[2] * self.txt_attn.proj(txt_out)
-        txt = txt + j[5] * self.txt_mlp(modulate(self.txt_norm2(txt), j[3], j[4]))
+        img = gated(img, i[2], self.img_attn.proj(img_out))
+        img = gated(img, i[5], self.img_mlp(modulate(self.img_norm2(img), i[3], i[4])))
+        txt = gated(txt, j[2], self.txt_attn.proj(txt_out))
+        txt = gated(txt, j[5], self.txt_mlp(modulate(self.txt_norm2(txt), j[3], j[4])))
         return img, txt
 
     def _vectors(self, vec: Tensor) -> Sequence[Tensor]:
@@ -171,14 +183,14 @@ class SingleStreamBlock(nn.Module):
         self.pre_norm = layer_norm(width)
         self.modulation = Modulation(width, 3) if params.approximator is None else None
 
-    def forward(self, x: Tensor, vec: Tensor, rotation: Rotation, mask: Tensor | None) -> Tensor:
-        """x [B, M+L, D]; vec: FLUX's embedding [B, D], or Chroma's vectors [B, 3, D]; mask [B, M+L]."""
+    def forward(self, x: Tensor, vec: Tensor, rotation: Rotation, attend: Attention) -> Tensor:
+        """x [B, M+L, D]; vec: FLUX's embedding [B, D], or Chroma's vectors [B, 3, D]."""
         shift, scale, gate = (vec if self.modulation is None else self.modulation(vec)).split(1, dim=1)
         qkv, hidden = self.linear1(modulate(self.pre_norm(x), shift, scale)).split(self.widths, dim=-1)
         q, k, v = split_heads(qkv, self.num_heads)
         q, k = self.norm(q, k)
-        out = attention(rotate(q, rotation), rotate(k, rotation), v, mask)
-        return x + gate * self.linear2(torch.cat([out, F.gelu(hidden, approximate="tanh")], dim=-1))
+        out = attend(rotate(q, rotation), rotate(k, rotation), v)
+        return gated(x, gate, self.linear2(torch.cat([out, F.gelu(hidden, approximate="tanh")], dim=-1)))
 
 
 class LastLayer(nn.Module):
@@ -246,8 +258,8 @@ class Flux(Denoiser):
         self.single_blocks = nn.ModuleList(SingleStreamBlock(params) for _ in range(params.num_single_blocks))
         self.final_layer = LastLayer(params)
 
-    def blocks(self) -> Sequence[nn.Module]:
-        return [*self.double_blocks, *self.single_blocks]
+    def block_groups(self) -> Sequence[Sequence[nn.Module]]:
+        return list(self.double_blocks), list(self.single_blocks)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -278,12 +290,13 @@ class Flux(Denoiser):
         mask = None
         if txt_mask is not None:
             mask = torch.cat([txt_mask.bool(), txt_mask.new_ones(batch, img.shape[1], dtype=torch.bool)], dim=1)
+        attend = Attention.of(self.attention_mode, mask)
         x, context = self.img_in(img), self.txt_in(txt)
         for block, vec in zip(self.double_blocks, vectors.of_double, strict=True):
-            x, context = self.run_block(block, x, context, vec, rotation, mask)
+            x, context = self.run_block(block, x, context, vec, rotation, attend)
         x = torch.cat([context, x], dim=1)  # [B, M+L, D]
         for block, vec in zip(self.single_blocks, vectors.of_single, strict=True):
-            x = self.run_block(block, x, vec, rotation, mask)
+            x = self.run_block(block, x, vec, rotation, attend)
         out: Tensor = self.final_layer(x[:, txt.shape[1] :], vectors.of_last)
         return out
 

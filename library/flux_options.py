@@ -10,6 +10,8 @@ from library.option_rules import Rule
 from library.options import opt
 
 TIME_SAMPLINGS = ("sigma", "uniform", "sigmoid", "shift", "flux_shift")
+SPLIT_MODE_BLOCKS = 18
+"""sd-scripts' number."""
 _NEVER_WORKED = "sd-scripts does not read it, either"
 
 
@@ -36,11 +38,20 @@ class FluxOptions(DitOptions):
         "additive, the same as raw",
         choices=("raw", "additive", "sigma_scaled"),
     )
-    split_mode: bool = opt(False, "split the model between devices", inert=f"{_NEVER_WORKED}; see --blocks_to_swap")
+    split_mode: bool = opt(False, f"the same as --blocks_to_swap {SPLIT_MODE_BLOCKS}, unless that is given")
+
+    @property
+    def swapped_blocks(self) -> int:
+        return SPLIT_MODE_BLOCKS if self.split_mode and self.blocks_to_swap is None else self.blocks_to_swap or 0
 
     several_text_encoders: ClassVar[bool] = True
     rules: ClassVar[tuple[Rule, ...]] = (
         *FLOW_RULES,
+        Rule(
+            lambda o: o.family.split_mode and o.family.blocks_to_swap is not None,
+            "--split_mode has no effect beside --blocks_to_swap {blocks_to_swap}.",
+            warning=True,
+        ),
         Rule(
             lambda o: o.model.vae is not None,
             "--vae {vae}: FLUX.1 and Chroma take their autoencoder as --ae.",
@@ -70,9 +81,12 @@ class FluxFullOptions(FluxOptions):
     """FLUX.1, fine-tuned whole."""
 
     mem_eff_save: bool = opt(False, "save tensor by tensor", inert="saving never copies the whole model")
-    blockwise_fused_optimizers: bool = opt(False, "update block by block during the backward pass", planned=True)
-    cpu_offload_checkpointing: bool = opt(False, "keep checkpointed activations in main memory", planned=True)
+    blockwise_fused_optimizers: bool = opt(False, "the same as --fused_backward_pass")
     fused_optimizer_groups: int | None = opt(None, "optimizers that parameters are divided among", inert=_NEVER_WORKED)
     double_blocks_to_swap: int | None = opt(None, "see --blocks_to_swap", inert=_NEVER_WORKED)
     single_blocks_to_swap: int | None = opt(None, "see --blocks_to_swap", inert=_NEVER_WORKED)
     skip_latents_validity_check: bool = opt(False, "see --skip_cache_check", inert=_NEVER_WORKED)
+
+    @property
+    def fused_backward(self) -> bool:
+        return self.blockwise_fused_optimizers

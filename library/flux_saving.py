@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from library.errors import UserError
 from library.flux_models import FluxParams
 from library.flux_utils import CLIP_L, FLUX_DIFFUSERS, T5XXL, FluxModel
 from library.model_parts import cast, write_config, write_json, write_tensors
+from library.sharding import write_whole
 
 FORMATS = ("safetensors", "ckpt", "diffusers", "diffusers_safetensors")
 
@@ -28,14 +29,23 @@ class FluxCheckpoint:
     transformer: nn.Module | None
     tokenizers: Mapping[str, Path]
 
-    def write(self, path: Path, *, format: str, dtype: torch.dtype | None, metadata: Mapping[str, str]) -> None:
+    def write(
+        self,
+        path: Path,
+        *,
+        format: str,
+        dtype: torch.dtype | None,
+        metadata: Mapping[str, str],
+        max_shard_size: int | None = None,
+    ) -> None:
         """A single file holds the transformer alone, as sd-scripts writes it. dtype None keeps what is there."""
         if format == "safetensors":
-            save_file(self.part("denoiser", dtype), path, metadata=dict(metadata))
+            write_whole(self.part("denoiser", dtype), path, metadata=metadata, max_shard_size=max_shard_size)
         elif format == "ckpt":
             torch.save({"state_dict": self.part("denoiser", dtype)}, path)
         elif format in FORMATS:
-            self.write_folder(path, safe=format == "diffusers_safetensors", dtype=dtype, metadata=metadata)
+            safe = format == "diffusers_safetensors"
+            self.write_folder(path, safe=safe, dtype=dtype, metadata=metadata, max_shard_size=max_shard_size)
         else:
             raise UserError(f"unknown format '{format}'. Known: {', '.join(FORMATS)}.")
 
@@ -48,12 +58,21 @@ class FluxCheckpoint:
             tensors = {key: component.tensor(key) for key in component.names()}
         return {key: cast(value, dtype).contiguous() for key, value in tensors.items()}
 
-    def write_folder(self, path: Path, *, safe: bool, dtype: torch.dtype | None, metadata: Mapping[str, str]) -> None:
+    def write_folder(
+        self,
+        path: Path,
+        *,
+        safe: bool,
+        dtype: torch.dtype | None,
+        metadata: Mapping[str, str],
+        max_shard_size: int | None = None,
+    ) -> None:
         path.mkdir(parents=True, exist_ok=True)
+        write = functools.partial(write_tensors, safe=safe, max_shard_size=max_shard_size)
         transformer = FLUX_DIFFUSERS.to_ours(self.part("denoiser", dtype))
         (path / "transformer").mkdir(exist_ok=True)
         write_json(path / "transformer" / "config.json", transformer_config(self.model.params))
-        write_tensors(transformer, path / "transformer" / "diffusion_pytorch_model", safe=safe, metadata=metadata)
+        write(transformer, path / "transformer" / "diffusion_pytorch_model", metadata=metadata)
         for name, folder in _folders(self.model).items():
             (path / folder).mkdir(exist_ok=True)
             component = self.model.parts[name]
@@ -62,7 +81,7 @@ class FluxCheckpoint:
             stem = "diffusion_pytorch_model"
             if name != "vae":
                 tensors, stem = component.key_map.to_theirs(tensors), "model" if safe else "pytorch_model"
-            write_tensors(tensors, path / folder / stem, safe=safe, metadata={})
+            write(tensors, path / folder / stem, metadata={})
         for name, source in self.tokenizers.items():
             shutil.copytree(source, path / _tokenizer_folder(self.model, name), dirs_exist_ok=True)
         write_json(path / "scheduler" / "scheduler_config.json", self._scheduler())

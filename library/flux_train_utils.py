@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
@@ -14,9 +15,13 @@ from library.clip_tokenizer import SD1_TOKENIZER, TokenizerKind, find_tokenizer,
 from library.family_base import LatentSpec, ModelBundle, ModelFamily, SampleRequest
 from library.flux_models import Flux, image_ids, pack, unpack
 from library.flux_saving import FluxCheckpoint
-from library.flux_utils import CLIP_L, TITLE, FluxModel, describe
+from library.flux_utils import CLIP_L, FLUX_LAYERS, TITLE, FluxModel, describe
+from library.memory_policy import read_to
 from library.model_parts import enable_encoder_checkpointing
-from library.objectives import RectifiedFlow, resolution_shift
+from library.objectives import RectifiedFlow, range_and_huber, resolution_shift
+from library.offload_plan import SwapDivision
+from library.quantization import LayerTable
+from library.quantized_layers import Quantizer
 from library.sampling import flow_levels, guided_pair, sample_flow
 from library.strategy_base import Strategies
 from library.strategy_flux import (
@@ -51,6 +56,7 @@ class FluxFamily(ModelFamily):
     title: ClassVar[str] = TITLE
     scripts: ClassVar[Mapping[str, str]] = {"network": "flux_train_network.py", "full": "flux_train.py"}
     arch: ClassVar[NetworkArch] = ARCH
+    quantized_layers: ClassVar[LayerTable] = FLUX_LAYERS
 
     # ---- facts -------------------------------------------------------------------------------------------------------
 
@@ -103,19 +109,18 @@ class FluxFamily(ModelFamily):
         device: torch.device,
         dtype: torch.dtype,
         learning: Mapping[str, torch.dtype] | None = None,
+        quantizers: Mapping[str, Quantizer] | None = None,
     ) -> ModelBundle:
         model = describe(options)
-        dtypes = {name: dtype for name in model.parts} | dict(learning or {})
+        dtypes, chosen = {name: dtype for name in model.parts} | dict(learning or {}), quantizers or {}
         if options.precision.no_half_vae:
             dtypes["vae"] = torch.float32
         loaders = {
-            name: (lambda part=part, kind=dtypes[name]: part.load(dtype=kind, device=device))
+            name: partial(part.load, dtype=dtypes[name], device=read_to(name, options, device), quantizer=chosen.get(name))
             for name, part in model.parts.items()
         }
         identity = {
-            name: f"{part.identity()}-{str(dtypes[name]).removeprefix('torch.')}"
-            for name, part in model.parts.items()
-            if name != "denoiser"
+            name: part.identity_as(dtypes[name], chosen.get(name)) for name, part in model.parts.items() if name != "denoiser"
         }
         return ModelBundle(
             loaders=loaders,
@@ -156,11 +161,16 @@ class FluxFamily(ModelFamily):
         else:
             enable_encoder_checkpointing(module)
 
+    def head_widths(self, options: TrainOptions) -> Sequence[int]:
+        return (describe(options).params.head_width,)
+
+    def swap_division(self, options: TrainOptions) -> SwapDivision:
+        return describe(options).params.swap_division
+
     # ---- steps -------------------------------------------------------------------------------------------------------
 
     def objective(self, options: TrainOptions) -> RectifiedFlow:
         flags: FluxOptions = options.family
-        noise, loss = options.noise, options.loss
         scaled = flags.model_prediction_type == "sigma_scaled"
         return RectifiedFlow(
             sampling=flags.timestep_sampling,
@@ -170,14 +180,10 @@ class FluxFamily(ModelFamily):
             logit_mean=flags.logit_mean,
             logit_std=flags.logit_std,
             mode_scale=flags.mode_scale,
-            min_timestep=noise.min_timestep or 0,
-            max_timestep=1000 if noise.max_timestep is None else noise.max_timestep,
             weighting=flags.weighting_scheme if scaled else "none",
             data_error=scaled,
-            loss_type=loss.loss_type,
-            huber_schedule=loss.huber_schedule,
-            huber_c=loss.huber_c,
-            huber_scale=loss.huber_scale,
+            loss_type=options.loss.loss_type,
+            **range_and_huber(options.noise, options.loss),
         )
 
     def predict(
@@ -222,13 +228,20 @@ class FluxFamily(ModelFamily):
     # ---- saving ------------------------------------------------------------------------------------------------------
 
     def save_checkpoint(
-        self, bundle: ModelBundle, path: Path, *, format: str, dtype: torch.dtype | None, metadata: Mapping[str, str]
+        self,
+        bundle: ModelBundle,
+        path: Path,
+        *,
+        format: str,
+        dtype: torch.dtype | None,
+        metadata: Mapping[str, str],
+        max_shard_size: int | None = None,
     ) -> None:
         FluxCheckpoint(
             model=bundle.facts["model"],
             transformer=bundle.denoiser if bundle.loaded("denoiser") else None,
             tokenizers=bundle.facts["tokenizers"],
-        ).write(path, format=format, dtype=dtype, metadata=metadata)
+        ).write(path, format=format, dtype=dtype, metadata=metadata, max_shard_size=max_shard_size)
 
 
 def _masks_text(model: FluxModel, flags: FluxOptions) -> bool:

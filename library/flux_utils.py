@@ -17,6 +17,7 @@ from library.key_layout import IDENTITY, SWAP_HALVES, KeyMap, Rule, key_map, nes
 from library.model_io import TensorSource, empty_module, find_model, open_checkpoint, open_component, read_json
 from library.model_parts import Component, stamp
 from library.model_signatures import detect_family, detect_folder, require_family
+from library.quantization import LayerTable
 from library.t5_parts import T5_NAMES, T5_OPTIONAL, T5_STACK_NAMES, make_t5, t5_config
 from library.vae_parts import open_vae
 
@@ -74,6 +75,14 @@ def flux_key_map(mlp_ratio: int = 4) -> KeyMap:
 
 FLUX_DIFFUSERS = flux_key_map()
 """The table of every published model; theirs is the original, ours the diffusers folder."""
+
+
+FLUX_LAYERS = LayerTable(
+    quantized=(r"(double|single)_blocks\..*",),
+    sensitive=(r".*(_mod|modulation)\.lin",),
+)
+"""Embeddings, the last layer and Chroma's approximator stay as they are. Modulation, a quarter of FLUX.1's weights, is left out
+by others (musubi-tuner), or is fp8 like the rest (sd-scripts)."""
 
 
 # ---- a model on disk -------------------------------------------------------------------------------------------------
@@ -252,9 +261,6 @@ def open_clip(path: Path, flag: str) -> Component:
 def open_t5(path: Path, flag: str) -> Component:
     """T5: a file with or without prefix, or a transformers folder."""
     source = open_component(path) if path.is_dir() else _text_tensors(path, T5XXL)
-    scaled = [key for key in source if key.endswith((".scale_weight", ".weight_scale"))]
-    if scaled:
-        raise UserError(f"{flag} {path} is scaled fp8 ({scaled[0]}), which is not read yet. Give the fp16 or bf16 file.")
     names = T5_NAMES if "shared.weight" in source else T5_STACK_NAMES
     if "encoder.block.0.layer.0.SelfAttention.q.weight" not in source:
         raise UserError(f"{flag} {path} has no T5 encoder in it{_is(source)}.")

@@ -164,6 +164,12 @@ class Crop:
         """As in cache files: sd-scripts takes the left edge of the mirrored picture to be bucket width - right."""
         return self.left, self.top, bucket[0] - (self.slack[0] - self.left), bucket[1] - (self.slack[1] - self.top)
 
+    @classmethod
+    def of_stored(cls, ltrb: Sequence[float], bucket: Size) -> Crop:
+        """What a cache file records, read the same way, whatever wrote it."""
+        left, top, right, bottom = (round(side) for side in ltrb)
+        return cls(left, top, (left + bucket[0] - right, top + bucket[1] - bottom))
+
 
 def choose_crop(placement: Placement, rng: Random | None = None) -> Crop:
     """The centre, or a place drawn from `rng`."""

@@ -51,7 +51,7 @@ FROM_OPTIONS: dict[str, str] = {
     "ss_full_fp16": "precision.full_fp16",
     "ss_fp8_base": "precision.fp8_base",
     "ss_fp8_base_unet": "network.fp8_base_unet",
-    "ss_gradient_checkpointing": "memory.gradient_checkpointing",
+    "ss_gradient_checkpointing": "memory.recomputes",
     "ss_gradient_accumulation_steps": "training.gradient_accumulation_steps",
     "ss_lowram": "memory.lowram",
     "ss_cache_latents": "cache.latents",
@@ -138,6 +138,8 @@ def network_metadata(
         "ss_v2": facts.v2,
         "ss_base_model_version": facts.base_model_version,
     }
+    if options.precision.quantize_base:
+        values["ss_quantize_base"] = options.precision.quantize_base
     if facts.network_args:
         values["ss_network_args"] = json.dumps(dict(facts.network_args))
     metadata = {key: as_text(value) for key, value in values.items()}

@@ -23,7 +23,9 @@ import torch
 from torch import Tensor, nn
 
 from library.errors import UserError
-from library.key_layout import KeyMap, Rule
+from library.key_layout import RENAME, KeyMap, Origin, Rule
+from library.quantization import E4M3, StoredWeight, as_grid, dequantize
+from library.quantized_layers import Quantizer, quantize
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -52,6 +54,9 @@ INERT_GLOBALS = ("pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
 """Classes that published checkpoints name beside their weights, as keys of a table nobody reads. They are read as an empty
 class of ours, so nothing of theirs is imported or run."""
 
+SCALE_SUFFIXES = (".scale_weight", ".weight_scale")
+SCALED_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8)
+_BESIDE_SCALES = (".scale_input", ".input_scale", ".comfy_quant", "scaled_fp8")
 _MAX_HEADER = 100 * 2**20  # safetensors' own limit
 _PIECE = 2**16  # elements read at a time while casting; larger pieces fragment the heap
 _SHARD = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.\w+)")
@@ -90,19 +95,27 @@ class TensorEntry:
         if self.stride is not None and span:
             span = 1 + sum((size - 1) * step for size, step in zip(self.shape, self.stride, strict=True))
         flat = torch.empty(span, dtype=target)
-        with self.file.open("rb") as stream:
-            stream.seek(self.start + self.offset * self.dtype.itemsize)
-            if target == self.dtype:
-                self._fill(stream, flat)
-            else:
-                piece = torch.empty(min(span, _PIECE), dtype=self.dtype)
-                for begin in range(0, span, _PIECE):
-                    part = flat[begin : begin + _PIECE]
-                    self._fill(stream, piece[: len(part)])
-                    part.copy_(piece[: len(part)])
+        if type(flat) is Tensor:  # not so in `memory_tracker.simulated`, where tensors have no memory to read into
+            self._read_into(flat)
         if self.stride is None:
             return flat.view(self.shape)
         return flat.as_strided(self.shape, self.stride).contiguous()
+
+    def _read_into(self, flat: Tensor) -> None:
+        with self.file.open("rb") as stream:
+            stream.seek(self.start + self.offset * self.dtype.itemsize)
+            if flat.dtype == self.dtype:
+                self._fill(stream, flat)
+                return
+            piece = torch.empty(min(len(flat), _PIECE), dtype=self.dtype)
+            for begin in range(0, len(flat), _PIECE):
+                part = flat[begin : begin + _PIECE]
+                self._fill(stream, piece[: len(part)])
+                part.copy_(piece[: len(part)])
+
+    def as_fp8(self) -> StoredWeight | None:
+        """The tensor as it is in the file with its scale, where the file has it in e4m3; None otherwise."""
+        return StoredWeight(self.read().flatten(1), torch.ones(1, 1)) if self.dtype == E4M3 and len(self.shape) > 1 else None
 
     def _fill(self, stream: BufferedReader, flat: Tensor) -> None:
         view = memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]
@@ -136,8 +149,46 @@ class JoinedEntry(TensorEntry):
         assert self.rule is not None
         return self.rule.join([part.read(dtype) for part in self.parts])
 
+    def as_fp8(self) -> StoredWeight | None:
+        """None: the parts may have scales of their own."""
+        return None
+
     def sample(self, count: int = 256) -> bytes:
         return b"".join(part.sample(count) for part in self.parts)
+
+
+@dataclass(frozen=True)
+class ScaledEntry(TensorEntry):
+    """A weight that the file has in 8 bits beside its scale. Read as what it stands for, in float32 unless told otherwise."""
+
+    stored: TensorEntry | None = None
+    scale: TensorEntry | None = None
+    scale_key: str = ""
+
+    @classmethod
+    def of(cls, stored: TensorEntry, scale: TensorEntry, scale_key: str) -> ScaledEntry:
+        return cls(stored.file, stored.start, torch.float32, stored.shape, stored=stored, scale=scale, scale_key=scale_key)
+
+    def _read_both(self) -> StoredWeight:
+        assert self.stored is not None and self.scale is not None
+        weight = self.stored.read().flatten(1)
+        grid = as_grid(self.scale.read(), weight.shape[0], weight.shape[1])
+        if grid is None:
+            raise UserError(
+                f"{self.file}: '{self.scale_key}' has shape {self.scale.shape}, which is no scale of a weight of shape "
+                f"{self.shape}. Give the fp16 or bf16 file."
+            )
+        return StoredWeight(weight, grid)
+
+    def read(self, dtype: torch.dtype | None = None) -> Tensor:
+        return dequantize(self._read_both(), self.shape, dtype or self.dtype)
+
+    def as_fp8(self) -> StoredWeight | None:
+        return self._read_both() if self.stored is not None and self.stored.dtype == E4M3 else None
+
+    def sample(self, count: int = 256) -> bytes:
+        assert self.stored is not None and self.scale is not None
+        return self.stored.sample(count) + self.scale.sample(count)
 
 
 @dataclass(frozen=True)
@@ -207,9 +258,13 @@ def count_indices(shapes: Shapes, pattern: str) -> int:
 def open_checkpoint(path: Path | str) -> TensorSource:
     """A .safetensors, .ckpt, .pt, .pth or .bin file, or any file of an N-of-M shard set.
 
-    Raises `UserError` for a missing, half-written, foreign or unsafe file.
+    Weights that the file has in 8 bits beside their scales are read as what they stand for. Raises `UserError` for a missing,
+    half-written, foreign or unsafe file.
     """
-    path = Path(path)
+    return _with_scales(_open_files(Path(path)))
+
+
+def _open_files(path: Path) -> TensorSource:
     shards = _shard_set(path)
     if len(shards) == 1:
         return _open_file(shards[0])
@@ -221,6 +276,23 @@ def open_checkpoint(path: Path | str) -> TensorSource:
             raise UserError(f"'{min(twice)}' is in more than one shard of {path}: the set is mixed up. Download it again.")
         entries.update(shard.entries)
     return TensorSource(path, entries, opened[0].metadata)
+
+
+def _with_scales(source: TensorSource) -> TensorSource:
+    """ComfyUI's scaled fp8 (`x.scale_weight`, or later `x.weight_scale`, beside `x.weight`) as one entry for each weight."""
+    entries = dict(source.entries)
+    found = False
+    for key, entry in source.entries.items():
+        for suffix in SCALE_SUFFIXES:
+            weight = f"{key.removesuffix(suffix)}.weight"
+            if key.endswith(suffix) and weight in entries and entries[weight].dtype in SCALED_DTYPES:
+                entries[weight] = ScaledEntry.of(source.entries[weight], entry, key)
+                del entries[key]
+                found = True
+    if not found:
+        return source
+    # ComfyUI's notes beside them: the kind of fp8, scales of activations
+    return replace(source, entries={key: entry for key, entry in entries.items() if not key.endswith(_BESIDE_SCALES)})
 
 
 def _shard_set(path: Path) -> list[Path]:
@@ -343,11 +415,15 @@ def load_into(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     optional: tuple[str, ...] = (),
+    quantizer: Quantizer | None = None,
 ) -> nn.Module:
     """Fill `module`, whose parameters are on the meta device, with `source`'s tensors; frozen and in eval mode.
 
     Strict: missing and unexpected keys, and shapes that differ, are one `UserError`. Names of `source` that match a
     pattern of `optional` may be there without being used. Returns `module`.
+
+    With a `quantizer`, each weight it takes is quantised on `device` as soon as it is read, from what the file has, never from
+    a rounded copy. Where fp8 is asked for, what is in fp8 already stays as it is.
     """
     origins, unknown = key_map.origins(source.keys())
     expected = module.state_dict()
@@ -357,20 +433,36 @@ def load_into(
     if missing or unexpected:
         listed = [f"{len(keys)} {kind}: {', '.join(keys[:8])}" for kind, keys in _kinds(missing, unexpected) if keys]
         raise UserError(f"{source.path} does not fit {type(module).__name__}. {'; '.join(listed)}.")
+    quantized = quantizer.replace_layers(module, dtype or torch.float32) if quantizer is not None else {}
     tensors: dict[str, Tensor] = {}
     for name, parameter in expected.items():
-        origin = origins[name]
-        tensor = origin.take(source.get(origin.key, dtype)).contiguous()
-        if tensor.shape != parameter.shape:
-            raise UserError(
-                f"{source.path}: '{origin.key}' has shape {tuple(tensor.shape)}, "
-                f"and {type(module).__name__} needs {tuple(parameter.shape)}."
-            )
-        if tensor.untyped_storage().nbytes() > tensor.nbytes:
-            tensor = tensor.clone()  # a part of a fused tensor, which would keep the whole of it in memory
-        tensors[name] = tensor.to(device)
+        read = functools.partial(_take, source, origins[name], parameter.shape, type(module).__name__)
+        if name in quantized:
+            layer, scheme = quantized[name]
+            assert quantizer is not None
+            kept = source.entries[origins[name].key].as_fp8() if quantizer.keeps_fp8 and _is_renamed(origins[name]) else None
+            weight = kept or quantize(read(None).to(quantizer.device or device), scheme, origins[name].key)
+            layer.fill(StoredWeight(*(part.to(device) for part in weight)), functools.partial(read, None))
+            tensors |= {f"{name.removesuffix('weight')}{kind}": buffer for kind, buffer in layer.named_buffers()}
+        else:
+            tensors[name] = read(dtype).to(device)
     module.load_state_dict(tensors, strict=True, assign=True)
     return module.to(device).requires_grad_(False).eval()
+
+
+def _take(source: TensorSource, origin: Origin, shape: torch.Size, owner: str, dtype: torch.dtype | None = None) -> Tensor:
+    """One tensor of a module of class `owner`, in memory of its own."""
+    tensor = origin.take(source.get(origin.key, dtype)).contiguous()
+    if tensor.shape != shape:
+        raise UserError(f"{source.path}: '{origin.key}' has shape {tuple(tensor.shape)}, and {owner} needs {tuple(shape)}.")
+    if tensor.untyped_storage().nbytes() > tensor.nbytes:
+        return tensor.clone()  # a part of a fused tensor, which would keep the whole of it in memory
+    return tensor
+
+
+def _is_renamed(origin: Origin) -> bool:
+    """Whether the tensor is the file's, under another name at most."""
+    return origin.rule.op is RENAME and len(origin.rule.parts) == 1
 
 
 def _kinds(missing: list[str], unexpected: list[str]) -> tuple[tuple[str, list[str]], ...]:
@@ -418,10 +510,18 @@ def find_model(name: str, flag: str, *, allow_patterns: tuple[str, ...] | None =
     """The local file or folder that `name` (given as `flag`) means, downloading a hub id's snapshot when it is one."""
     path = Path(name).expanduser()
     if path.exists():
-        return path
+        return _file_in(path)
     if not looks_like_hub_id(name):
         raise UserError(f"{flag}: no such file or folder: {name}. Give a file, a diffusers folder or a hub id (owner/name).")
     return download_snapshot(name, flag, allow_patterns=allow_patterns)
+
+
+def _file_in(path: Path) -> Path:
+    """Of a folder that holds nothing but a model saved with `--max_shard_size`, the (first) file; any other path as it is."""
+    if not path.is_dir() or any((path / name).exists() for name in ("model_index.json", "config.json")):
+        return path
+    found = [*path.glob("model.safetensors"), *path.glob("model-00001-of-*.safetensors")]
+    return found[0] if len(found) == 1 else path
 
 
 @functools.lru_cache(maxsize=16)
@@ -442,6 +542,9 @@ def download_snapshot(
         ) from error
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
         raise UserError(
-            f"{flag}: {name} is not a path here, is not in the hub's cache, and the hub cannot be reached. "
-            "Download it on a connected machine and give the path of the file or folder."
+            f"{flag}: {name} is not a path here, is not in the hub's cache, and the hub cannot be reached. Ways out:\n"
+            "  1. if it was meant as a path, correct it: nothing is there, seen from the current folder\n"
+            "  2. start once with a connection to the hub (and without HF_HUB_OFFLINE), which keeps the files for later\n"
+            f"  3. on a connected machine: hf download {name} --local-dir FOLDER; then give FOLDER here\n"
+            "  4. set HF_HOME to where the cache of an earlier download is"
         ) from error

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from library.key_layout import KeyMap, Origin
 from library.model_io import TensorSource, load_into
+from library.quantized_layers import Quantizer
+from library.sharding import write_weights
 
 
 @dataclass(frozen=True)
@@ -30,9 +31,17 @@ class Component:
     """Patterns of names that may be there without being used."""
     folder: Path | None = None
 
-    def load(self, *, dtype: torch.dtype, device: torch.device | str) -> nn.Module:
-        """The module, frozen, in eval mode."""
-        return load_into(self.make(self.config), self.source, self.key_map, dtype=dtype, device=device, optional=self.optional)
+    def load(self, *, dtype: torch.dtype, device: torch.device | str, quantizer: Quantizer | None = None) -> nn.Module:
+        """The module, frozen, in eval mode; the layers that `quantizer` takes in few bits."""
+        return load_into(
+            self.make(self.config),
+            self.source,
+            self.key_map,
+            dtype=dtype,
+            device=device,
+            optional=self.optional,
+            quantizer=quantizer,
+        )
 
     @functools.cached_property
     def _origins(self) -> Mapping[str, Origin]:
@@ -50,6 +59,11 @@ class Component:
     def identity(self) -> str:
         """Changes when the part's weights do, not when the file is moved."""
         return self.source.fingerprint()
+
+    def identity_as(self, dtype: torch.dtype, quantizer: Quantizer | None = None) -> str:
+        """Of the part as it is loaded: what it gives depends on that, too."""
+        quantized = f"-{quantizer.name}" if quantizer is not None else ""
+        return f"{self.identity()}-{str(dtype).removeprefix('torch.')}{quantized}"
 
 
 def stamp(path: Path | None) -> tuple[tuple[str, int, int], ...]:
@@ -90,10 +104,14 @@ def cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
 
 
-def write_tensors(tensors: Mapping[str, Tensor], stem: Path, *, safe: bool, metadata: Mapping[str, str]) -> None:
-    """One component's weights as diffusers and transformers read them: `{stem}.safetensors`, or else `{stem}.bin`."""
-    made = {key: value.contiguous() for key, value in tensors.items()}
-    if safe:
-        save_file(made, stem.with_suffix(".safetensors"), metadata={"format": "pt", **metadata})
-    else:
-        torch.save(made, stem.with_suffix(".bin"))
+def write_tensors(
+    tensors: Mapping[str, Tensor],
+    stem: Path,
+    *,
+    safe: bool,
+    metadata: Mapping[str, str],
+    max_shard_size: int | None = None,
+) -> None:
+    """One component's weights as diffusers and transformers read them: `{stem}.safetensors` or `.bin`, or shards of it."""
+    path = stem.with_suffix(".safetensors" if safe else ".bin")
+    write_weights(tensors, path, metadata={"format": "pt", **metadata}, max_shard_size=max_shard_size)

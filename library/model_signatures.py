@@ -78,6 +78,8 @@ SIGNATURES: tuple[Signature, ...] = (
 
 PIPELINES: dict[str, str] = {
     "StableDiffusionXLPipeline": "sdxl",
+    "StableDiffusionXLInpaintPipeline": "sdxl",
+    "StableDiffusionXLInstructPix2PixPipeline": "sdxl",
     "StableDiffusionXLImg2ImgPipeline": "sdxl_refiner",
     "StableDiffusionPipeline": "sd1",
     "StableDiffusion3Pipeline": "sd3",
@@ -120,6 +122,8 @@ def detect_folder(folder: Path) -> Detected | None:
     """What a diffusers folder is, from its model_index.json; None for a pipeline class that is not in `PIPELINES`."""
     name = read_json(folder / "model_index.json").get("_class_name", "")
     family = PIPELINES.get(name)
+    if family == "sdxl_refiner" and (folder / "text_encoder").is_dir():
+        family = "sdxl"  # the base model, saved from its image-to-image pipeline: the refiner has the second encoder alone
     if family is None:
         return None
     signature = _BY_FAMILY[family]

@@ -8,10 +8,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from library.option_groups import LossOptions, NoiseOptions
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,17 @@ class Objective(Protocol):
     def huber_threshold(self, t: Tensor) -> Tensor:
         """[B], the threshold c of the Huber losses under the configured schedule."""
         ...
+
+
+def range_and_huber(noise: NoiseOptions, loss: LossOptions) -> dict[str, Any]:
+    """The settings that every objective has, as its arguments: the range of times, and the Huber losses' threshold."""
+    return {
+        "min_timestep": noise.min_timestep or 0,
+        "max_timestep": 1000 if noise.max_timestep is None else noise.max_timestep,
+        "huber_schedule": loss.huber_schedule,
+        "huber_c": loss.huber_c,
+        "huber_scale": loss.huber_scale,
+    }
 
 
 def zero_terminal_snr_betas(betas: Tensor) -> Tensor:

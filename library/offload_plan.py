@@ -11,11 +11,13 @@ and every load has the computing time of slots - 1 blocks to hide behind. That i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
 from library.errors import UserError
+
+FLAG = "--blocks_to_swap"
 
 
 class Pass(Enum):
@@ -45,7 +47,7 @@ class RingPlan:
         if not 0 <= self.num_swapped <= most:
             raise UserError(
                 f"cannot swap {self.num_swapped} blocks: {self.name} has {self.num_blocks} blocks, of which 0 to {most} can be "
-                f"swapped (one computes while the next one arrives). Set --blocks_to_swap accordingly."
+                f"swapped (one computes while the next one arrives). Set {FLAG} accordingly."
             )
 
     @property
@@ -88,3 +90,37 @@ class RingPlan:
     def host_size(self, block_sizes: Sequence[int]) -> int:
         """Bytes in main memory: every block that does not stay on the device."""
         return sum(size for block, size in enumerate(block_sizes) if self.streams(block))
+
+
+@dataclass(frozen=True)
+class SwapDivision:
+    """The groups of equal blocks of one network, in order of use, and how `--blocks_to_swap` divides among them."""
+
+    counts: tuple[tuple[str, int], ...]
+    """(name in messages, number of blocks) of each group."""
+    divide: Callable[[int], tuple[int, ...]] = lambda number: (number,)
+    """The user's number -> how many blocks of each group are swapped; none of them falls as the number grows."""
+
+    @property
+    def largest(self) -> int:
+        """The largest number there can be."""
+        number = 0
+        while sum(self.divide(number)) < sum(count for _, count in self.counts) and self._fits(number + 1):
+            number += 1
+        return number
+
+    def _fits(self, number: int) -> bool:
+        shares = zip(self.counts, self.divide(number), strict=True)
+        return all(share <= max_swappable(count) for (_, count), share in shares)
+
+    def plans(self, number: int) -> tuple[RingPlan, ...]:
+        """One for each group. Raises `UserError`, with the largest number there can be, when `number` is above it."""
+        shares = self.divide(number)
+        if self._fits(number):
+            return tuple(RingPlan(count, share, name) for (name, count), share in zip(self.counts, shares, strict=True))
+        most = self.largest
+        has = " and ".join(f"{count} {name}" for name, count in self.counts)
+        raise UserError(
+            f"{FLAG} {number} would swap {' and '.join(map(str, shares))} of this model's {has}, and two of each have to stay: "
+            f"one computes while the next one arrives. {f'Use {most} at most.' if most else f'Leave {FLAG} out.'}"
+        )

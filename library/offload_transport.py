@@ -119,12 +119,16 @@ def physical_memory() -> int:
     return total
 
 
+def local_processes() -> int:
+    """Of this run, on this machine."""
+    return max(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)
+
+
 class PinnedBudget:
     """How much memory this process may pin: None for its share of half the physical memory."""
 
     def __init__(self, limit: int | None = None) -> None:
-        processes = max(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)
-        self.limit = int(physical_memory() * PINNED_SHARE) // processes if limit is None else limit
+        self.limit = int(physical_memory() * PINNED_SHARE) // local_processes() if limit is None else limit
         self.used = 0
         self.refused = 0
         """Bytes that were not pinned, because of the limit or because the system would not."""
@@ -146,7 +150,7 @@ class PinnedBudget:
             self._warned = True
             logger.warning(
                 "%.1f GiB of %s are in pageable memory (%.1f GiB are pinned; the limit is %.1f GiB): their copies run at about "
-                "half the speed and hold up the computing. Swap fewer blocks, or allow more pinned memory",
+                "half the speed and hold up the computing. Swap fewer blocks, or raise --pinned_memory_limit",
                 self.refused / 2**30,
                 what,
                 self.used / 2**30,

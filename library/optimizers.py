@@ -6,6 +6,7 @@ import ast
 import importlib
 import inspect
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from library.option_groups import OptimizerOptions
+    from library.separate_steps import SeparateSteps
 
 logger = logging.getLogger(__name__)
 
@@ -94,6 +96,10 @@ OPTIMIZERS: dict[str, OptimizerSource] = {
 
 FUSABLE = (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD)
 """Classes with a one-kernel step on CUDA: several times faster than the default for an adapter's many small tensors."""
+
+JOINT = frozenset({"lbfgs", "sam", "gsam", "wsam", "bsam", "looksam", "adahessian", "ranger21", "lomo", "adalomo"})
+"""Lower-cased names of classes whose step of a parameter depends on the others, or that run the model again; beside those that
+estimate the rate."""
 
 
 def parse_literals(assignments: Sequence[str], flag: str) -> dict[str, Any]:
@@ -210,6 +216,11 @@ def _estimates_rate(cls: type) -> bool:
     return cls.__name__.lower().startswith(("dadapt", "prodigy"))
 
 
+def steps_jointly(cls: type) -> bool:
+    """Whether optimizers of this class have to see all parameters at once."""
+    return _estimates_rate(cls) or any(base.__name__.lower() in JOINT for base in cls.__mro__)
+
+
 def describe_optimizer(options: OptimizerOptions) -> str:
     """`ss_optimizer`: `torch.optim.adamw.AdamW(weight_decay=0.1)`."""
     source = find_optimizer(options.name)
@@ -232,25 +243,43 @@ def group_rates(optimizer: Optimizer) -> dict[str, float]:
     return rates
 
 
-@dataclass
-class StandardUpdate:
-    """Weights are stepped after the whole backward pass, with the norm of all gradients together clipped."""
+def load_exactly(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
+    """`optimizer.load_state_dict`, with every tensor in the dtype it was saved in: torch makes them the parameter's, so that
+    what is kept in float32 beside a bf16 weight would be rounded."""
+    optimizer.load_state_dict(dict(state))
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for number, saved in state["state"].items():
+        loaded = optimizer.state[parameters[number]]
+        for key, value in saved.items():
+            if isinstance(value, torch.Tensor) and key in loaded and loaded[key].dtype != value.dtype:
+                loaded[key] = value.to(loaded[key].device, copy=True)
+
+
+class UpdateRule(ABC):
+    """When and how weights are stepped. The loop calls these in the order they stand here."""
 
     optimizer: Optimizer
-    """As `accelerator.prepare` gave it, so that the loss scaling of fp16 is undone and overflows are skipped."""
-    max_grad_norm: float
-    """0: no clipping."""
-    accelerator: Accelerator
-    norm: torch.Tensor | None = None
-    """Of the last step's gradients before clipping, on the device; None without clipping."""
 
+    def before_last_backward(self, step: int, num_images: int) -> None:
+        """Gradients are complete after the backward pass that comes now. `step`: updates made before this one; `num_images`:
+        of this process in this update."""
+        return
+
+    def after_backward(self, parameters: Sequence[nn.Parameter]) -> Sequence[nn.Parameter]:
+        """Those of `parameters` whose gradients the processes have to average before `step`. Some weights may be stepped here:
+        like `step`, it is called where weights and gradients are together (`BlockSwap.updating`)."""
+        return parameters
+
+    def watch(self, on_gradients: Callable[[], None]) -> None:
+        """Have `on_gradients` called when all gradients of an update are there, as they are stepped with."""
+        raise UserError(
+            "--fused_backward_pass frees gradients one by one, and ggpo_sigma and ggpo_beta in --network_args need those of a "
+            "layer together. Remove --fused_backward_pass."
+        )
+
+    @abstractmethod
     def step(self, parameters: Sequence[nn.Parameter]) -> bool:
-        """Clip, step, and clear the gradients. False when fp16 overflowed and nothing was stepped."""
-        if self.max_grad_norm > 0:
-            self.norm = self.accelerator.clip_grad_norm_(parameters, self.max_grad_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return not self.accelerator.optimizer_step_was_skipped
+        """Make the update and clear the gradients. False when fp16 overflowed and nothing was stepped."""
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -273,3 +302,40 @@ class StandardUpdate:
             with torch.no_grad():
                 for parameter, value in zip(parameters, before, strict=True):
                     parameter.copy_(value)
+
+
+@dataclass
+class StandardUpdate(UpdateRule):
+    """Weights are stepped after the whole backward pass, with the norm of all gradients together clipped."""
+
+    optimizer: Optimizer
+    """As `accelerator.prepare` gave it, so that the loss scaling of fp16 is undone and overflows are skipped."""
+    max_grad_norm: float
+    """0: no clipping."""
+    accelerator: Accelerator
+    steps: SeparateSteps | None = None
+    """For weights in bf16 that are stepped in float32, a portion at a time."""
+    norm: torch.Tensor | None = None
+    """Of the last step's gradients before clipping, on the device; None without clipping."""
+    on_gradients: Callable[[], None] | None = None
+
+    def watch(self, on_gradients: Callable[[], None]) -> None:
+        self.on_gradients = on_gradients
+
+    def before_last_backward(self, step: int, num_images: int) -> None:
+        if self.steps is not None:
+            self.steps.begin(step)
+
+    def step(self, parameters: Sequence[nn.Parameter]) -> bool:
+        if self.max_grad_norm > 0:
+            self.norm = self.accelerator.clip_grad_norm_(parameters, self.max_grad_norm)
+        elif self.on_gradients is not None:
+            self.accelerator.unscale_gradients()  # as clipping does
+        if self.on_gradients is not None:
+            self.on_gradients()
+        if self.steps is None:
+            self.optimizer.step()
+        else:
+            self.steps.step_all()
+        self.optimizer.zero_grad()
+        return not self.accelerator.optimizer_step_was_skipped

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from library.option_groups_attention import AttentionOptions
 from library.option_groups_data import CacheOptions, DataOptions
 from library.option_groups_output import (
     DeepSpeedOptions,
@@ -47,7 +48,23 @@ def steps_or_ratio(value: Any) -> int | float:
     return int(number)
 
 
-_ALWAYS_SDPA = "attention always runs through torch's scaled_dot_product_attention"
+SCHEME_NAMES = ("fp8", "fp8_raw", "int8", "nf4")
+
+
+_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+
+def byte_size(value: Any) -> int:
+    """A number of bytes: `5000000000`, `5GB` or `4.5GiB`."""
+    text = str(value).strip().upper()
+    unit = next((unit for unit in _UNITS if text.endswith(unit)), "")
+    try:
+        size = int(float(text.removesuffix(unit)) * _UNITS.get(unit, 1))
+    except (ValueError, OverflowError):
+        size = 0
+    if isinstance(value, bool) or size < 1:
+        raise ValueError(f"expected a size such as 5GB or 500MB, got {value!r}")
+    return size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,11 +86,33 @@ class PrecisionOptions:
     mixed_precision: str = opt("no", "format of the computation", choices=("no", "fp16", "bf16"))
     full_fp16: bool = opt(False, "keep learning weights and gradients in fp16, too", planned=True)
     full_bf16: bool = opt(False, "keep learning weights and gradients in bf16, too")
+    bf16_update: str = opt(
+        "stochastic",
+        "how bf16 weights take up steps: rounded stochastically; kahan, to the nearest with a bf16 remainder for each weight; "
+        "nearest, which loses small steps",
+        choices=("stochastic", "kahan", "nearest"),
+    )
     save_precision: str | None = opt(
         None, "format of saved weights; as trained unless given", choices=("float", "fp16", "bf16")
     )
     no_half_vae: bool = opt(False, "run the VAE in float32 even under mixed precision")
-    fp8_base: bool = opt(False, "keep the frozen base model in fp8", planned=True)
+    fp8_base: bool = opt(
+        False, "keep the frozen denoiser in fp8, as --quantize_base fp8, and text encoders whose outputs are not cached"
+    )
+    quantize_base: str | None = opt(
+        None,
+        "keep the frozen denoiser in 8 or 4 bits: fp8 (a scale for each 128x128 tile), fp8_raw (sd-scripts' plain cast), int8 "
+        "(a scale for each row), nf4",
+        choices=SCHEME_NAMES,
+    )
+    quantize_text_encoders: str | None = opt(
+        None, "the same for frozen text encoders, whether or not their outputs are cached", choices=SCHEME_NAMES
+    )
+    quantized_compute: str = opt(
+        "dequantize",
+        "how a quantised denoiser multiplies: in the format of the computation, or 8bit: faster, less exact",
+        choices=("dequantize", "8bit"),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,27 +120,20 @@ class MemoryOptions:
     """Trading speed against memory."""
 
     gradient_checkpointing: bool = opt(False, "recompute activations in the backward pass: less memory, about 30% slower")
+    cpu_offload_checkpointing: bool = opt(
+        False, "keep the denoiser's checkpointed activations in main memory; turns on --gradient_checkpointing"
+    )
+    pinned_memory_limit: float | None = opt(
+        None, "GiB of a machine's memory that may be pinned for swapping and offloading; half of it unless given", minimum=0
+    )
     lowram: bool = opt(False, "load weights straight onto the device", inert="every part is always loaded that way")
     highvram: bool = opt(False, "keep the device's cache between batches of caching", inert="the cache is never cleared there")
     vae_batch_size: int = opt(1, "pictures per batch while latents are cached", minimum=1)
 
-
-@dataclass(frozen=True, kw_only=True)
-class AttentionOptions:
-    """How attention is computed."""
-
-    xformers: bool = opt(False, "use xformers", inert=_ALWAYS_SDPA)
-    sdpa: bool = opt(False, "use torch's scaled_dot_product_attention; always on")
-    mem_eff_attn: bool = opt(False, "use memory-efficient attention", inert=_ALWAYS_SDPA)
-    torch_compile: bool = opt(False, "compile the denoiser", planned=True)
-    dynamo_backend: str = opt(
-        "inductor",
-        "compiler of --torch_compile",
-        choices=(
-            "no", "eager", "aot_eager", "inductor", "aot_ts_nvfuser", "nvprims_nvfuser", "cudagraphs", "ofi", "fx2trt",
-            "onnxrt", "tensort", "ipex", "tvm",
-        ),
-    )  # fmt: skip
+    @property
+    def recomputes(self) -> bool:
+        """Whether activations are computed again in the backward pass, through whichever flag."""
+        return self.gradient_checkpointing or self.cpu_offload_checkpointing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,7 +168,7 @@ class OptimizerOptions:
     max_grad_norm: float = opt(1.0, "clip the norm of all gradients to this; 0 does not clip", minimum=0)
     use_8bit_adam: bool = opt(False, "the same as --optimizer_type AdamW8bit")
     use_lion_optimizer: bool = opt(False, "the same as --optimizer_type Lion")
-    fused_backward_pass: bool = opt(False, "update each weight as soon as its gradient is known", planned=True)
+    fused_backward_pass: bool = opt(False, "step each weight as soon as its gradient is there, and free the gradient")
 
     @property
     def name(self) -> str:
@@ -219,8 +251,7 @@ class NetworkOptions:
     base_weights: tuple[str, ...] | None = opt(None, "network files merged into the base model before training")
     base_weights_multiplier: tuple[float, ...] | None = opt(None, "strength of each of --base_weights; 1 unless given")
     save_model_as: str = opt("safetensors", "format of saved networks", choices=("safetensors", "ckpt", "pt"))
-    fp8_base_unet: bool = opt(False, "keep the frozen denoiser in fp8, the text encoders not", planned=True)
-    cpu_offload_checkpointing: bool = opt(False, "keep checkpointed activations in main memory", planned=True)
+    fp8_base_unet: bool = opt(False, "keep the frozen denoiser in fp8, the text encoders not")
 
     @property
     def trains_text_encoder(self) -> bool:
@@ -240,14 +271,19 @@ class FullOptions:
     stop_text_encoder_training: int | None = opt(
         None, "train the text encoder for this many steps; -1 or 0 not at all", minimum=-1
     )
-    no_token_padding: bool = opt(False, "leave captions unpadded", planned=True)
+    no_token_padding: bool = opt(
+        False, "leave captions unpadded", inert="captions are always padded, as in sd-scripts since its version 0.9"
+    )
     save_model_as: str | None = opt(
         None,
         "format of saved models; the base model's unless given",
         choices=("ckpt", "safetensors", "diffusers", "diffusers_safetensors"),
     )
     use_safetensors: bool = opt(False, "save as safetensors where --save_model_as is not given")
-    diffusers_xformers: bool = opt(False, "use xformers through diffusers", inert=_ALWAYS_SDPA)
+    max_shard_size: int | None = opt(
+        None, "divide saved weights into files of at most this size, such as 5GB, in a folder with an index", type=byte_size
+    )
+    diffusers_xformers: bool = opt(False, "the same as --attn_mode xformers")
 
     @property
     def trains_text_encoder(self) -> bool:
@@ -303,9 +339,29 @@ class TrainOptions:
     """Names of the flags that were set, on the command line or in a file."""
 
     @property
+    def attention_modes(self) -> frozenset[str]:
+        """The attention back ends that flags name; more than one is a contradiction."""
+        return self.attention.chosen
+
+    @property
+    def attention_mode(self) -> str:
+        """The one that is used, a key of `ATTENTION_BACKENDS`."""
+        return min(self.attention_modes, default="sdpa")
+
+    @property
+    def denoiser_scheme(self) -> str | None:
+        """How the frozen denoiser is quantised, through whichever flag."""
+        return self.precision.quantize_base or ("fp8" if self.precision.fp8_base else None)
+
+    @property
     def log_name(self) -> str:
         """What TensorBoard and wandb call the run, unless `--log_tracker_name` does; sd-scripts' names."""
         return "network_train"
+
+    @property
+    def fused_backward(self) -> bool:
+        """Whether weights are stepped during the backward pass, through whichever flag."""
+        return self.optimizer.fused_backward_pass or self.family.fused_backward
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -314,12 +370,26 @@ class NetworkTrainOptions(TrainOptions):
 
     network: NetworkOptions = group(NetworkOptions)
 
+    @property
+    def denoiser_scheme(self) -> str | None:
+        return super().denoiser_scheme or ("fp8" if self.network.fp8_base_unet else None)
+
+    @property
+    def live_text_scheme(self) -> str | None:
+        """How text encoders are quantised whose outputs are not cached: sd-scripts reads them for the cache as they are."""
+        both = self.precision.fp8_base and not self.network.fp8_base_unet
+        return self.precision.quantize_text_encoders or (self.denoiser_scheme if both else None)
+
 
 @dataclass(frozen=True, kw_only=True)
 class FullTrainOptions(TrainOptions):
     """What the scripts that train the model itself take."""
 
     full: FullOptions = group(FullOptions)
+
+    @property
+    def attention_modes(self) -> frozenset[str]:
+        return self.attention.chosen | ({"xformers"} if self.full.diffusers_xformers else frozenset())
 
     @property
     def log_name(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,14 @@ def every_or_off(value: Any) -> int | None:
     if isinstance(number, bool) or not isinstance(number, int):
         raise ValueError(f"expected int, got {value!r}")
     return number if number > 0 else None
+
+
+def gibibytes(value: Any) -> float:
+    """`12GB`, `12GiB`, `12G` or `12`, all of which are 12 x 2^30 bytes, as makers of graphics cards count; `800MB`."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([GM])(?:i?B)?)?\s*", str(value), re.IGNORECASE)
+    if match is None or float(match[1]) == 0:
+        raise ValueError(f"expected an amount of memory such as 12GB or 800MB, got {value!r}")
+    return float(match[1]) / (1024 if (match[2] or "").upper() == "M" else 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +69,7 @@ class SamplingOptions:
     sample_at_first: bool = opt(False, "make previews before the first step, too")
     sample_sampler: str = opt(
         "ddim",
-        "sampler of previews",
+        "sampler of previews; lms needs the package scipy",
         choices=(
             "ddim", "pndm", "lms", "euler", "euler_a", "heun", "dpm_2", "dpm_2_a", "dpmsolver", "dpmsolver++", "dpmsingle",
             "k_lms", "k_euler", "k_euler_a", "k_dpm_2", "k_dpm_2_a",
@@ -143,3 +152,10 @@ class RunOptions:
     output_config: bool = opt(False, "write the options to --config_file and end", cli_only=True)
     print_config: bool = opt(False, "print the options as TOML and end", cli_only=True)
     debug: bool = opt(False, "show Python tracebacks of errors", cli_only=True)
+    plan: bool = opt(False, "print what the run would take, in memory and time, write it to plan.json, and end", cli_only=True)
+    auto_fit: bool = opt(
+        False, "choose checkpointing, swapping, offloading and, last, quantisation so that it fits", cli_only=True
+    )
+    auto_fit_memory: float | None = opt(
+        None, "memory --auto_fit may use, such as 12GB; what the device has free unless given", type=gibibytes, cli_only=True
+    )

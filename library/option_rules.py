@@ -18,6 +18,7 @@ from library.option_groups import (
     TrainingOptions,
     TrainOptions,
 )
+from library.option_groups_attention import ATTENTION_BACKENDS, BackendNeeds
 from library.options import flags_of, flat
 
 logger = logging.getLogger(__name__)
@@ -67,6 +68,68 @@ _PRECISION = (
     Rule(
         lambda o: o.precision.full_bf16 and o.precision.mixed_precision != "bf16",
         "--full_bf16 needs --mixed_precision bf16, which is '{mixed_precision}'.",
+    ),
+    Rule(
+        lambda o: "bf16_update" in o.explicit and not o.precision.full_bf16,
+        "--bf16_update {bf16_update} has no effect without --full_bf16: the weights learn in float32.",
+        warning=True,
+    ),
+)
+
+_QUANTIZED = (
+    Rule(
+        lambda o: o.denoiser_scheme is not None,
+        "--fp8_base and --quantize_base keep weights in few bits, which cannot learn, and full fine-tuning changes them all. "
+        "Train an adapter, or remove them (--quantize_text_encoders is for text encoders that stay frozen).",
+        scope=FullTrainOptions,
+    ),
+    Rule(
+        lambda o: o.precision.quantize_text_encoders is not None and o.full.trains_text_encoder,
+        "--quantize_text_encoders {quantize_text_encoders}: the text encoder is trained, and what is in few bits cannot learn. "
+        "Remove it, or add --no-train_text_encoder.",
+        scope=FullTrainOptions,
+    ),
+    Rule(
+        lambda o: (o.precision.fp8_base or o.network.fp8_base_unet) and not (o.denoiser_scheme or "").startswith("fp8"),
+        "--fp8_base and --fp8_base_unet say fp8, and --quantize_base says {quantize_base}. Give one of them.",
+        scope=NetworkTrainOptions,
+    ),
+    Rule(
+        lambda o: o.precision.quantized_compute == "8bit" and o.denoiser_scheme is None,
+        "--quantized_compute {quantized_compute} has no effect without --quantize_base: the denoiser is not quantised.",
+        warning=True,
+    ),
+    Rule(
+        lambda o: o.precision.quantized_compute == "8bit" and o.denoiser_scheme == "nf4",
+        "--quantized_compute 8bit: nf4 has no products of its own. Use int8 or fp8, or leave --quantized_compute out.",
+    ),
+)
+
+_FUSED = (
+    Rule(
+        lambda o: o.fused_backward and o.precision.mixed_precision == "fp16",
+        "--fused_backward_pass cannot be used with --mixed_precision fp16: its scaled gradients may overflow, and whether they "
+        "did is known after the weights were stepped. Use --mixed_precision bf16.",
+    ),
+    Rule(
+        lambda o: o.fused_backward and o.optimizer.max_grad_norm > 0,
+        "--fused_backward_pass: the norm of all gradients is not known when a weight is stepped, so each weight's gradient is "
+        "clipped to --max_grad_norm {max_grad_norm} alone. --max_grad_norm 0 does not clip.",
+        warning=True,
+    ),
+    Rule(
+        lambda o: o.fused_backward and o.training.gradient_accumulation_steps > 1,
+        "--fused_backward_pass saves little memory with --gradient_accumulation_steps {gradient_accumulation_steps}: the "
+        "gradients of all weights are held until the last batch of an update.",
+        warning=True,
+    ),
+)
+
+_MEMORY = (
+    Rule(
+        lambda o: o.memory.cpu_offload_checkpointing and not o.memory.gradient_checkpointing,
+        "--cpu_offload_checkpointing turns on --gradient_checkpointing: what is kept of a block then goes to main memory.",
+        warning=True,
     ),
 )
 
@@ -192,6 +255,36 @@ def _previews(o: TrainOptions) -> bool:
     return bool(o.sampling.sample_every_n_steps or o.sampling.sample_every_n_epochs or o.sampling.sample_at_first)
 
 
+def _needs(name: str, needs: BackendNeeds) -> tuple[Rule, ...]:
+    """What an attention back end has to have, as far as options and installed packages tell."""
+    chosen = f"attention by {name} (--attn_mode)"
+    return (
+        Rule(lambda o: o.attention_modes == {name} and not needs.learns, f"{chosen} has no backward pass. Use sdpa to train."),
+        Rule(
+            lambda o: o.attention_modes == {name} and needs.package != "" and importlib.util.find_spec(needs.package) is None,
+            f"{chosen} needs the package {needs.package} ({needs.install}). Install it, or use sdpa.",
+        ),
+        Rule(
+            lambda o: o.attention_modes == {name} and needs.half_only and o.precision.mixed_precision == "no",
+            f"{chosen} computes in fp16 and bf16, and --mixed_precision is '{{mixed_precision}}'. Use bf16, or sdpa.",
+        ),
+    )
+
+
+_ATTENTION = (
+    Rule(
+        lambda o: len(o.attention_modes) > 1,
+        "the flags of attention contradict each other: keep one of --attn_mode, --sdpa, --mem_eff_attn, --xformers and "
+        "--diffusers_xformers.",
+    ),
+    *(rule for name, needs in ATTENTION_BACKENDS.items() for rule in _needs(name, needs)),
+    Rule(
+        lambda o: o.attention.torch_compile and o.attention.compiler is None,
+        "--torch_compile has no effect with --dynamo_backend no.",
+        warning=True,
+    ),
+)
+
 _NETWORK = (
     Rule(
         lambda o: o.network.network_module is None,
@@ -247,7 +340,19 @@ _FULL = (
     ),
 )
 
-RULES: tuple[Rule, ...] = (*_MODEL_AND_OUTPUT, *_PRECISION, *_NOISE_AND_LOSS, *_DATA, *_RUN, *_NETWORK, *_FULL)
+RULES: tuple[Rule, ...] = (
+    *_MODEL_AND_OUTPUT,
+    *_PRECISION,
+    *_QUANTIZED,
+    *_ATTENTION,
+    *_MEMORY,
+    *_FUSED,
+    *_NOISE_AND_LOSS,
+    *_DATA,
+    *_RUN,
+    *_NETWORK,
+    *_FULL,
+)
 
 FILES = ("dataset_config", "in_json", "sample_prompts", "log_tracker_config", "network_weights", "base_weights")
 """Flags that name files which have to exist. Models, VAEs and tokenizers may be hub ids: the family looks at those."""

@@ -90,6 +90,21 @@ class NoFamilyOptions:
     several_text_encoders: ClassVar[bool] = False
     """Whether some text encoders may learn while the outputs of others are cached."""
 
+    def text_encoder_rates(self, shared: float | None) -> tuple[float | None, ...]:
+        """Learning rates of the text encoders in full fine-tuning, in the family's order; `shared`: the one given for all.
+        None stands for the default rate, 0 for one that does not learn."""
+        return () if shared is None else (shared,)
+
+    @property
+    def swapped_blocks(self) -> int:
+        """`--blocks_to_swap`, in families that have it."""
+        return 0
+
+    @property
+    def fused_backward(self) -> bool:
+        """Whether a flag of the family's own asks for weights to be stepped during the backward pass."""
+        return False
+
 
 @dataclass(frozen=True)
 class Flag:

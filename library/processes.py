@@ -29,6 +29,15 @@ class Processes:
         self._answers = LossLog()
         self._stop = False
 
+    def share(self, num_images: int) -> Tensor | None:
+        """This process's share of the images of all, a 0-d tensor; None on a single process."""
+        if self.count == 1:
+            return None
+        images = torch.full((), float(num_images), device=self.device)
+        everybody = images.clone()
+        torch.distributed.all_reduce(everybody)
+        return images / everybody
+
     def average(self, parameters: Sequence[nn.Parameter], loss: Tensor, num_images: int, *, stop: bool) -> Tensor:
         """Average the gradients in place; returns the loss, a 0-d tensor, over the images of all processes.
 
@@ -40,7 +49,7 @@ class Processes:
         images, asked = (torch.full((), float(value), device=self.device) for value in (num_images, stop))
         facts = torch.stack([loss.float() * images, images, asked])
         torch.distributed.all_reduce(facts)
-        _average_gradients(parameters, images / facts[1])
+        average_gradients(parameters, images / facts[1])
         for row in self._answers.push(0, 0, {"asked": facts[2]}):
             self._stop = row.values["asked"] > 0
         return facts[0] / facts[1]
@@ -52,7 +61,7 @@ class Processes:
         return self._stop
 
 
-def _average_gradients(parameters: Sequence[nn.Parameter], share: Tensor) -> None:
+def average_gradients(parameters: Sequence[nn.Parameter], share: Tensor) -> None:
     """Sum of every process's gradients, each times its `share` of the images.
 
     A learning parameter without a gradient here counts as zero, so that every process sends the same shapes. One that no
@@ -62,19 +71,20 @@ def _average_gradients(parameters: Sequence[nn.Parameter], share: Tensor) -> Non
         if parameter.requires_grad and parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
     for gradients in _buckets([p.grad for p in parameters if p.grad is not None]):
-        flat = torch.cat([gradient.flatten() for gradient in gradients]).mul_(share)
+        flat = torch.cat([gradient.flatten() for gradient in gradients]).to(share.device).mul_(share)
         torch.distributed.all_reduce(flat)
         for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
             gradient.copy_(mean.view_as(gradient))
 
 
 def _buckets(gradients: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Gradients of one dtype at a time, in portions of `BUCKET_ELEMENTS`."""
-    for dtype in sorted({gradient.dtype for gradient in gradients}, key=str):
+    """Gradients of one dtype and place (those of swapped blocks are in main memory) at a time, in portions of
+    `BUCKET_ELEMENTS`."""
+    for kind in sorted({(gradient.dtype, gradient.device) for gradient in gradients}, key=str):
         bucket: list[Tensor] = []
         size = 0
         for gradient in gradients:
-            if gradient.dtype != dtype:
+            if (gradient.dtype, gradient.device) != kind:
                 continue
             bucket.append(gradient)
             size += gradient.numel()

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
+from library.bf16_updates import drop_compensation
 from library.checkpoint import SavedState, changed_options, result_options
 from library.dataset import ImageDataset
 from library.errors import UserError
-from library.optimizers import find_optimizer
+from library.optimizers import find_optimizer, load_exactly
 from library.rng import key_to_seed
 from library.run_setup import RunLength
 
@@ -74,14 +75,18 @@ def check_resumable(saved: SavedState, now: dict[str, Any], length: RunLength, o
         logger.warning("not the run that was saved: %s; it goes on %s", change, holds)
 
 
-def restore_optimizer(optimizer: AcceleratedOptimizer, saved: SavedState) -> None:
+def restore_optimizer(optimizer: AcceleratedOptimizer, saved: SavedState, options: TrainOptions) -> None:
+    """The optimizer's state, however its weights were stepped and rounded in the saved run."""
+    inner = optimizer.optimizer
     try:
-        optimizer.load_state_dict(saved.optimizer)
+        load_exactly(inner, saved.optimizer)
     except (ValueError, KeyError, RuntimeError) as error:
         raise UserError(
             f"the optimizer's state in {saved.folder} does not fit this run ({error}). "
             "Resume with the flags about what learns, and at which rates, as they were."
         ) from error
+    if options.precision.bf16_update != "kahan":
+        drop_compensation(inner)
 
 
 def restore_schedule(scheduler: LRScheduler, saved: SavedState) -> None:

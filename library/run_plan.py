@@ -7,8 +7,11 @@ from typing import TYPE_CHECKING, Literal, cast
 
 import torch
 
+from library.errors import UserError
 from library.family_base import ModelBundle, ModelFamily
 from library.optimizers import LearningRates
+from library.quantization import TEXT_LAYERS
+from library.quantized_layers import Quantizer, check_eight_bit
 from library.run_setup import compute_dtype, learning_dtype
 from library.trainable import DENOISER, AdapterTrainable, FullTrainable, Trainable, merge_base_weights, split_pairs
 
@@ -37,6 +40,10 @@ class RunPlan(ABC):
     def check(self, family: ModelFamily) -> None:
         """Raise `UserError` for what can be known to be wrong without a model."""
 
+    @abstractmethod
+    def quantizers(self, family: ModelFamily, device: torch.device) -> dict[str, Quantizer]:
+        """How each part is kept that is not kept as it is. Raises `UserError` for what `family` or `device` cannot do."""
+
     def prepare(self, bundle: ModelBundle, family: ModelFamily) -> None:
         """Make the model the one that is trained on, before anything it gives is cached."""
         return
@@ -60,6 +67,10 @@ def _rates(learning_rate: float, unet: float | None, text: float | list[float] |
     return LearningRates(default=learning_rate, denoiser=unet, text_encoders=values)
 
 
+def _text_quantizer(scheme: str | None) -> Quantizer | None:
+    return None if scheme is None else Quantizer(scheme, TEXT_LAYERS)
+
+
 class NetworkPlan(RunPlan):
     """An adapter network on a model that stays frozen in the compute dtype."""
 
@@ -77,6 +88,24 @@ class NetworkPlan(RunPlan):
         denoiser = {DENOISER} if network.trains_denoiser else set()
         text = self._module(family).text_parts(family.arch.text_parts, self._arguments) if network.trains_text_encoder else ()
         return frozenset(denoiser | set(text))
+
+    def quantizers(self, family: ModelFamily, device: torch.device) -> dict[str, Quantizer]:
+        options = self.options
+        cached = set(family.arch.text_parts) - self.learning_parts(family) if options.cache.text_outputs else set()
+        always = _text_quantizer(options.precision.quantize_text_encoders)
+        live = _text_quantizer(options.live_text_scheme)
+        found = {part: always if part in cached else live for part in family.arch.text_parts}
+        return {part: quantizer for part, quantizer in found.items() if quantizer} | self._denoiser_quantizer(family, device)
+
+    def _denoiser_quantizer(self, family: ModelFamily, device: torch.device) -> dict[str, Quantizer]:
+        scheme, eight_bit = self.options.denoiser_scheme, self.options.precision.quantized_compute == "8bit"
+        if scheme is None:
+            return {}
+        if family.quantized_layers is None:
+            raise UserError(f"--quantize_base {scheme}: not implemented for {family.title} yet. Remove it and --fp8_base.")
+        if eight_bit:
+            check_eight_bit(scheme, device)
+        return {DENOISER: Quantizer(scheme, family.quantized_layers, eight_bit=eight_bit, device=device)}
 
     @property
     def _arguments(self) -> dict[str, str]:
@@ -104,25 +133,27 @@ class FullPlan(RunPlan):
 
     def __init__(self, options: FullTrainOptions) -> None:
         self.options = options
-        text = options.full.learning_rate_te
-        self.rates = _rates(options.optimizer.learning_rate, None, text)
+        text = options.family.text_encoder_rates(options.full.learning_rate_te)
+        self.rates = LearningRates(options.optimizer.learning_rate, None, text)
         self.frozen_dtype = compute_dtype(options.precision)
 
     def learning_dtypes(self, family: ModelFamily) -> dict[str, torch.dtype]:
         parts = {DENOISER}
         if self.options.full.trains_text_encoder:
-            parts |= set(family.arch.text_parts)
+            frozen = {part for part, rate in zip(family.arch.text_parts, self.rates.text_encoders, strict=False) if rate == 0}
+            parts |= set(family.arch.text_parts) - frozen
         return {part: learning_dtype(self.options.precision) for part in sorted(parts)}
 
     def learning_parts(self, family: ModelFamily) -> frozenset[str]:
         return frozenset(self.learning_dtypes(family))
 
+    def quantizers(self, family: ModelFamily, device: torch.device) -> dict[str, Quantizer]:
+        quantizer = _text_quantizer(self.options.precision.quantize_text_encoders)
+        frozen = set(family.arch.text_parts) - self.learning_parts(family)
+        return {part: quantizer for part in sorted(frozen)} if quantizer else {}
+
     def check(self, family: ModelFamily) -> None:
         """Nothing beyond the option rules."""
 
     def build(self, family: ModelFamily, bundle: ModelBundle, options: TrainOptions) -> Trainable:
-        parts = self.learning_dtypes(family)
-        if self.options.memory.gradient_checkpointing:
-            for part in parts:
-                family.enable_gradient_checkpointing(part, bundle.part(part))
-        return FullTrainable(family, bundle, parts, self.options)
+        return FullTrainable(family, bundle, self.learning_parts(family), self.options)

@@ -15,7 +15,6 @@ from torch import Tensor
 from library.checkpoint import (
     CheckpointPolicy,
     CheckpointWriter,
-    read_train_state,
     result_options,
     save_state,
     state_name,
@@ -75,11 +74,6 @@ class FileMetadata:
         return metadata | modelspec_metadata(options, self.facts, "LoRA")
 
 
-def recent_losses(resume: str | None) -> list[float]:
-    """Those `loss/average` goes on from, of the state that is resumed."""
-    return read_train_state(Path(resume)).get("recent_losses", []) if resume else []
-
-
 class RunWriter:
     """Everything written during one run of `trainer`. Files are the main process's work; previews are shared."""
 
@@ -98,7 +92,7 @@ class RunWriter:
             total_steps=trainer.length.total_updates,
             steps_per_epoch=trainer.length.updates_per_epoch,
             resume_step=trainer.state.step if options.state.resume else None,
-            recent_losses=recent_losses(options.state.resume),
+            recent_losses=trainer.recent_losses,
             name=options.log_name,
             config=result_options(options),
             enabled=self.is_main,
@@ -153,7 +147,7 @@ class RunWriter:
         self.tracker.flush()
         metadata = self.metadata.of_file()
         dtype = save_dtype(trainer.options.precision)
-        with trainer.update_rule.evaluating():
+        with trainer.evaluating():
             self.files.save_model(stem, lambda path: trainer.trainable.save(path, dtype=dtype, metadata=metadata))
         if with_state:
             self._save_state(stem)
@@ -184,7 +178,7 @@ class RunWriter:
         if not self.previews.due(trainer.state.step, epoch):
             return
         with ExitStack() as stack:
-            stack.enter_context(trainer.update_rule.evaluating())
+            stack.enter_context(trainer.evaluating())
             trainer.trainable.train(False)  # an adapter's dropout is not in the denoiser's modules
             stack.callback(trainer.trainable.train)
             self.previews.write(trainer.bundle, trainer.trainable.denoiser, step=trainer.state.step, epoch=epoch)

@@ -5,7 +5,6 @@ Shapes: B batch, C latent channels, h x w latent pixels, H x W pixels.
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import logging
 import time
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from library.checkpoint import atomic_write
 from library.errors import UserError, suggest
 from library.family_base import ModelBundle, ModelFamily, SampleRequest
+from library.lean_imports import diffusers_class
 from library.objectives import shift_time
 from library.prompts import PromptLine, parse_prompts
 from library.rng import key_to_seed
@@ -73,7 +73,7 @@ def _diffusers_class(name: str) -> tuple[type[Any], Mapping[str, Any]]:
     if found is None:
         raise UserError(f"unknown sampler '{name}'. Known: {', '.join(SCHEDULERS)}.{suggest(name, SCHEDULERS)}")
     class_name, arguments = found
-    cls = getattr(importlib.import_module("diffusers"), class_name)
+    cls = diffusers_class(class_name)
     if hasattr(cls, "_backends"):  # diffusers' stand-in for a class whose packages are not installed
         raise UserError(f"the sampler '{name}' needs a package that is not installed: pip install scipy. Or choose another.")
     return cls, arguments

@@ -127,6 +127,8 @@ class LatentsCachingStrategy(ABC):
     """Family part of the cache file's name: `{stem}_{W:04d}x{H:04d}_{suffix}.npz`, W x H the size of the original image."""
     multi_resolution: ClassVar[bool]
     """Whether sd-scripts appends `_{latH}x{latW}` to every key, so that one file holds several resolutions."""
+    nameless: ClassVar[bool] = False
+    """Whether sd-scripts once named the file `{stem}.npz`, and still reads it."""
 
     @abstractmethod
     def encode(self, vae: nn.Module, images: Tensor, seeds: Sequence[int]) -> Tensor:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
-from dataclasses import asdict
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,25 +19,28 @@ from torch import Tensor
 from library.batch import TrainBatch
 from library.caching import cache_latents, cache_text_outputs
 from library.checkpoint import SavedState, check_output, load_state
+from library.compiling import ComputePlan
 from library.dataset import TrainData, batches_per_rank, build_train_data, make_loader
 from library.errors import Interrupted, UserError
 from library.family_base import ModelBundle, ModelFamily
+from library.fused_update import check_update, make_update
 from library.interrupts import InterruptFlag
 from library.losses import element_loss, reduce_loss
+from library.memory_policy import MemoryPlan
 from library.noise import make_noise, perturb
 from library.objectives import Noised
-from library.optimizers import LearningRates, StandardUpdate, create_optimizer, describe_optimizer, group_rates
+from library.optimizers import LearningRates, create_optimizer, describe_optimizer, group_rates
 from library.processes import Processes
 from library.resume import check_resumable, restore_optimizer, restore_schedule, run_record
 from library.rng import StepRng, key_to_seed
-from library.run_plan import Mode, plan_of
+from library.run_plan import Mode, RunPlan, plan_of
 from library.run_setup import RunLength, TrainState, make_accelerator, seed_default_generators, with_seed
 from library.run_writer import RunWriter
 from library.sampling import PreviewWriter
 from library.schedulers import create_scheduler
 from library.strategy_base import Conditioning, Strategies
 from library.tracking import check_trackers
-from library.trainable import Trainable
+from library.trainable import DENOISER, Trainable
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -74,7 +77,10 @@ class Trainer:
         self.bundle = trainable.bundle
         self.latent = family.latent(options)
         self.objective = family.objective(options)
+        self.memory = trainable.memory
         self.state = TrainState()
+        self.recent_losses: list[float] = []
+        """Those `loss/average` goes on from, of the state that is resumed."""
         self.rng = StepRng(options.training.seed or 0, rank=accelerator.process_index)
         self.length = RunLength.of(options.training, batches_per_rank(data.train, accelerator.num_processes))
         self.record = run_record(options, self.length, accelerator.num_processes, data.train)
@@ -84,7 +90,9 @@ class Trainer:
         optimizer = create_optimizer(options.optimizer, groups)
         self.scheduler = create_scheduler(options.schedule, optimizer, self.length.total_updates)
         self.optimizer = accelerator.prepare(optimizer)
-        self.update_rule = StandardUpdate(self.optimizer, options.optimizer.max_grad_norm, accelerator)
+        self.update_rule = make_update(options, self.optimizer, accelerator, self.processes)
+        if trainable.on_gradients is not None:
+            self.update_rule.watch(trainable.on_gradients)
 
     # ---- one micro-batch -------------------------------------------------------------------------------------------
 
@@ -104,7 +112,7 @@ class Trainer:
         return reduce_loss(error, mask=batch.mask, weight=self.objective.weight(t) * batch.loss_weights)
 
     def predict(self, noised: Noised, t: Tensor, cond: Conditioning, batch: TrainBatch) -> Tensor:
-        with self.accelerator.autocast():
+        with self.accelerator.autocast(self.memory.autocast):
             return self.family.predict(self.trainable.denoiser, noised.x_t, t, cond, batch, self.options)
 
     def preserve_prior(self, noised: Noised, t: Tensor, cond: Conditioning, batch: TrainBatch) -> Tensor:
@@ -148,10 +156,15 @@ class Trainer:
             self.rng = self.rng.at(self.state.micro_step + offset)
             seed_default_generators(key_to_seed(self.rng.seed, self.rng.rank, self.rng.step, "default"), self.device)
             loss = self.loss(batch.to(self.device)) * (len(batch) / images)
+            if offset == len(group) - 1:
+                self.update_rule.before_last_backward(self.state.step, images)
             self.accelerator.backward(loss)
             total += loss.detach()
-        total = self.processes.average(self.parameters, total, images, stop=self.interrupt.requested)
-        if self.update_rule.step(self.parameters):
+        with self.memory.updating():
+            left = self.update_rule.after_backward(self.parameters)
+            total = self.processes.average(left, total, images, stop=self.interrupt.requested)
+            stepped = self.update_rule.step(self.parameters)
+        if stepped:
             self.scheduler.step()
         return {"loss": total, **self.trainable.after_step()}
 
@@ -190,6 +203,18 @@ class Trainer:
                     raise Interrupted(writer.interrupted())
         writer.finish()
 
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """The weights to save and preview with: see `UpdateRule.evaluating`."""
+        with self.memory.updating(), ExitStack() as stack:
+            stack.enter_context(self.update_rule.evaluating())
+            back = stack.pop_all()
+        try:
+            yield
+        finally:
+            with self.memory.updating():
+                back.close()
+
     def train_state(self) -> dict[str, Any]:
         """What `restore` needs beside the tensors, and what has to be the same when it is used."""
         return {**self.record, **asdict(self.state)}
@@ -197,44 +222,112 @@ class Trainer:
     def restore(self, saved: SavedState) -> None:
         """Continue from `saved`, which `check_resumable` has let pass. Raises `UserError` where its tensors do not fit."""
         self.trainable.load_state_dict(saved.trainable)
-        restore_optimizer(self.optimizer, saved)
+        with self.memory.updating():
+            restore_optimizer(self.optimizer, saved, self.options)
         restore_schedule(self.scheduler, saved)
         if self.accelerator.scaler is not None and saved.scaler is not None:
             self.accelerator.scaler.load_state_dict(saved.scaler)
         self.state = TrainState(**{key: saved.train_state[key] for key in asdict(self.state)})
+        self.recent_losses = saved.train_state.get("recent_losses", [])
 
 
 # ---- wiring ----------------------------------------------------------------------------------------------------------
 
 
-def build_trainer(family: ModelFamily, options: TrainOptions, mode: Mode) -> Trainer:
-    """Check everything, then data, model, caches and what learns, in this order: errors come before anything slow."""
-    plan = plan_of(options, mode)
-    plan.check(family)
+@dataclass(frozen=True)
+class PreparedRun:
+    """A run that has passed every check for which no weights are needed. Nothing of the model is loaded."""
+
+    family: ModelFamily
+    options: TrainOptions
+    mode: Mode
+    memory: MemoryPlan
+    compute: ComputePlan
+    saved: SavedState | None
+    accelerator: Accelerator
+    strategies: Strategies
+    data: TrainData
+
+    @property
+    def plan(self) -> RunPlan:
+        return plan_of(self.options, self.mode)
+
+    @property
+    def learning(self) -> frozenset[str]:
+        """Parts of the model whose outputs change as training goes on."""
+        return self.plan.learning_parts(self.family)
+
+    @property
+    def length(self) -> RunLength:
+        return RunLength.of(self.options.training, batches_per_rank(self.data.train, self.accelerator.num_processes))
+
+    def with_options(self, options: TrainOptions) -> PreparedRun:
+        """The same with other options, of which none concerns the data."""
+        device = self.accelerator.device
+        memory, compute = MemoryPlan.of(self.family, options, device), ComputePlan.of(self.family, options, device)
+        return replace(self, options=options, memory=memory, compute=compute)
+
+    def load(self) -> ModelBundle:
+        """The model that is trained on; its parts are read when they are first used."""
+        plan, device = self.plan, self.accelerator.device
+        learning = plan.learning_dtypes(self.family)
+        quantizers = plan.quantizers(self.family, device)
+        bundle = self.family.load(
+            self.options, device=device, dtype=plan.frozen_dtype, learning=learning, quantizers=quantizers
+        )
+        plan.prepare(bundle, self.family)
+        return bundle
+
+    def previews(self) -> PreviewWriter:
+        return make_previews(self.family, self.strategies, self.options, self.accelerator)
+
+    def assemble(self, bundle: ModelBundle, previews: PreviewWriter) -> Trainer:
+        """What learns, and the loop, on a model whose caches are filled."""
+        plan, family, options = self.plan, self.family, self.options
+        release_cached(self.data, bundle, self.learning)
+        trainable = plan.build(family, bundle, options)
+        self.compute.attach(bundle.denoiser)
+        trainable.memory = self.memory.attach(family, bundle, trainable.parts | {DENOISER})
+        return Trainer(family, trainable, self.data, self.strategies, options, self.accelerator, plan.rates, previews)
+
+
+def prepare_run(family: ModelFamily, options: TrainOptions, mode: Mode) -> PreparedRun:
+    """Check everything, then look at the data: errors come before anything slow."""
+    plan_of(options, mode).check(family)
     describe_optimizer(options.optimizer)
+    check_update(options)
     check_output(options.output)
     check_trackers(options.logging)
     PreviewWriter.check(options.sampling)
     family.check(options)
     saved = load_state(options.state.resume) if options.state.resume else None
     accelerator = make_accelerator(options)
+    memory = MemoryPlan.of(family, options, accelerator.device)
+    compute = ComputePlan.of(family, options, accelerator.device)
     options = with_seed(options, saved.train_state["seed"] if saved is not None and options.training.seed is None else None)
     strategies = family.strategies(options)
     data = build_train_data(options, family.latent(options), strategies, mode=mode)
+    prepared = PreparedRun(family, options, mode, memory, compute, saved, accelerator, strategies, data)
     if saved is not None:
-        length = RunLength.of(options.training, batches_per_rank(data.train, accelerator.num_processes))
-        check_resumable(saved, run_record(options, length, accelerator.num_processes, data.train), length, options)
-    dtypes, learning = plan.learning_dtypes(family), plan.learning_parts(family)
-    bundle = family.load(options, device=accelerator.device, dtype=plan.frozen_dtype, learning=dtypes)
-    plan.prepare(bundle, family)
-    fill_caches(data, strategies, bundle, options, accelerator, learning)
-    previews = make_previews(family, strategies, options, accelerator)
-    previews.encode_frozen(bundle, learning)
-    release_cached(data, bundle, learning)
-    trainable = plan.build(family, bundle, options)
-    trainer = Trainer(family, trainable, data, strategies, options, accelerator, plan.rates, previews)
-    if saved is not None:
-        trainer.restore(saved)
+        record = run_record(options, prepared.length, accelerator.num_processes, data.train)
+        check_resumable(saved, record, prepared.length, options)
+    return prepared
+
+
+def build_trainer(family: ModelFamily, options: TrainOptions, mode: Mode) -> Trainer:
+    """Everything checked, then data, model, caches and what learns, in this order."""
+    return finish_building(prepare_run(family, options, mode))
+
+
+def finish_building(prepared: PreparedRun) -> Trainer:
+    """Model, caches and what learns."""
+    bundle = prepared.load()
+    fill_caches(prepared.data, prepared.strategies, bundle, prepared.options, prepared.accelerator, prepared.learning)
+    previews = prepared.previews()
+    previews.encode_frozen(bundle, prepared.learning)
+    trainer = prepared.assemble(bundle, previews)
+    if prepared.saved is not None:
+        trainer.restore(prepared.saved)
     return trainer
 
 
@@ -283,8 +376,18 @@ def make_previews(
 
 
 def run(family: ModelFamily, options: TrainOptions, mode: Mode) -> None:
-    """One training run from its options to its last file."""
-    trainer = build_trainer(family, options, mode)
+    """One training run from its options to its last file; with --plan, what it would take."""
+    prepared = prepare_run(family, options, mode)
+    if options.run.auto_fit:
+        from library.auto_fit import fit_to_memory
+
+        prepared = prepared.with_options(fit_to_memory(prepared))
+    if options.run.plan:
+        from library.plan_report import write_plan
+
+        write_plan(prepared)
+        return
+    trainer = finish_building(prepared)
     trainer.fit(RunWriter(trainer))
 
 

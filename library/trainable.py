@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from library.errors import UserError
 from library.family_base import ModelBundle, ModelFamily
+from library.memory_policy import MemoryPolicy
 from library.model_io import open_checkpoint
 from library.optimizers import LearningRates, ParamGroup
 
@@ -33,6 +34,7 @@ class Trainable(ABC):
     bundle: ModelBundle
     parts: frozenset[str]
     """Parts of the bundle whose outputs change as training goes on; the others may be cached."""
+    memory: MemoryPolicy = MemoryPolicy()
 
     @property
     def denoiser(self) -> nn.Module:
@@ -73,6 +75,11 @@ class Trainable(ABC):
         """`network_multiplier` of the batch's data set."""
         if multiplier != 1:
             raise UserError(f"network_multiplier = {multiplier} in a data set has no meaning without a network. Remove it.")
+
+    @property
+    def on_gradients(self) -> Callable[[], None] | None:
+        """To be called when the gradients of an update are complete, averaged and clipped, before the weights are stepped."""
+        return None
 
     def after_step(self) -> dict[str, Tensor]:
         """Called after every update; returns tensors to log."""
@@ -155,16 +162,15 @@ class AdapterTrainable(Trainable):
 
     @classmethod
     def create(cls, family: ModelFamily, bundle: ModelBundle, options: NetworkTrainOptions) -> AdapterTrainable:
-        """The network made and attached, gradient checkpointing on where it is asked for."""
+        """The network made and attached."""
         from networks.external import load_network_module
 
         module = load_network_module(options.network.network_module or "").for_arch(family.arch)
         network = make_network(module, bundle, options.network, options.training.seed or 0)
+        for part in sorted(network.parts):
+            network.leave_untrained(family.unused_modules(part, bundle.part(part)))
         network.to(bundle.device, torch.bfloat16 if options.precision.full_bf16 else torch.float32)
         network.attach()
-        if options.memory.gradient_checkpointing:
-            for part in sorted(network.parts | {DENOISER}):
-                family.enable_gradient_checkpointing(part, bundle.part(part))
         return cls(bundle, network, options)
 
     def param_groups(self, rates: LearningRates) -> list[ParamGroup]:
@@ -203,6 +209,10 @@ class AdapterTrainable(Trainable):
         if multiplier != self.network.multiplier and not self._frozen:
             self.network.set_multiplier(multiplier)
 
+    @property
+    def on_gradients(self) -> Callable[[], None] | None:
+        return self.network.on_gradients
+
     def after_step(self) -> dict[str, Tensor]:
         return self.network.after_step(self.options.network.scale_weight_norms)
 
@@ -216,8 +226,15 @@ class FullTrainable(Trainable):
         self.options = options
         self.parts = frozenset(parts)
         self._stopped = False
+        if options.full.max_shard_size is not None and self.format == "ckpt":
+            raise UserError(
+                f"--max_shard_size {options.full.max_shard_size:,}: a ckpt is always one file. "
+                "Add --save_model_as safetensors, or remove --max_shard_size."
+            )
         for part in sorted(self.parts):
             bundle.part(part).requires_grad_(True).train()
+            for module in family.unused_modules(part, bundle.part(part)):
+                module.requires_grad_(False)
 
     def _named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         for part in sorted(self.parts):
@@ -225,11 +242,15 @@ class FullTrainable(Trainable):
                 yield f"{part}.{name}", parameter
 
     def param_groups(self, rates: LearningRates) -> list[ParamGroup]:
-        groups = []
-        for part, name, rate in self._rates(rates):
-            parameters = [p for p in self.bundle.part(part).parameters() if p.requires_grad]
-            groups.append(ParamGroup(name, parameters, rate))
-        return groups
+        groups: dict[str, ParamGroup] = {}
+        for part, part_name, part_rate in self._rates(rates):
+            for key, parameter in self.bundle.part(part).named_parameters():
+                name, rate = self.family.own_group(part, key, self.options) or (part_name, part_rate)
+                if name != part_name and rate == 0:
+                    parameter.requires_grad_(False)
+                if parameter.requires_grad:
+                    groups.setdefault(name, ParamGroup(name, [], rate)).params.append(parameter)
+        return list(groups.values())
 
     def _rates(self, rates: LearningRates) -> Iterator[tuple[str, str, float]]:
         """(part, log name, rate) of every learning part, the denoiser first."""
@@ -243,12 +264,13 @@ class FullTrainable(Trainable):
                 yield part, name, rates.default if rate is None else rate
 
     def state_dict(self) -> dict[str, Tensor]:
-        return {name: parameter.detach() for name, parameter in self._named_parameters()}
+        with self.memory.host_weights():
+            return {name: parameter.detach() for name, parameter in self._named_parameters()}
 
     def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
         own = dict(self._named_parameters())
         check_same_tensors(own, tensors)
-        with torch.no_grad():
+        with self.memory.host_weights(), torch.no_grad():
             for name, parameter in own.items():
                 parameter.copy_(tensors[name])
 
@@ -278,7 +300,17 @@ class FullTrainable(Trainable):
 
     @property
     def suffix(self) -> str:
+        if self.options.full.max_shard_size is not None:
+            return ""
         return {"safetensors": ".safetensors", "ckpt": ".ckpt"}.get(self.format, "")
 
     def save(self, path: Path, *, dtype: torch.dtype | None, metadata: Mapping[str, str]) -> None:
-        self.family.save_checkpoint(self.bundle, path, format=self.format, dtype=dtype, metadata=metadata)
+        with self.memory.host_weights():
+            self.family.save_checkpoint(
+                self.bundle,
+                path,
+                format=self.format,
+                dtype=dtype,
+                metadata=metadata,
+                max_shard_size=self.options.full.max_shard_size,
+            )

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from library.errors import UserError
 from library.key_layout import CONV_TO_LINEAR, IDENTITY, KeyMap, Rule, key_map, nested
+from library.lean_imports import diffusers_class
 from library.model_io import (
     Shapes,
     TensorSource,
@@ -91,9 +92,8 @@ def vae_config(shapes: Shapes, scale: float, shift: float | None = None) -> dict
 
 def make_vae(config: Mapping[str, Any]) -> nn.Module:
     """An AutoencoderKL without weights."""
-    from diffusers import AutoencoderKL
-
-    return empty_module(lambda: AutoencoderKL.from_config(dict(config)))
+    autoencoder = diffusers_class("AutoencoderKL")
+    return empty_module(lambda: autoencoder.from_config(dict(config)))
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------

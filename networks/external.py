@@ -7,9 +7,8 @@ import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +16,8 @@ from torch import Tensor, nn
 from library.errors import UserError, suggest
 from library.optimizers import LearningRates, ParamGroup
 from library.rng import key_to_seed
-from networks.network_files import by_layer, describe_family, read_weights, shorten
-from networks.network_interface import AdapterNetwork, text_encoder_rate
+from networks.network_files import by_layer, describe_family, shorten
+from networks.network_interface import AdapterNetwork, FileWeights, NetworkModule, NetworkRequest, text_encoder_rate
 from networks.network_targets import DENOISER, NetworkArch, infer_arch
 
 OUR_MODULES = ("networks.lora", "networks.lora_flux")
@@ -30,57 +29,6 @@ PIP_NAMES = {"lycoris": "lycoris-lora"}
 HIDDEN_CLASSES = {"lycoris": ("TimestepEmbedding",)}
 """Top-level package -> classes of a model's children it must not see. LyCORIS 4.1 lists TimestepEmbedding for another family
 and `time_embedding.linear_1` for Stable Diffusion, and stops because it finds the same layer twice."""
-
-
-class NetworkModule(Protocol):
-    """What makes networks. The calls are those of `network_base.NetworkFactory`, which says what the arguments are."""
-
-    @property
-    def name(self) -> str: ...
-
-    def for_arch(self, arch: NetworkArch) -> NetworkModule: ...
-
-    def text_parts(self, names: Sequence[str], kwargs: Mapping[str, Any]) -> tuple[str, ...]: ...
-
-    def create_network(
-        self,
-        multiplier: float,
-        network_dim: int | None,
-        network_alpha: float | None,
-        vae: object,
-        text_encoder: object,
-        unet: nn.Module | None,
-        neuron_dropout: float | None = None,
-        *,
-        init_seed: int = 0,
-        parts: Collection[str] | None = None,
-        **kwargs: Any,
-    ) -> AdapterNetwork: ...
-
-    def create_network_from_weights(
-        self,
-        multiplier: float,
-        file: str | Path | None,
-        vae: object,
-        text_encoder: object,
-        unet: nn.Module | None,
-        weights_sd: Mapping[str, Tensor] | None = None,
-        for_inference: bool = False,
-        *,
-        neuron_dropout: float | None = None,
-        init_seed: int = 0,
-        parts: Collection[str] | None = None,
-        **kwargs: Any,
-    ) -> tuple[AdapterNetwork, dict[str, Tensor]]: ...
-
-    def merge_weights(
-        self,
-        multiplier: float,
-        file: str | Path | None,
-        text_encoder: object,
-        unet: nn.Module | None,
-        weights_sd: Mapping[str, Tensor] | None = None,
-    ) -> None: ...
 
 
 def load_network_module(name: str) -> NetworkModule:
@@ -108,7 +56,7 @@ def load_network_module(name: str) -> NetworkModule:
 
 
 @dataclass(frozen=True)
-class ForeignModule:
+class ForeignModule(NetworkModule["ForeignNetwork"]):
     """A package's network module. Its networks start from `init_seed` and leave torch's global generator as it was."""
 
     module: ModuleType
@@ -128,97 +76,61 @@ class ForeignModule:
     def _model(self, text_encoder: object, unet: nn.Module | None) -> _Model:
         return _Model.of(self.arch, text_encoder, unet, hidden=HIDDEN_CLASSES.get(self.name.partition(".")[0], ()))
 
-    def create_network(
-        self,
-        multiplier: float,
-        network_dim: int | None,
-        network_alpha: float | None,
-        vae: object,
-        text_encoder: object,
-        unet: nn.Module | None,
-        neuron_dropout: float | None = None,
-        *,
-        init_seed: int = 0,
-        parts: Collection[str] | None = None,
-        **kwargs: Any,
-    ) -> ForeignNetwork:
-        """An untrained network. `neuron_dropout` is passed as `dropout` too, LyCORIS' name for it."""
-        kwargs.setdefault("dropout", neuron_dropout)
-        model = self._model(text_encoder, unet)
-        with _seeded(init_seed):
+    def make(self, request: NetworkRequest, dim: int | None, alpha: float | None) -> ForeignNetwork:
+        """The dropout is passed as `dropout` too, LyCORIS' name for it."""
+        given = {"dropout": request.dropout, **request.arguments}
+        model = self._model(request.text_encoder, request.unet)
+        with _seeded(request.init_seed):
             network = self.module.create_network(
-                multiplier, network_dim, network_alpha, vae, model.encoders, model.unet, neuron_dropout=neuron_dropout, **kwargs
+                request.multiplier,
+                dim,
+                alpha,
+                request.vae,
+                model.encoders,
+                model.unet,
+                neuron_dropout=request.dropout,
+                **given,
             )
-        return ForeignNetwork(network, model, parts, self, multiplier)
+        return ForeignNetwork(network, model, request.parts, self, request.multiplier)
 
-    def create_network_from_weights(
-        self,
-        multiplier: float,
-        file: str | Path | None,
-        vae: object,
-        text_encoder: object,
-        unet: nn.Module | None,
-        weights_sd: Mapping[str, Tensor] | None = None,
-        for_inference: bool = False,
-        *,
-        neuron_dropout: float | None = None,
-        init_seed: int = 0,
-        parts: Collection[str] | None = None,
-        **kwargs: Any,
-    ) -> tuple[ForeignNetwork, dict[str, Tensor]]:
-        """The network of a file, with its weights; and the file's tensors."""
-        tensors = dict(weights_sd) if weights_sd is not None else read_weights(file or "")
-        model = self._model(text_encoder, unet)
-        with _seeded(init_seed):
-            made = self._from_weights(model, multiplier, file, vae, tensors, for_inference, kwargs)
-        network = ForeignNetwork(made, model, parts, self, multiplier)
-        network.load_file_state_dict(tensors, Path(file).name if file else "the given weights", strict=False)
-        network.train(not for_inference)
-        return network, tensors
+    def make_from_weights(self, request: NetworkRequest, weights: FileWeights) -> ForeignNetwork:
+        model = self._model(request.text_encoder, request.unet)
+        with _seeded(request.init_seed):
+            made = self._from_weights(model, request, weights)
+        network = ForeignNetwork(made, model, request.parts, self, request.multiplier)
+        network.load_file_state_dict(weights.tensors, weights.source, strict=False)
+        return network
 
-    def _from_weights(
-        self,
-        model: _Model,
-        multiplier: float,
-        file: str | Path | None,
-        vae: object,
-        tensors: Mapping[str, Tensor],
-        for_inference: bool,
-        kwargs: Mapping[str, Any],
-    ) -> Any:
+    def _from_weights(self, model: _Model, request: NetworkRequest, weights: FileWeights) -> Any:
         create = getattr(self.module, "create_network_from_weights", None)
         if create is None:
             raise UserError(f"{self.name} cannot make a network from a file: do not use --dim_from_weights or --base_weights.")
-        path = None if file is None else str(file)
-        made = create(multiplier, path, vae, model.encoders, model.unet, tensors, for_inference, **kwargs)
+        path = None if weights.file is None else str(weights.file)
+        model_parts = (request.vae, model.encoders, model.unet)
+        made = create(request.multiplier, path, *model_parts, weights.tensors, request.for_inference, **request.arguments)
         return made[0] if isinstance(made, tuple) else made
 
     @torch.no_grad()
-    def merge_weights(
-        self,
-        multiplier: float,
-        file: str | Path | None,
-        text_encoder: object,
-        unet: nn.Module | None,
-        weights_sd: Mapping[str, Tensor] | None = None,
-    ) -> None:
-        """See `NetworkFactory.merge_weights`. Merged at 1 and scaled here, since not every module heeds its multiplier."""
-        tensors = dict(weights_sd) if weights_sd is not None else read_weights(file or "")
-        model = self._model(text_encoder, unet)
-        network = self._from_weights(model, 1.0, file, None, tensors, True, {})
+    def merge(self, request: NetworkRequest, weights: FileWeights) -> None:
+        """Merged at 1 and scaled here, since not every module heeds its multiplier."""
+        model = self._model(request.text_encoder, request.unet)
+        if any(hasattr(layer, "add_to_weight") for module in model.modules.values() for layer in module.modules()):
+            raise UserError(
+                f"{self.name} merges into whole weights, and this model's are quantised. Merge {weights.source} into the model "
+                "first, or leave --fp8_base and --quantize_base out."
+            )
+        network = self._from_weights(model, replace(request, multiplier=1.0), weights)
         if not hasattr(network, "merge_to"):
             raise UserError(f"{self.name} cannot merge its networks into the model: do not use --base_weights.")
         parameters = [parameter for module in model.modules.values() for parameter in module.parameters()]
         before = [parameter.clone() for parameter in parameters]
-        network.merge_to(model.encoders, model.unet, tensors, parameters[0].dtype, parameters[0].device)
+        network.merge_to(model.encoders, model.unet, weights.tensors, parameters[0].dtype, parameters[0].device)
         if all(torch.equal(parameter, old) for parameter, old in zip(parameters, before, strict=True)):
-            source = Path(file).name if file else "the given weights"
-            raise UserError(
-                f"{source} changes nothing in this model. It has {shorten(by_layer(tensors))}.{describe_family(tensors)}"
-            )
-        if multiplier != 1.0:
+            keys = shorten(by_layer(weights.tensors))
+            raise UserError(f"{weights.source} changes nothing in this model. It has {keys}.{describe_family(weights.tensors)}")
+        if request.multiplier != 1.0:
             for parameter, old in zip(parameters, before, strict=True):
-                parameter.copy_(torch.lerp(old.float(), parameter.float(), multiplier))
+                parameter.copy_(torch.lerp(old.float(), parameter.float(), request.multiplier))
 
 
 def wrap(

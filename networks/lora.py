@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,21 +12,47 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from library.errors import UserError
-from networks.network_args import NetworkArgs
+from networks.network_args import NUMBER, NetworkArgs, arg
 from networks.network_base import Adapter, Layer, LayerSize, bind
 from networks.network_files import ALGORITHM_SIGNS
+from networks.perturbation import Perturbation, disturbance, mean_row_norm
 
 Matrix = nn.Linear | nn.Conv2d
 DOWN, UP = "lora_down.weight", "lora_up.weight"
 
 
+@dataclass(frozen=True, kw_only=True)
+class LoRAArgs(NetworkArgs):
+    """Arguments of every network, and LoRA's own."""
+
+    ggpo_sigma: float | None = arg(NUMBER, "disturb weights in training by this times their norm (needs ggpo_beta); about 0.03")
+    ggpo_beta: float | None = arg(NUMBER, "and by this times their gradient's squared norm (needs ggpo_sigma); about 0.01")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        given = {"ggpo_sigma": self.ggpo_sigma, "ggpo_beta": self.ggpo_beta}
+        for name, value in given.items():
+            if value is not None and value < 0:
+                raise UserError(f"--network_args {name}={value}: a factor, at least 0.")
+        absent = [name for name, value in given.items() if value is None]
+        if len(absent) == 1:
+            raise UserError(f"--network_args has one of ggpo_sigma and ggpo_beta. Add {absent[0]}=0.01, for example.")
+
+    @property
+    def perturbation(self) -> Perturbation | None:
+        return None if self.ggpo_sigma is None or self.ggpo_beta is None else Perturbation(self.ggpo_sigma, self.ggpo_beta)
+
+
 class LoRA(Adapter):
     """`lora_down` maps to the rank (with a convolution's kernel, stride and padding), `lora_up` (1x1) to the output."""
 
+    arguments = LoRAArgs
     plus_parameters = frozenset({UP})
     lora_down: Matrix
     lora_up: Matrix
     alpha: Tensor
+    base_norm: Tensor
+    deviations: Tensor
     scale: float
     _alpha: float
 
@@ -43,6 +70,10 @@ class LoRA(Adapter):
         self.register_buffer("alpha", torch.tensor(float(size.alpha or size.rank)))
         self.register_load_state_dict_post_hook(_read_scale)
         _read_scale(self)
+        self.perturbation = args.perturbation if isinstance(args, LoRAArgs) else None
+        if self.perturbation is not None:
+            self.register_buffer("base_norm", mean_row_norm(base, layer.key), persistent=False)
+            self.register_buffer("deviations", torch.zeros(base.weight.shape[0]))  # saved: the next step depends on it
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LoRA:
         """`.to(dtype)` and the like: `alpha` stays exact in float32, so that a resumed run has the very same scale."""
@@ -51,6 +82,12 @@ class LoRA(Adapter):
         return self
 
     def delta(self, x: Tensor) -> Tensor:
+        own = self._low_rank(x)
+        if self.perturbation is None or not self.training:
+            return own
+        return own + disturbance(self.base, x, self.deviations)
+
+    def _low_rank(self, x: Tensor) -> Tensor:
         down, up = self.lora_down.weight.to(x.dtype), self.lora_up.weight.to(x.dtype)
         if isinstance(self.base, nn.Conv2d):
             hidden = F.conv2d(x, down, None, self.base.stride, self.base.padding, self.base.dilation)  # type: ignore[arg-type]
@@ -69,7 +106,10 @@ class LoRA(Adapter):
 
     def _pairs(self) -> list[tuple[Tensor, Tensor]]:
         """(up, down) of each part as float32 matrices."""
-        up, down = self.lora_up.weight.float().flatten(1), self.lora_down.weight.float().flatten(1)
+        return self._parts_of(self.lora_up.weight, self.lora_down.weight)
+
+    def _parts_of(self, up: Tensor, down: Tensor) -> list[tuple[Tensor, Tensor]]:
+        up, down = up.float().flatten(1), down.float().flatten(1)
         return list(zip(up.split(self.rows) if self.rows else (up,), down.chunk(self.num_parts), strict=True))
 
     @property
@@ -89,6 +129,19 @@ class LoRA(Adapter):
             kept = torch.rand(shape, device=hidden.device) >= self.rank_dropout
             hidden = hidden * kept.to(hidden.dtype) / (1 - self.rank_dropout)
         return hidden
+
+    @property
+    def watches_gradients(self) -> bool:
+        return self.perturbation is not None
+
+    @torch.no_grad()
+    def note_gradients(self) -> None:
+        """Gradients that overflowed, with which no step is made, change nothing."""
+        up, down = self.lora_up.weight.grad, self.lora_down.weight.grad
+        if self.perturbation is None or up is None or down is None:
+            return
+        found = self.perturbation.deviations(self._pairs(), self._parts_of(up, down), self.base_norm.float(), self.scale)
+        self.deviations.copy_(torch.where(found.isfinite().all(), found, self.deviations))
 
     def delta_weight(self) -> Tensor:
         product = torch.cat([up @ down for up, down in self._pairs()])
@@ -121,6 +174,7 @@ class LoRA(Adapter):
         """Of a split layer: one pair with a block-diagonal `up`, and `alpha` times the number of parts, so that every
         reader's alpha / rank is what was trained."""
         tensors = super().file_tensors()
+        tensors.pop("deviations", None)
         if self.rows:
             tensors[UP] = torch.block_diag(*tensors[UP].split(self.rows))
             tensors["alpha"] = tensors["alpha"] * self.num_parts
@@ -144,7 +198,7 @@ class LoRA(Adapter):
             spatial = isinstance(self.base, nn.Conv2d) and self.base.kernel_size != (1, 1)
             option = "conv_dim" if spatial else "--network_dim"
             raise UserError(f"rank mismatch: file {size.rank}, {option} {self.rank} ({source}). Use --dim_from_weights.")
-        state: dict[str, Any] = {"alpha": torch.tensor(size.alpha or size.rank)}
+        state = {**self.state_dict(), "alpha": torch.tensor(size.alpha or size.rank)}
         for name, own in ((DOWN, self.lora_down.weight), (UP, self.lora_up.weight)):
             given = tensors[name]
             if _without_ones(given) != _without_ones(own):  # a 1x1 convolution is often stored as a matrix, and back

@@ -30,8 +30,9 @@ ARCH = NetworkArch(
             prefix="lora_unet",
             containers=("Transformer2DModel",),
             conv_containers=("ResnetBlock2D", "Downsample2D", "Upsample2D"),
+            aliases=("unet",),
         ),
-        clip_targets("text_encoder", "lora_te"),
+        clip_targets("text_encoder", "lora_te", "text_encoder"),
     ),
     blocks=BlockTable(index=block_index, lead=0, down=12, mid=1, up=12, tail=0),
 )

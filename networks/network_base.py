@@ -10,7 +10,6 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -20,8 +19,8 @@ from library.errors import UserError
 from library.optimizers import LearningRates, ParamGroup
 from library.rng import keyed_generator
 from networks.network_args import SIZE_ARGS, ArchArgs, NetworkArgs, parse_network_args, split_args
-from networks.network_files import by_layer, describe_family, read_weights, shorten
-from networks.network_interface import AdapterNetwork, text_encoder_rate
+from networks.network_files import by_layer, describe_family, shorten, under_own_keys
+from networks.network_interface import AdapterNetwork, FileWeights, NetworkModule, NetworkRequest, text_encoder_rate
 from networks.network_targets import (
     DENOISER,
     BlockTable,
@@ -89,6 +88,15 @@ class Adapter(nn.Module, ABC):
     def size_in_file(cls, key: str, tensors: Mapping[str, Tensor]) -> LayerSize:
         """Rank and alpha of the layer `key` of a file. Raises `UserError` when another algorithm wrote it."""
 
+    @property
+    def watches_gradients(self) -> bool:
+        """Whether `note_gradients` has to be called."""
+        return False
+
+    def note_gradients(self) -> None:
+        """Called when the parameters' gradients are complete, before the weights are stepped."""
+        return
+
     def weight_norm(self) -> Tensor:
         """Frobenius norm of the adapter's weight at multiplier 1, a 0-d tensor."""
         return self.delta_weight().norm() / self.multiplier
@@ -129,6 +137,10 @@ class Adapter(nn.Module, ABC):
     @torch.no_grad()
     def merge_into_base(self) -> None:
         """Add the adapter to the base weight: computed in float32, stored in the base's dtype."""
+        merge = getattr(self.base, "add_to_weight", None)
+        if merge is not None:  # a quantised layer, whose `weight` is a copy
+            merge(self.delta_weight)
+            return
         weight = self.base.weight
         if not weight.is_floating_point() or weight.dtype.itemsize < 2:
             raise UserError(f"cannot merge {self.key} into a {weight.dtype} weight. Load the base model in fp16, bf16 or fp32.")
@@ -149,6 +161,8 @@ class LayerNetwork(AdapterNetwork):
         super().__init__({layer.part for layer in layers})
         self.arch, self.args, self.arch_args = arch, args, arch_args
         self._part_of = {layer.key: layer.part for layer in layers}
+        self._alias_of = {alias: layer.key for layer in layers for alias in layer.aliases}
+        self._untrained: frozenset[str] = frozenset()
         for adapter in adapters:
             self.add_module(adapter.key, adapter)
 
@@ -178,6 +192,10 @@ class LayerNetwork(AdapterNetwork):
                 del self._part_of[adapter.key]
         self.parts = frozenset(self._part_of.values())
 
+    def leave_untrained(self, modules: Collection[nn.Module]) -> None:
+        inside = {id(inner) for module in modules for inner in module.modules()}
+        self._untrained |= {adapter.key for adapter in self.adapters() if id(adapter.base) in inside}
+
     def param_groups(self, rates: LearningRates) -> list[ParamGroup]:
         groups: dict[str, ParamGroup] = {}
         self.requires_grad_(False)
@@ -188,7 +206,7 @@ class LayerNetwork(AdapterNetwork):
             for inner, parameter in adapter.named_parameters():
                 plus = ratio is not None and inner in adapter.plus_parameters
                 own_name, own_rate = (f"{name} plus", rate * (ratio or 0.0)) if plus else (name, rate)
-                if own_rate:
+                if own_rate and adapter.key not in self._untrained:
                     parameter.requires_grad_(True)
                     groups.setdefault(own_name, ParamGroup(own_name, [], own_rate)).params.append(parameter)
         if not groups:
@@ -210,6 +228,14 @@ class LayerNetwork(AdapterNetwork):
             return "unet", rate
         block = self.arch.blocks.of(key)
         return ("unet", rate) if block is None else (f"unet_block{block}", rate * block_weights[block])
+
+    @property
+    def on_gradients(self) -> Callable[[], None] | None:
+        return self._note_gradients if any(adapter.watches_gradients for adapter in self.adapters()) else None
+
+    def _note_gradients(self) -> None:
+        for adapter in self.adapters():
+            adapter.note_gradients()
 
     @torch.no_grad()
     def limit_norms(self, max_norm: float) -> dict[str, Tensor]:
@@ -236,7 +262,7 @@ class LayerNetwork(AdapterNetwork):
         }
 
     def load_file_state_dict(self, tensors: Mapping[str, Tensor], source: str, strict: bool = True) -> None:
-        file_layers = by_layer(tensors)
+        file_layers = under_own_keys(by_layer(tensors), self._alias_of, source)
         own = {adapter.key: adapter for adapter in self.adapters()}
         shared = [key for key in own if key in file_layers]
         if not shared:
@@ -272,14 +298,12 @@ def _no_match(source: str, found: Collection[str], wanted: Collection[str]) -> s
     )
 
 
-def _modules(
-    arch: NetworkArch, arch_args: ArchArgs, text_encoder: object, unet: nn.Module | None, parts: Collection[str] | None
-) -> dict[str, nn.Module]:
+def _modules(arch: NetworkArch, arch_args: ArchArgs, request: NetworkRequest) -> dict[str, nn.Module]:
     """The model parts that are adapted."""
     modules = {
         part: module
-        for part, module in arch.parts_of(text_encoder, unet).items()
-        if (parts is None or part in parts) and arch_args.learns(part)
+        for part, module in arch.parts_of(request.text_encoder, request.unet).items()
+        if (request.parts is None or part in request.parts) and arch_args.learns(part)
     }
     if not modules:
         raise UserError("no model part is left to adapt: both the denoiser and the text encoders are excluded.")
@@ -302,19 +326,14 @@ def _own_size(in_file: LayerSize, layer: Layer) -> LayerSize:
 
 
 @dataclass(frozen=True)
-class NetworkFactory:
-    """Makes networks of one algorithm; a trainer binds it to its family's table, otherwise the model's classes decide.
-
-    Arguments are sd-scripts'. `text_encoder`: a module, a list in table order, a dict by part name, or None. `parts`: adapt
-    only these of the given parts. `init_seed` and a layer's key decide its initial weights. A network is not attached yet.
-    """
+class NetworkFactory(NetworkModule[LayerNetwork]):
+    """Makes networks of one algorithm; a trainer binds it to its family's table, otherwise the model's classes decide."""
 
     algorithm: type[Adapter]
     arch: NetworkArch | None = None
 
     @property
     def name(self) -> str:
-        """For messages and metadata: `networks.lora`."""
         return self.algorithm.__module__
 
     def for_arch(self, arch: NetworkArch) -> NetworkFactory:
@@ -323,90 +342,43 @@ class NetworkFactory:
     def __call__(self, *args: Any, **kwargs: Any) -> LayerNetwork:
         return self.create_network(*args, **kwargs)
 
-    def create_network(
-        self,
-        multiplier: float,
-        network_dim: int | None,
-        network_alpha: float | None,
-        vae: object,
-        text_encoder: object,
-        unet: nn.Module | None,
-        neuron_dropout: float | None = None,
-        *,
-        init_seed: int = 0,
-        parts: Collection[str] | None = None,
-        **kwargs: Any,
-    ) -> LayerNetwork:
-        """An untrained network, which changes nothing. Defaults are sd-scripts': dim 4, alpha 1 (0: the rank). `vae` is unused.
-
-        Raises `UserError` for unknown or wrong network arguments and for a table group that matches no layer.
-        """
-        arch = self.arch or infer_arch(text_encoder, unet)
-        args, arch_args = self.for_arch(arch).parse(kwargs, neuron_dropout)
-        dim = 4 if network_dim is None else network_dim
+    def make(self, request: NetworkRequest, dim: int | None, alpha: float | None) -> LayerNetwork:
+        arch = self.arch or infer_arch(request.text_encoder, request.unet)
+        args, arch_args = self.for_arch(arch).parse(request.arguments, request.dropout)
+        dim = 4 if dim is None else dim
         if dim < 1:
             raise UserError(f"--network_dim {dim}: a rank of at least 1 is needed.")
-        modules = _modules(arch, arch_args, text_encoder, unet, parts)
+        modules = _modules(arch, arch_args, request)
         layers = target_layers(arch, modules, spatial=args.adapts_spatial_convs, arch_args=arch_args)
-        alpha = 1.0 if network_alpha is None else network_alpha
-        sizes = plan_sizes(layers, arch, args, arch_args, dim=dim, alpha=alpha)
+        sizes = plan_sizes(layers, arch, args, arch_args, dim=dim, alpha=1.0 if alpha is None else alpha)
         if not sizes:
             raise UserError("every block's rank or learning rate factor is 0, so there is nothing to train.")
         layers = _split(arch, arch_args, [layer for layer in layers if layer.key in sizes])
-        return self._build(arch, args, arch_args, layers, sizes, multiplier, init_seed)
+        return self._build(arch, args, arch_args, layers, sizes, request)
 
-    def create_network_from_weights(
-        self,
-        multiplier: float,
-        file: str | Path | None,
-        vae: object,
-        text_encoder: object,
-        unet: nn.Module | None,
-        weights_sd: Mapping[str, Tensor] | None = None,
-        for_inference: bool = False,
-        *,
-        neuron_dropout: float | None = None,
-        init_seed: int = 0,
-        parts: Collection[str] | None = None,
-        **kwargs: Any,
-    ) -> tuple[LayerNetwork, dict[str, Tensor]]:
-        """The network of a file (or of its tensors `weights_sd`), with the file's layers, ranks, alphas and weights; and the
-        tensors. Layers are found by name anywhere in the model. `for_inference`: no dropout."""
-        arch = self.arch or infer_arch(text_encoder, unet)
-        args, arch_args = self.for_arch(arch).parse(kwargs, neuron_dropout)
-        tensors = dict(weights_sd) if weights_sd is not None else read_weights(file or "")
-        source = Path(file).name if file else "the given weights"
+    def make_from_weights(self, request: NetworkRequest, weights: FileWeights) -> LayerNetwork:
+        """With the file's layers, ranks, alphas and weights. Layers are found by name anywhere in the model."""
+        arch = self.arch or infer_arch(request.text_encoder, request.unet)
+        args, arch_args = self.for_arch(arch).parse(request.arguments, request.dropout)
         unused = [name for name in SIZE_ARGS if getattr(args, name) is not None]
         unused += [name for name in arch_args.size_args if getattr(arch_args, name) is not None]
         if unused:
-            logger.warning("network_args %s have no effect: ranks come from %s", ", ".join(unused), source)
-        modules = _modules(arch, arch_args, text_encoder, unet, parts)
-        known = every_layer(arch, modules)
-        file_layers = by_layer(tensors)
+            logger.warning("network_args %s have no effect: ranks come from %s", ", ".join(unused), weights.source)
+        known = every_layer(arch, _modules(arch, arch_args, request))
+        aliases = {alias: key for key, layer in known.items() for alias in layer.aliases}
+        file_layers = under_own_keys(by_layer(weights.tensors), aliases, weights.source)
         matched = _split(arch, arch_args, [layer for key, layer in known.items() if key in file_layers])
         if not matched:
-            raise UserError(_no_match(source, file_layers, known))
+            raise UserError(_no_match(weights.source, file_layers, known))
         sizes = {
             layer.key: _own_size(self.algorithm.size_in_file(layer.key, file_layers[layer.key]), layer) for layer in matched
         }
-        network = self._build(arch, args, arch_args, matched, sizes, multiplier, init_seed)
-        network.load_file_state_dict(tensors, source)
-        network.train(not for_inference)
-        return network, tensors
+        network = self._build(arch, args, arch_args, matched, sizes, request)
+        network.load_file_state_dict(weights.tensors, weights.source)
+        return network
 
-    def merge_weights(
-        self,
-        multiplier: float,
-        file: str | Path | None,
-        text_encoder: object,
-        unet: nn.Module | None,
-        weights_sd: Mapping[str, Tensor] | None = None,
-    ) -> None:
-        """Add a file's network to the model's weights (`--base_weights`)."""
-        network, _ = self.create_network_from_weights(
-            multiplier, file, None, text_encoder, unet, weights_sd, for_inference=True
-        )
-        network.merge_into_base()
+    def merge(self, request: NetworkRequest, weights: FileWeights) -> None:
+        self.make_from_weights(request, weights).merge_into_base()
 
     def parse(self, kwargs: Mapping[str, Any], neuron_dropout: float | None = None) -> tuple[NetworkArgs, ArchArgs]:
         """`--network_args` for the algorithm and for the family; one dropout from the two names for it."""
@@ -421,7 +393,6 @@ class NetworkFactory:
         return replace(args, dropout=neuron_dropout), arch_args
 
     def text_parts(self, names: Sequence[str], kwargs: Mapping[str, Any]) -> tuple[str, ...]:
-        """Which of the text encoders `names` are adapted, where text encoders are."""
         arch_args = self.parse(kwargs)[1]
         return tuple(name for name in names if arch_args.learns(name))
 
@@ -432,14 +403,14 @@ class NetworkFactory:
         arch_args: ArchArgs,
         layers: Sequence[Layer],
         sizes: Mapping[str, LayerSize],
-        multiplier: float,
-        seed: int,
+        request: NetworkRequest,
     ) -> LayerNetwork:
         adapters = [
-            self.algorithm(layer, sizes[layer.key], args, keyed_generator("network", seed, layer.key)) for layer in layers
+            self.algorithm(layer, sizes[layer.key], args, keyed_generator("network", request.init_seed, layer.key))
+            for layer in layers
         ]
         network = LayerNetwork(arch, args, arch_args, layers, adapters)
-        network.set_multiplier(multiplier)
+        network.set_multiplier(request.multiplier)
         counts = {part: sum(layer.part == part for layer in layers) for part in dict.fromkeys(layer.part for layer in layers)}
         logger.info("%s: adapted layers: %s", self.name, ", ".join(f"{part} {count}" for part, count in counts.items()))
         return network

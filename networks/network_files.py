@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import pickle
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 
@@ -51,7 +54,10 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         raise UserError(f"network weights not found: {path}. Check --network_weights / --base_weights.")
     try:
         if path.suffix == ".safetensors":
-            return load_file(path)
+            with safe_open(path, "pt") as file:
+                settings = (file.metadata() or {}).get(_PEFT_SETTINGS)
+            loaded = load_file(path)
+            return _peft_alphas(loaded, settings) | loaded if settings else loaded
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
         raise UserError(
@@ -91,13 +97,55 @@ def weights_hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -
     }
 
 
+_DOTTED = re.compile(
+    r"(?P<layer>.+\..+)\.(?P<inner>lora_[AB](\.default)?\.weight|lora(_linear_layer\.|[._])(down|up)\.weight|alpha)"
+)
+_DOTTED_PREFIX = "base_model.model."
+_DOTTED_NAMES = {"lora_A": "lora_down", "lora_B": "lora_up", "lora.": "lora_", "lora_linear_layer.": "lora_"}
+_PEFT_SETTINGS = "lora_adapter_metadata"
+"""Where diffusers writes alphas and ranks, as JSON, into the metadata of a file in peft's names."""
+
+
 def by_layer(tensors: Mapping[str, Tensor]) -> LayerTensors:
-    """Flat file keys grouped by layer: the key's part before the first dot names the layer."""
+    """Flat file keys grouped by layer: what stands before the first dot, or the dotted path of peft's and diffusers' files."""
     layers: LayerTensors = {}
     for name, tensor in tensors.items():
-        layer, _, inner = name.partition(".")
+        dotted = _DOTTED.fullmatch(name)
+        if dotted is None:
+            layer, _, inner = name.partition(".")
+        else:
+            layer = dotted["layer"].removeprefix(_DOTTED_PREFIX)
+            inner = dotted["inner"].replace(".default", "")
+            for theirs, ours in _DOTTED_NAMES.items():
+                inner = inner.replace(theirs, ours)
         layers.setdefault(layer, {})[inner] = tensor
     return layers
+
+
+def under_own_keys(layers: LayerTensors, aliases: Mapping[str, str], source: str) -> LayerTensors:
+    """Layers under the family's own keys; `aliases` has the names other programs give them. Raises `UserError` naming `source`
+    for a layer that is there twice."""
+    renamed: LayerTensors = {}
+    for name, tensors in layers.items():
+        key = aliases.get(name, name)
+        if key in renamed:
+            raise UserError(f"{source} has the layer {key} twice, the second time as {name}. It is two files in one.")
+        renamed[key] = tensors
+    return renamed
+
+
+def _peft_alphas(tensors: Mapping[str, Tensor], settings: str) -> dict[str, Tensor]:
+    """`alpha` of each layer, from what diffusers wrote beside the weights. Raises ValueError for what is not its JSON."""
+    values: dict[str, Any] = json.loads(settings)
+    alphas = {}
+    for layer in by_layer(tensors):
+        part, _, path = layer.partition(".")
+        own = values.get(f"{part}.alpha_pattern") or {}
+        match = next((alpha for pattern, alpha in own.items() if re.fullmatch(rf"(.*\.)?{pattern}", path)), None)
+        alpha = values.get(f"{part}.lora_alpha") if match is None else match
+        if alpha is not None:
+            alphas[f"{layer}.alpha"] = torch.tensor(float(alpha))
+    return alphas
 
 
 def shorten(names: Iterable[str], shown: int = 3) -> str:

@@ -1,12 +1,13 @@
-"""What the loop and the tools know of an adapter network, ours or a foreign package's."""
+"""What the loop and the tools know of an adapter network and of what makes it, ours or a foreign package's."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from library.errors import UserError
 from library.optimizers import LearningRates, ParamGroup
 from networks.network_files import read_weights, write_weights
+from networks.network_targets import NetworkArch
 
 
 class AdapterNetwork(nn.Module, ABC):
@@ -59,6 +61,15 @@ class AdapterNetwork(nn.Module, ABC):
     @abstractmethod
     def param_groups(self, rates: LearningRates) -> list[ParamGroup]:
         """What learns, at which rate, named as sd-scripts logs it. A part whose rate is 0 is left out and frozen."""
+
+    @property
+    def on_gradients(self) -> Callable[[], None] | None:
+        """To be called when the gradients of an update are complete, averaged and clipped, before the weights are stepped."""
+        return None
+
+    def leave_untrained(self, modules: Collection[nn.Module]) -> None:
+        """Adapters of layers inside these modules stay as they are: nothing depends on them. They are in files all the same."""
+        return
 
     def after_step(self, max_norm: float | None) -> dict[str, Tensor]:
         """`--scale_weight_norms`: shrink adapters whose weight norm exceeds `max_norm`. Returns 0-d tensors to log."""
@@ -133,3 +144,130 @@ def text_encoder_rate(rates: LearningRates, part: str, text_parts: Sequence[str]
     index = text_parts.index(part)
     rate = given[index if len(given) > 1 else 0]
     return "textencoder" if len(text_parts) == 1 else f"textencoder{index + 1}", rates.default if rate is None else rate
+
+
+NetworkT = TypeVar("NetworkT", bound=AdapterNetwork)
+
+
+@dataclass(frozen=True)
+class NetworkRequest:
+    """The model a network is made for, and how."""
+
+    multiplier: float
+    vae: object
+    text_encoder: object
+    """A module, a list in table order, a dict by part name, or None."""
+    unet: nn.Module | None
+    dropout: float | None = None
+    """`--network_dropout`; `arguments` may hold it under its other name."""
+    init_seed: int = 0
+    """With a layer's key it decides the layer's initial weights."""
+    parts: Collection[str] | None = None
+    """Adapt only these of the given parts."""
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    """`--network_args`."""
+    for_inference: bool = False
+    """No dropout."""
+
+
+@dataclass(frozen=True)
+class FileWeights:
+    """The tensors of a network's file."""
+
+    file: str | Path | None
+    tensors: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, file: str | Path | None, tensors: Mapping[str, Tensor] | None) -> FileWeights:
+        """`tensors` where they are given, else those of `file`."""
+        return cls(file, dict(tensors) if tensors is not None else read_weights(file or ""))
+
+    @property
+    def source(self) -> str:
+        """For messages."""
+        return Path(self.file).name if self.file else "the given weights"
+
+
+class NetworkModule(ABC, Generic[NetworkT]):
+    """What makes networks. Its calls are sd-scripts', beside `init_seed` and `parts`. A network is not attached yet."""
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """For messages and metadata: `networks.lora`."""
+
+    @abstractmethod
+    def for_arch(self, arch: NetworkArch) -> NetworkModule[NetworkT]:
+        """The same module for the models of one family; otherwise the model's classes decide which it is."""
+
+    @abstractmethod
+    def text_parts(self, names: Sequence[str], kwargs: Mapping[str, Any]) -> tuple[str, ...]:
+        """Which of the text encoders `names` are adapted, where text encoders are."""
+
+    @abstractmethod
+    def make(self, request: NetworkRequest, dim: int | None, alpha: float | None) -> NetworkT:
+        """An untrained network, which changes nothing."""
+
+    @abstractmethod
+    def make_from_weights(self, request: NetworkRequest, weights: FileWeights) -> NetworkT:
+        """The network of a file, with its weights."""
+
+    @abstractmethod
+    def merge(self, request: NetworkRequest, weights: FileWeights) -> None:
+        """Add a file's network, at the request's multiplier, to the model's weights (`--base_weights`)."""
+
+    def create_network(
+        self,
+        multiplier: float,
+        network_dim: int | None,
+        network_alpha: float | None,
+        vae: object,
+        text_encoder: object,
+        unet: nn.Module | None,
+        neuron_dropout: float | None = None,
+        *,
+        init_seed: int = 0,
+        parts: Collection[str] | None = None,
+        **kwargs: Any,
+    ) -> NetworkT:
+        """See `make`; the arguments are those of `NetworkRequest`. Defaults are sd-scripts': dim 4, alpha 1 (0: the rank).
+
+        Raises `UserError` for unknown or wrong network arguments and for a table group that matches no layer.
+        """
+        request = NetworkRequest(multiplier, vae, text_encoder, unet, neuron_dropout, init_seed, parts, kwargs)
+        return self.make(request, network_dim, network_alpha)
+
+    def create_network_from_weights(
+        self,
+        multiplier: float,
+        file: str | Path | None,
+        vae: object,
+        text_encoder: object,
+        unet: nn.Module | None,
+        weights_sd: Mapping[str, Tensor] | None = None,
+        for_inference: bool = False,
+        *,
+        neuron_dropout: float | None = None,
+        init_seed: int = 0,
+        parts: Collection[str] | None = None,
+        **kwargs: Any,
+    ) -> tuple[NetworkT, dict[str, Tensor]]:
+        """The network of a file (or of its tensors `weights_sd`), and the tensors."""
+        weights = FileWeights.of(file, weights_sd)
+        model = (vae, text_encoder, unet)
+        request = NetworkRequest(multiplier, *model, neuron_dropout, init_seed, parts, kwargs, for_inference)
+        network = self.make_from_weights(request, weights)
+        network.train(not for_inference)
+        return network, weights.tensors
+
+    def merge_weights(
+        self,
+        multiplier: float,
+        file: str | Path | None,
+        text_encoder: object,
+        unet: nn.Module | None,
+        weights_sd: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """See `merge`."""
+        request = NetworkRequest(multiplier, None, text_encoder, unet, for_inference=True)
+        self.merge(request, FileWeights.of(file, weights_sd))

@@ -16,8 +16,12 @@ logger = logging.getLogger(__name__)
 
 DENOISER = "denoiser"
 
-KNOWN_ARCHS: dict[str, str] = {"sd": "networks.lora_sd:ARCH", "flux": "networks.lora_flux:ARCH"}
-"""Arch name -> where its table is; used only where nobody says which family the model belongs to."""
+KNOWN_ARCHS: dict[str, str] = {
+    "sdxl": "networks.lora_sdxl:ARCH",
+    "sd": "networks.lora_sd:ARCH",
+    "flux": "networks.lora_flux:ARCH",
+}
+"""Arch name -> where its table is; used only where nobody says which family the model belongs to. The first that fits."""
 
 
 def same_name(path: str) -> str:
@@ -38,13 +42,21 @@ class TargetGroup:
     """Class names searched as well when `conv_dim` is set."""
     canonical: Callable[[str], str] = field(default=same_name)
     """Module path in our class -> path in sd-scripts' class, which the file's keys spell."""
+    aliases: tuple[str, ...] = ()
+    """What diffusers and peft call the part: the first name of the dotted paths in their files."""
 
     def key(self, path: str) -> str:
         """The file's name of the layer at `path`."""
         return f"{self.prefix}_{self.canonical(path)}".replace(".", "_")
 
+    def other_names(self, path: str) -> tuple[str, ...]:
+        """Names of the same layer in other programs' files: diffusers' path in our form, and dotted paths."""
+        dotted = [f"{alias}.{spelt}" for alias in self.aliases for spelt in dict.fromkeys((path, self.canonical(path)))]
+        own = f"{self.prefix}_{path}".replace(".", "_")
+        return (*dotted, *([own] if own != self.key(path) else []))
+
     def holds(self, key: str) -> bool:
-        return key.startswith(f"{self.prefix}_")
+        return key.startswith((f"{self.prefix}_", *(f"{alias}." for alias in self.aliases)))
 
 
 def clip_text_name(path: str) -> str:
@@ -52,9 +64,10 @@ def clip_text_name(path: str) -> str:
     return path if path.startswith(("text_model.", "text_projection")) else f"text_model.{path}"
 
 
-def clip_targets(part: str, prefix: str) -> TargetGroup:
+def clip_targets(part: str, prefix: str, *aliases: str) -> TargetGroup:
     """A CLIP text encoder's attention and MLP layers."""
-    return TargetGroup(part, prefix, ("CLIPAttention", "CLIPSdpaAttention", "CLIPMLP"), canonical=clip_text_name)
+    containers = ("CLIPAttention", "CLIPSdpaAttention", "CLIPMLP")
+    return TargetGroup(part, prefix, containers, canonical=clip_text_name, aliases=aliases)
 
 
 @dataclass(frozen=True)
@@ -114,6 +127,8 @@ class Layer:
     module: nn.Linear | nn.Conv2d
     rows: tuple[int, ...] = ()
     """Output rows of the parts that get an adapter each; empty: one for the whole layer."""
+    aliases: tuple[str, ...] = ()
+    """Its names in other programs' files."""
 
     @property
     def is_spatial(self) -> bool:
@@ -136,6 +151,8 @@ class NetworkArch:
     """What `--network_args` may hold for this family beside the algorithm's own."""
     fused_rows: Callable[[Layer], tuple[int, ...]] = field(default=unfused)
     """Rows of the parts of a fused layer, such as q, k and v; empty for all others."""
+    marker: str = ""
+    """Module that tells the family's denoiser from others of the same class; none needed where empty."""
 
     @property
     def text_parts(self) -> tuple[str, ...]:
@@ -167,6 +184,8 @@ def infer_arch(text_encoder: object, unet: nn.Module | None) -> NetworkArch:
     for place in KNOWN_ARCHS.values():
         module_name, _, attribute = place.partition(":")
         arch: NetworkArch = getattr(importlib.import_module(module_name), attribute)
+        if arch.marker and not hasattr(unet, arch.marker):
+            continue
         if any(classes & set(g.containers) for g in arch.groups if (g.part == DENOISER) == (unet is not None)):
             return arch
     names = ", ".join(type(module).__name__ for module in modules)
@@ -176,7 +195,7 @@ def infer_arch(text_encoder: object, unet: nn.Module | None) -> NetworkArch:
 def _linear_and_conv(group: TargetGroup, root: nn.Module) -> Iterator[tuple[str, Layer]]:
     for path, module in root.named_modules():
         if isinstance(module, (nn.Linear, nn.Conv2d)):
-            yield path, Layer(group.key(path), group.part, module)
+            yield path, Layer(group.key(path), group.part, module, aliases=group.other_names(path))
 
 
 def every_layer(arch: NetworkArch, parts: Mapping[str, nn.Module]) -> dict[str, Layer]:

@@ -17,3 +17,27 @@ import pytest  # noqa: E402
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--rewrite-golden", action="store_true", help="write the losses of this run to tests/golden/")
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """CLIP's."""
+    from tests import tiny
+
+    return tiny.write_clip_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(scope="session")
+def sd1(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Stable Diffusion 1.x checkpoint. No test changes it."""
+    from tests import tiny
+
+    return tiny.write_sd_checkpoint(tmp_path_factory.mktemp("sd1") / "sd1.safetensors")
+
+
+@pytest.fixture(scope="session")
+def sd2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same, 2.x."""
+    from tests import tiny
+
+    return tiny.write_sd_checkpoint(tmp_path_factory.mktemp("sd2") / "sd2.safetensors", version="v2")

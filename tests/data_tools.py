@@ -12,6 +12,7 @@ import tiny
 import torch
 from PIL import Image
 
+from library.clip_text import ClipCaptions
 from library.clip_tokenizer import load_clip_tokenizer
 from library.dataset import TrainData, build_train_data
 from library.family_base import LatentSpec, ModelBundle
@@ -56,7 +57,7 @@ def write_toml(path: Path, text: str) -> str:
 def make_strategies(folder: Path) -> Strategies:
     tokenizer = load_clip_tokenizer(tiny.write_clip_tokenizer(folder / "tokenizer"))
     return Strategies(
-        SdTokenizeStrategy(tokenizer),
+        SdTokenizeStrategy(ClipCaptions(tokenizer)),
         SdTextEncodingStrategy(),
         SdLatentsCachingStrategy(),
         SdTextEncoderOutputsCachingStrategy(),

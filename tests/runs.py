@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 import tiny
 import tiny_flux
+import tiny_sdxl
 import torch
 from torch import Tensor
 
@@ -33,6 +34,8 @@ class FamilyCase:
     arguments: Callable[[Path], list[str]] = lambda folder: []
     """Further arguments, which name files in the folder that `write_model` wrote to."""
     full_extra: tuple[str, ...] = field(default=())
+    write_swappable: Callable[[Path], Path] | None = None
+    """Like `write_model`, with enough blocks for `--blocks_to_swap=2`; None where the family has no such flag."""
 
 
 CASES: dict[str, FamilyCase] = {
@@ -41,17 +44,25 @@ CASES: dict[str, FamilyCase] = {
         write_model=lambda folder: tiny.write_sd_checkpoint(folder / "sd.safetensors", version="v1"),
         scripts={"network": "train_network", "full": "train_db"},
     ),
+    "sdxl": FamilyCase(
+        family="sdxl",
+        write_model=lambda folder: tiny_sdxl.write_checkpoint(folder / "sdxl.safetensors"),
+        scripts={"network": "sdxl_train_network", "full": "sdxl_train"},
+        full_extra=("--train_text_encoder",),
+    ),
     "flux": FamilyCase(
         family="flux",
         write_model=tiny_flux.write_flux_files,
         scripts={"network": "flux_train_network", "full": "flux_train"},
         arguments=tiny_flux.arguments,
+        write_swappable=lambda folder: tiny_flux.write_flux_files(folder, blocks=tiny_flux.SWAPPABLE),
     ),
     "chroma": FamilyCase(
         family="flux",
         write_model=lambda folder: tiny_flux.write_flux_files(folder, "chroma"),
         scripts={"network": "flux_train_network", "full": "flux_train"},
         arguments=tiny_flux.arguments,
+        write_swappable=lambda folder: tiny_flux.write_flux_files(folder, "chroma", blocks=tiny_flux.SWAPPABLE),
     ),
 }
 MODES: tuple[Mode, ...] = ("network", "full")

@@ -35,7 +35,14 @@ SLOW_IMPORTS = {
     "matplotlib",
 }
 
-NETWORKS_MAY_USE = {"library.errors", "library.rng", "library.optimizers", "library.key_layout", "library.strategy_base"}
+NETWORKS_MAY_USE = {
+    "library.errors",
+    "library.rng",
+    "library.optimizers",
+    "library.key_layout",
+    "library.unet_names",
+    "library.strategy_base",
+}
 """What an adapter needs to know of the trainer. An adapter that wants more would work with one family or one loop only."""
 
 

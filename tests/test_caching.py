@@ -15,7 +15,7 @@ import pytest
 import torch
 from data_tools import Loads, build, make_bundle, make_options, make_strategies, write_folder, write_picture, write_toml
 
-from library.cache_io import cache_path, read_npz, write_npz
+from library.cache_io import cache_path, entry_key, read_npz, write_npz
 from library.caching import cache_latents, cache_text_outputs
 from library.dataset import TrainData, make_loader
 from library.errors import UserError
@@ -255,6 +255,53 @@ def test_files_by_sd_scripts_are_used_with_one_warning(suffix: str, case: Case, 
     assert [record.getMessage()[:39] for record in caplog.records if "fingerprint" in record.getMessage()] == [
         "4 cached latents have no fingerprint (m"
     ]
+
+
+def test_sd_scripts_old_file_without_size_and_family_is_used_until_there_is_a_new_one(
+    case: Case, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_foreign(case, shape=(4, 16, 16))  # new names, shapes that do not fit
+    for name, level, shape in (("p0", 0.25, (4, 8, 8)), ("p1", 0.25, (4, 8, 8)), ("p2", 0.25, (4, 16, 16))):
+        for new in (case.folder / "img").glob(f"{name}_*.npz"):
+            new.unlink()
+        np.savez(case.folder / "img" / f"{name}.npz", latents=np.full(shape, level, np.float32))
+    before = {path: path.read_bytes() for path in (case.folder / "img").glob("p?.npz")}
+    assert len(before) == 3
+    data = case.data(cache_latents_to_disk=True)
+    assert case.latents(data) == ["vae"]
+    assert "2 cached latents have no fingerprint" in caplog.text and "latents: 2 made, 2 found on disk" in caplog.text
+    cached = {
+        record.path.stem: data.train.latent_cache.get(entry_key(record.path, record.recipe)) for record in data.train.records
+    }
+    assert [bool((cached[name].latents == 0.25).all()) for name in ("p0", "p1", "p2", "p3")] == [True, True, False, False]
+    assert {path: path.read_bytes() for path in before} == before  # never written to
+
+    write_foreign(case)
+    again = case.data(cache_latents_to_disk=True)
+    case.latents(again)
+    latents = again.train[(0, 0)].latents
+    assert latents is not None and (latents == 0.5).all()
+
+
+def crops_of(data: TrainData, width: int, epochs: int) -> set[tuple[int, int]]:
+    """(top, left) told to batches for the pictures of this width."""
+    batches = [data.train[(epoch, index)] for epoch in range(epochs) for index in range(data.train.num_batches)]
+    rows = [row for b in batches for row in zip(b.original_sizes[:, 1].tolist(), b.crop_top_lefts.tolist(), strict=True)]
+    return {(top, left) for own, (top, left) in rows if own == width}
+
+
+def test_the_crop_that_a_file_records_is_told_whoever_wrote_it(case: Case) -> None:
+    """sd-scripts recorded letterbox offsets; its latents were trained with those, and go on being."""
+    flips = "flip_aug = true\n"
+    live = case.data(subset=flips)
+    assert crops_of(live, 80, 1) == {(0, 8)}  # 80x64 is cut to 64x64, as much on either side
+    case.latents(ours := case.data(subset=flips, cache_latents_to_disk=True))
+    assert crops_of(ours, 80, 1) == {(0, 8)}
+    path = case.folder / "img" / "p2_0080x0064_sd.npz"
+    foreign = {name: array for name, array in np.load(path).items() if name != "fingerprint"}
+    np.savez(path, **{**foreign, "crop_ltrb": np.array([1.0, 6.0, 60.0, 57.0])})
+    assert case.latents(theirs := case.data(subset=flips, cache_latents_to_disk=True)) == []
+    assert crops_of(theirs, 80, 20) == {(6, 1), (6, 4)}  # mirrored: 64 - 60 from the left
 
 
 def test_files_by_sd_scripts_of_another_shape_or_size_are_made_again(case: Case, caplog: pytest.LogCaptureFixture) -> None:

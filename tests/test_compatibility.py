@@ -155,7 +155,7 @@ def test_a_lora_command_line_with_both_configuration_files_trains_unchanged(home
             "--clip_skip=2", "--cache_latents_to_disk", "--vae_batch_size=2", "--max_grad_norm=1.0",
             "--loss_type=huber", "--huber_c=0.1", "--multires_noise_iterations=6", "--ip_noise_gamma=0.1",
             "--max_train_steps=2", "--max_data_loader_n_workers=0", "--persistent_data_loader_workers", "--seed=42",
-            "--xformers", "--lowram", "--training_comment=mine", "--metadata_author=me",
+            "--sdpa", "--lowram", "--training_comment=mine", "--metadata_author=me",
             "--logging_dir", str(tmp_path / "logs"), "--log_prefix=style", "--sample_prompts", str(tmp_path / "prompts.txt"),
             "--sample_every_n_steps=2", "--sample_sampler=euler_a",
         ]
@@ -290,7 +290,7 @@ def test_a_fine_tuning_command_line_takes_its_buckets_from_the_metadata_file(hom
             f"--tokenizer_cache_dir={home / 'tokenizers'}", f"--in_json={tmp_path / 'meta_lat.json'}",
             f"--train_data_dir={home / 'train' / '2_sks thing'}", f"--output_dir={tmp_path / 'out'}",
             "--dataset_repeats=2", "--train_batch_size=2", "--learning_rate=5e-6", "--max_train_epochs=1", "--shuffle_caption",
-            "--caption_dropout_rate=0.1", "--use_safetensors", "--diffusers_xformers", "--max_data_loader_n_workers=0",
+            "--caption_dropout_rate=0.1", "--use_safetensors", "--max_data_loader_n_workers=0",
             "--train_text_encoder", "--debiased_estimation_loss", "--logging_dir", str(tmp_path / "logs"),
         ]
     )  # fmt: skip

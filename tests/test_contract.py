@@ -134,6 +134,51 @@ def test_gradient_checkpointing_changes_nothing(
     plain = workspaces[family].train(mode, tmp_path / "plain")
     saving = workspaces[family].train(mode, tmp_path / "saving", "--gradient_checkpointing")
     assert runs.losses(plain) == pytest.approx(runs.losses(saving), rel=1e-5)
+    offloading = workspaces[family].train(mode, tmp_path / "offloading", "--cpu_offload_checkpointing")
+    assert runs.losses(offloading) == runs.losses(saving)
+    runs.assert_same_tensors(load_file(offloading / "tiny.safetensors"), load_file(saving / "tiny.safetensors"))
+
+
+MEMORY: dict[str, tuple[list[str], list[str]]] = {
+    "swap": ([], ["--blocks_to_swap=2"]),
+    "recomputing": (["--gradient_checkpointing", "--mixed_precision=bf16"], ["--blocks_to_swap=2"]),
+    "offloading": (["--gradient_checkpointing"], ["--blocks_to_swap=2", "--cpu_offload_checkpointing"]),
+    "fused": (["--gradient_checkpointing", "--fused_backward_pass"], ["--blocks_to_swap=2"]),
+}
+"""What is done without a swap, too, and what is added."""
+SWAPPING = [
+    (memory, family, mode)
+    for memory in MEMORY
+    for family, case in CASES.items()
+    for mode in MODES
+    if case.write_swappable and not (memory == "fused" and mode == "network")  # an adapter's weights are not swapped
+]
+
+
+@pytest.fixture(scope="session")
+def swappable(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Workspace]:
+    cases = {name: replace(case, write_model=case.write_swappable) for name, case in CASES.items() if case.write_swappable}
+    return {name: runs.make_workspace(case, tmp_path_factory.mktemp(f"{name}_swappable")) for name, case in cases.items()}
+
+
+@pytest.mark.parametrize(("memory", "family", "mode"), SWAPPING)
+def test_swapping_blocks_changes_nothing(
+    memory: str, family: str, mode: Mode, swappable: dict[str, Workspace], tmp_path: Path
+) -> None:
+    """Nor do previews and a saved state in the middle of the swapped run."""
+    same, added = MEMORY[memory]
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a thing --w 64 --h 64 --s 2\n")
+    flags = ["--gradient_accumulation_steps=2", "--max_train_steps=3", "--save_state", *same]
+    looked_at = [f"--sample_prompts={prompts}", "--sample_every_n_steps=1", "--save_every_n_steps=2"]
+    plain = swappable[family].train(mode, tmp_path / "plain", *flags)
+    swapped = swappable[family].train(mode, tmp_path / "swapped", *flags, *looked_at, *added)
+    resume = f"--resume={swapped / 'tiny-step00000002-state'}"
+    resumed = swappable[family].train(mode, tmp_path / "resumed", *flags, *added, resume)
+    assert runs.losses(swapped) == runs.losses(plain)
+    for output in (swapped, resumed):
+        for file in ("tiny.safetensors", "tiny-state/trainable.safetensors"):
+            runs.assert_same_tensors(load_file(output / file), load_file(plain / file))
 
 
 @pytest.mark.parametrize(("family", "mode"), PRODUCT)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from library.dit_layers import ATTENTION_MODES, attention, run_recomputing
+from library.dit_layers import run_recomputing
 from library.flux_models import ApproximatorParams, Flux, FluxParams, image_ids, pack, unpack
 from library.flux_utils import FLUX_DIFFUSERS
 from library.rng import keyed_generator
@@ -205,15 +205,3 @@ def test_packing_is_undone_by_unpacking_and_is_diffusers_own() -> None:
     assert torch.equal(unpack(pack(latents), HEIGHT, WIDTH), latents)
     expected = FluxPipeline._prepare_latent_image_ids(2, HEIGHT // 2, WIDTH // 2, "cpu", torch.float32)
     assert torch.equal(image_ids(HEIGHT, WIDTH, "cpu")[0], expected)
-
-
-@pytest.mark.parametrize("mode", ATTENTION_MODES)
-def test_attention_backends_agree(mode: str) -> None:
-    q, k, v = (randn(2, 3, 7, 8, key=name) for name in "qkv")
-    mask = torch.arange(7) < torch.tensor([[4], [7]])
-    expected = attention(q, k, v, mask, mode="math")
-    torch.testing.assert_close(attention(q, k, v, mask, mode=mode), expected, atol=1e-6, rtol=1e-5)
-    with torch.no_grad():
-        changed = v.clone()
-        changed[0, :, 4:] += 100
-        torch.testing.assert_close(attention(q, k, changed, mask, mode=mode), expected, atol=1e-6, rtol=1e-5)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import runs
+import tiny_sdxl
 import torch
 from runs import CASES, Mode, Workspace
 from safetensors.torch import save_file
@@ -37,6 +38,11 @@ def run_in_process(workspace: Workspace, mode: Mode, arguments: list[str]) -> in
     return int(exit_info.value.code or 0)
 
 
+@pytest.fixture(scope="module")
+def sdxl_workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    return runs.make_workspace(CASES["sdxl"], tmp_path_factory.mktemp("hostile_sdxl"))
+
+
 @dataclass(frozen=True)
 class Bad:
     """`change(folder, workspace)` prepares what is wrong and gives the flags that point at it."""
@@ -45,6 +51,7 @@ class Bad:
     change: Callable[[Path, Workspace], list[str]]
     says: tuple[str, ...]
     mode: Mode = "network"
+    family: str = "sd"
 
 
 def file(path: Path, text: str) -> Path:
@@ -75,6 +82,33 @@ def other_family(folder: Path, workspace: Workspace) -> list[str]:
     )
     save_file({key: torch.zeros(4, 4) for key in keys}, folder / "xl.safetensors")
     return [f"--pretrained_model_name_or_path={folder / 'xl.safetensors'}"]
+
+
+def changed_sdxl(
+    folder: Path, change: Callable[[str], str | None], tensors: dict[str, torch.Tensor] | None = None
+) -> list[str]:
+    """The tiny SDXL with its keys renamed, or left out where `change` gives None, and with other tensors in places."""
+    kept = {new: value for key, value in tiny_sdxl.ldm_tensors().items() if (new := change(key)) is not None}
+    save_file(kept | (tensors or {}), folder / "other.safetensors")
+    return [f"--pretrained_model_name_or_path={folder / 'other.safetensors'}"]
+
+
+def inpainting_sdxl(folder: Path, workspace: Workspace) -> list[str]:
+    first = "model.diffusion_model.input_blocks.0.0.weight"
+    return changed_sdxl(folder, lambda key: key, {first: torch.zeros(32, 9, 3, 3)})
+
+
+def refiner(folder: Path, workspace: Workspace) -> list[str]:
+    def change(key: str) -> str | None:
+        if key.startswith("conditioner.embedders.0."):
+            return None
+        return key.replace("conditioner.embedders.1.model.", "conditioner.embedders.0.model.")
+
+    return changed_sdxl(folder, change)
+
+
+def half_sdxl(folder: Path, workspace: Workspace) -> list[str]:
+    return changed_sdxl(folder, lambda key: None if key.startswith("conditioner.embedders.1.") else key)
 
 
 def other_rank(folder: Path, workspace: Workspace) -> list[str]:
@@ -110,8 +144,21 @@ BAD = [
     Bad("model of another family", other_family, ("SDXL", "sdxl_train_network.py")),
     Bad("contradicting version", lambda f, w: ["--v2"], ("--v2", "1")),
     Bad("unknown flag", lambda f, w: ["--learning_rat=1"], ("--learning_rat", "learning_rate")),
+    Bad("block swap where there is none", lambda f, w: ["--blocks_to_swap=2"], ("--blocks_to_swap",)),
+    Bad("size of nothing", lambda f, w: ["--max_shard_size=5 beers"], ("--max_shard_size", "5GB", "5 beers"), mode="full"),
     Bad("flag of the wrong type", lambda f, w: ["--max_train_steps=many"], ("max_train_steps", "many", "int")),
-    Bad("flag not implemented yet", lambda f, w: ["--fp8_base"], ("--fp8_base", "not implemented")),
+    Bad("flag not implemented yet", lambda f, w: ["--ddp_static_graph"], ("--ddp_static_graph", "not implemented")),
+    Bad("quantised weights that learn", lambda f, w: ["--fp8_base"], ("--fp8_base", "cannot learn"), mode="full"),
+    Bad(
+        "two formats of the base",
+        lambda f, w: ["--fp8_base", "--quantize_base=int8"],
+        ("--fp8_base", "--quantize_base says int8"),
+    ),
+    Bad(
+        "4-bit products",
+        lambda f, w: ["--quantize_base=nf4", "--quantized_compute=8bit"],
+        ("--quantized_compute 8bit", "nf4"),
+    ),
     Bad(
         "unknown dataset key",
         lambda f, w: dataset(f, w, subset="num_repeat = 2"),
@@ -143,7 +190,28 @@ BAD = [
         if torch.cuda.is_available()
         else [Bad("precision the device cannot compute in", lambda f, w: ["--mixed_precision=fp16"], ("fp16", "cpu", "bf16"))]
     ),
+    Bad("contradicting attention", lambda f, w: ["--sdpa", "--xformers"], ("contradict", "--sdpa", "--xformers")),
+    Bad("attention without a backward pass", lambda f, w: ["--attn_mode=sageattn"], ("sageattn", "sdpa")),
+    Bad("unknown compiler", lambda f, w: ["--torch_compile", "--dynamo_backend=fx2trt"], ("fx2trt", "inductor")),
+    *(
+        []
+        if torch.cuda.is_available()
+        else [Bad("attention the device cannot do", lambda f, w: ["--attn_mode=flex"], ("flex", "CUDA", "cpu", "sdpa"))]
+    ),
     Bad("unknown optimizer", lambda f, w: ["--optimizer_type=AdamV"], ("AdamV", "AdamW")),
+    Bad(
+        "optimizer that needs all gradients at once",
+        lambda f, w: ["--fused_backward_pass", "--optimizer_type=LBFGS"],
+        ("--fused_backward_pass", "LBFGS", "AdamW"),
+        mode="full",
+    ),
+    Bad(
+        "fused backward with scaled gradients",
+        lambda f, w: ["--fused_backward_pass", "--mixed_precision=fp16"],
+        ("--fused_backward_pass", "fp16", "--mixed_precision bf16"),
+        mode="full",
+    ),
+    Bad("unknown rounding", lambda f, w: ["--bf16_update=up"], ("bf16_update", "up", "stochastic")),
     Bad("missing state", lambda f, w: ["--resume=/nowhere/state"], ("/nowhere/state",)),
     Bad("half-written state", half_state, ("half-state",)),
     Bad("output folder that is a file", lambda f, w: [f"--output_dir={file(f / 'taken', '')}"], ("taken",)),
@@ -154,11 +222,31 @@ BAD = [
         ("cache_text_encoder_outputs", "shuffle_caption"),
     ),
     Bad("bucket step the latents cannot have", lambda f, w: ["--bucket_reso_steps=12"], ("bucket_reso_steps", "12", "8")),
+    Bad("SDXL for an inpainting model", inpainting_sdxl, ("inpainting", "9 channels"), family="sdxl"),
+    Bad("SDXL's refiner", refiner, ("the SDXL refiner", "needs SDXL"), family="sdxl"),
+    Bad("SDXL without its second text encoder", half_sdxl, ("no text encoder", "OpenCLIP bigG"), family="sdxl"),
+    Bad("SDXL with the flag of another", lambda f, w: ["--v2"], ("--v2", "SDXL"), family="sdxl"),
+    Bad("too few rates of blocks", lambda f, w: ["--block_lr=1,2"], ("--block_lr 1,2", "23"), mode="full", family="sdxl"),
+    Bad(
+        "more rates than text encoders",
+        lambda f, w: ["--text_encoder_lr", "1", "2", "3"],
+        ("--text_encoder_lr has 3 values", "2 text encoders"),
+        family="sdxl",
+    ),
+    Bad(
+        "caches of text encoders that learn",
+        lambda f, w: ["--cache_text_encoder_outputs"],
+        ("--cache_text_encoder_outputs", "--network_train_unet_only"),
+        family="sdxl",
+    ),
 ]
 
 
 @pytest.mark.parametrize("bad", BAD, ids=lambda bad: bad.name.replace(" ", "_"))
-def test_bad_input_is_a_message(bad: Bad, workspace: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_input_is_a_message(
+    bad: Bad, workspace: Workspace, sdxl_workspace: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    workspace = sdxl_workspace if bad.family == "sdxl" else workspace
     arguments = workspace.arguments(bad.mode, tmp_path / "out", *bad.change(tmp_path, workspace))
     capsys.readouterr()
     code = run_in_process(workspace, bad.mode, arguments)

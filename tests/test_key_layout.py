@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from library import clip_parts, sd_models
+from library import clip_parts, unet_names
 from library.key_layout import CONV_TO_LINEAR, IDENTITY, SWAP_HALVES, TRANSPOSE, KeyMap, Rule, UnmappedKeys, key_map, nested
 
 FLUX_LIKE = key_map(
@@ -121,7 +121,7 @@ def test_1x1_convolutions_become_linear_and_biases_stay():
     ],
 )
 def test_unet_names_of_published_checkpoints(original: str, ours: str):
-    table = sd_models.unet_key_map([True, True, True, False], 2)
+    table = unet_names.unet_key_map([True, True, True, False], 2)
     assert table.our_names(original) == (ours,)
     assert table.their_name(ours) == original
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from library.errors import UserError
+from networks.lora import LoRAArgs
 from networks.lora_sd import ARCH, block_index
 from networks.network_args import BOOLEAN, NetworkArgs, parse_network_args
 
@@ -51,6 +52,19 @@ def test_a_wrong_type_names_what_was_expected(bad: dict[str, Any]) -> None:
 def test_a_value_out_of_range_is_an_error(bad: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=next(iter(bad))):
         parse(**bad)
+
+
+@pytest.mark.parametrize(
+    ("bad", "words"),
+    [
+        ({"ggpo_sigma": 0.1}, "Add ggpo_beta"),
+        ({"ggpo_beta": 0.1}, "Add ggpo_sigma"),
+        ({"ggpo_beta": -1, "ggpo_sigma": 0}, "factor"),
+    ],
+)
+def test_ggpo_needs_both_of_its_factors(bad: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        parse_network_args(LoRAArgs, bad, module="networks.lora")
 
 
 def test_booleans_are_read_by_meaning_not_by_truth_of_the_string() -> None:

@@ -316,6 +316,88 @@ def test_rank_dropout_drops_whole_ranks_of_a_sample_and_keeps_the_mean() -> None
     torch.testing.assert_close(out.mean((0, 1)), adapter.eval().delta(torch.ones(1, 4))[0], rtol=0.05, atol=0.01)
 
 
+GGPO = {"ggpo_sigma": "0.5", "ggpo_beta": 0.25}
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [nn.Linear(6, 40), nn.Conv2d(6, 40, 3, padding=1), nn.Linear(6, 40, dtype=torch.bfloat16)],
+    ids=["linear", "conv", "bf16"],
+)
+@pytest.mark.parametrize("rows", [(), (10, 30)], ids=["whole", "split"])
+def test_ggpo_disturbs_each_row_by_its_weights_and_gradients_norms(layer: Any, rows: tuple[int, ...]) -> None:
+    if rows and isinstance(layer, nn.Conv2d):
+        return
+    args = lora.LoRAArgs(ggpo_sigma=0.5, ggpo_beta=0.25)
+    adapter = lora.LoRA(lora.Layer("x", "denoiser", layer, rows), lora.LayerSize(2, 1.0), args, torch.Generator())
+    fill(adapter, scale=1.0)
+    for parameter in adapter.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel()))
+    weight = adapter.delta_weight().flatten(1).detach()
+    up, down = adapter.lora_up.weight, adapter.lora_down.weight
+    eps = 1e-3  # of a step along the gradients: the slope is what the adapter's weight does then
+    with torch.no_grad():
+        up += eps * up.grad
+        down += eps * down.grad
+        ahead = adapter.delta_weight().flatten(1)
+        up -= 2 * eps * up.grad
+        down -= 2 * eps * down.grad
+        slope = (ahead - adapter.delta_weight().flatten(1)) / (2 * eps)
+        up += eps * up.grad
+        down += eps * down.grad
+    base = layer.weight.float().flatten(1).norm(dim=1).mean()
+    expected = (0.5 * (base**2 + weight.norm(dim=1) ** 2).sqrt() + 0.25 * slope.norm(dim=1) ** 2) / 40**0.5
+
+    x = torch.randn(2, 6, 8, 8, generator=torch.Generator().manual_seed(0)).to(layer.weight.dtype)
+    x = x if isinstance(layer, nn.Conv2d) else x.flatten(2).transpose(1, 2)
+    calm = adapter.eval().delta(x)
+    assert torch.equal(adapter.train().delta(x), calm)  # nothing is known of gradients before the first update
+    adapter.note_gradients()
+    torch.testing.assert_close(adapter.deviations, expected, rtol=1e-3, atol=1e-4)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        added = torch.stack([(adapter.delta(x) - calm).float() for _ in range(300)]).detach()
+    assert adapter.delta(x).dtype == layer.weight.dtype
+    if isinstance(layer, nn.Linear):  # E[(x n_i)^2] = ||x||^2 deviation_i^2, and the mean is 0
+        found = added.square().mean(0) / x.float().square().sum(-1, keepdim=True)
+        torch.testing.assert_close(found.mean((0, 1)), expected.square(), rtol=0.25, atol=0)
+        assert (added.mean(0) / added.std(0)).abs().mean() < 0.1  # 1 / sqrt(300), times 0.8
+    torch.testing.assert_close(adapter.eval().delta(x), calm, rtol=0, atol=0)
+
+
+def test_ggpo_is_restored_with_a_state_and_leaves_no_trace_in_files(shared_model: Any) -> None:
+    network = make(shared_model, **CONV, **GGPO)
+    fill(network)
+    keys = make(shared_model, **CONV).file_state_dict(None).keys()
+    assert make(shared_model).on_gradients is None and network.on_gradients is not None
+    network.attach()
+    predict(*shared_model).square().mean().backward()
+    network.on_gradients()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        disturbed = predict(*shared_model)
+        again = make(shared_model, **CONV, **GGPO)
+        again.load_state_dict(network.state_dict())
+        network.detach()
+        again.attach()
+        torch.manual_seed(0)
+        assert torch.equal(predict(*shared_model), disturbed)
+        again.eval()
+        assert not torch.equal(predict(*shared_model), disturbed)
+    again.detach()
+    assert network.file_state_dict(None).keys() == keys
+    again.load_file_state_dict(make(shared_model, **CONV).file_state_dict(None), "a file")
+
+
+def test_ggpo_keeps_its_deviations_when_gradients_overflow(shared_model: Any) -> None:
+    network = make(shared_model, **GGPO)
+    fill(network)
+    for parameter in network.parameters():
+        parameter.grad = torch.full_like(parameter, torch.inf)
+    network.on_gradients()  # type: ignore[misc]
+    assert all(not adapter.deviations.any() for adapter in network.adapters())  # type: ignore[union-attr]
+
+
 def test_max_norm_shrinks_only_what_exceeds_it_and_reports_sd_scripts_rows(shared_model: Any) -> None:
     network = make(shared_model, **CONV)
     fill(network)

@@ -11,7 +11,8 @@ from offload_tools import CPU, PAIRS, EagerPlan, ForwardPlan, LatePlan
 
 from library.custom_offloading_utils import max_swappable
 from library.errors import UserError
-from library.offload_plan import Pass, RingPlan
+from library.flux_models import FluxParams
+from library.offload_plan import Pass, RingPlan, SwapDivision
 from library.offload_transport import FlatLayout, PinnedBudget, absent, make_transport, pinned_like
 
 
@@ -155,3 +156,25 @@ def test_processes_of_one_machine_share_the_pinned_limit(monkeypatch: pytest.Mon
 def test_a_device_that_cannot_swap_is_an_error_that_names_it() -> None:
     with pytest.raises(UserError, match="this run uses 'mps'"):
         make_transport(torch.device("mps"))
+
+
+@pytest.mark.parametrize(
+    ("blocks", "largest"), [((19, 38), 35), ((8, 38), 13), ((19, 8), 6), ((3, 4), 2), ((2, 38), 1), ((2, 2), 0)]
+)
+def test_the_number_of_blocks_to_swap_divides_as_in_sd_scripts_and_ends_where_two_of_each_group_are_left(
+    blocks: tuple[int, int], largest: int
+) -> None:
+    division = FluxParams(num_double_blocks=blocks[0], num_single_blocks=blocks[1]).swap_division
+    assert division.largest == largest
+    for number in range(largest + 1):
+        double, single = division.plans(number)
+        assert (double.num_blocks, single.num_blocks) == blocks
+        assert (double.num_swapped, single.num_swapped) == (number // 2, (number - number // 2) * 2)
+    with pytest.raises(UserError, match=f"Use {largest} at most" if largest else "Leave --blocks_to_swap out"):
+        division.plans(largest + 1)
+
+
+def test_one_group_of_blocks_takes_the_whole_number() -> None:
+    division = SwapDivision((("blocks", 28),))
+    assert division.largest == 26
+    assert [plan.num_swapped for plan in division.plans(20)] == [20]

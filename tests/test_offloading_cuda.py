@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
+import runs
 import torch
 from offload_tools import UPDATES, learners
+from runs import CASES, MODES, Mode
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -136,3 +142,27 @@ def test_cuda_transfers_overlap_with_computing() -> None:
         return start.elapsed_time(end) / 4000
 
     assert seconds(4) < 1.25 * seconds(0)
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["", "fused"])
+@pytest.mark.parametrize("mode", MODES)
+def test_cuda_runs_with_swapped_blocks_learn_and_resume_as_runs_without(mode: Mode, fused: bool, tmp_path: Path) -> None:
+    """Through the trainer, where optimizer state lies beside the weights it belongs to, also once it was loaded."""
+    if fused and mode == "network":
+        pytest.skip("an adapter's weights are not swapped")
+    case = CASES["flux"]
+    assert case.write_swappable
+    workspace = runs.make_workspace(replace(case, write_model=case.write_swappable), tmp_path / "flux")
+    flags = ["--max_train_steps=4", "--save_every_n_steps=2", "--save_state", "--gradient_accumulation_steps=2"]
+    flags += ["--fused_backward_pass"] if fused else []
+    swap = ["--blocks_to_swap=2", "--cpu_offload_checkpointing"]
+    plain = workspace.train(mode, tmp_path / "plain", *flags)
+    swapped = workspace.train(mode, tmp_path / "swapped", *flags, *swap)
+    state = f"--resume={swapped / 'tiny-step00000002-state'}"
+    resumed = workspace.train(mode, tmp_path / "resumed", *flags, *swap, state)
+    expected = load_file(plain / "tiny.safetensors")
+    for output in (swapped, resumed):
+        found = load_file(output / "tiny.safetensors")
+        assert found.keys() == expected.keys()
+        for name, tensor in found.items():
+            torch.testing.assert_close(tensor, expected[name], rtol=1e-3, atol=2e-4)

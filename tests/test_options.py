@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from library.cli import run_script, setup_logging
 from library.config_file import parse_toml
 from library.errors import Interrupted, UserError, is_disk_full
 from library.option_groups import DreamBoothOptions, FineTuneOptions, LoggingOptions, NetworkTrainOptions, steps_or_ratio
+from library.option_groups_attention import ATTENTION_BACKENDS
 from library.option_groups_data import size_text
 from library.option_rules import RULES, check_rules
 from library.options import build_parser, flags_of, flat, from_flags, opt, parse, to_toml, with_flags
@@ -339,12 +341,13 @@ def test_good_options_pass_without_a_word(tmp_path: Path, caplog: pytest.LogCapt
 
 def test_all_that_is_wrong_is_told_at_once(tmp_path: Path) -> None:
     options = good(
-        tmp_path, full_bf16=True, train_batch_size=0, fp8_base=True, resume=tmp_path / "no", network_dropout=2.0,
+        tmp_path, full_bf16=True, train_batch_size=0, ddp_static_graph=True, resume=tmp_path / "no", network_dropout=2.0,
         adaptive_noise_scale=1.0,
     )  # fmt: skip
     lines = problem(lambda: check_rules(options)).split("\n")
     assert len(lines) == 6
-    for part in ("--full_bf16", "--train_batch_size 0", "--fp8_base", "--resume", "--network_dropout 2", "--adaptive_noise"):
+    parts = ("--full_bf16", "--train_batch_size 0", "--ddp_static", "--resume", "--network_dropout 2", "--adaptive_noise")
+    for part in parts:
         assert sum(part in line for line in lines) == 1, part
 
 
@@ -391,9 +394,29 @@ ERRORS: list[tuple[dict[str, Any], str]] = [
     ({"use_8bit_adam": True, "use_lion_optimizer": True}, "exclude each other"),
     ({"use_8bit_adam": True, "optimizer_type": "AdamW"}, "--optimizer_type AdamW stands beside"),
     ({"log_with": "tensorboard"}, "--log_with tensorboard needs --logging_dir"),
+    ({"sdpa": True, "xformers": True}, "the flags of attention contradict each other"),
+    ({"attn_mode": "math", "mem_eff_attn": True}, "the flags of attention contradict each other"),
+    ({"attn_mode": "sageattn"}, "attention by sageattn (--attn_mode) has no backward pass"),
     ({"max_train_steps": 0}, "--max_train_steps 0: must be at least 1"),
     ({"text_encoder_lr": [1e-4, -1.0]}, "--text_encoder_lr -1.0: must be at least 0"),
 ]  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", [mode for mode, needs in ATTENTION_BACKENDS.items() if needs.package])
+def test_attention_without_its_package_is_an_error_that_says_how_to_install_it(tmp_path: Path, mode: str) -> None:
+    needs = ATTENTION_BACKENDS[mode]
+    if find_spec(needs.package) is not None:
+        pytest.skip(f"{needs.package} is installed")
+    message = problem(lambda: check_rules(good(tmp_path, attn_mode=mode)))
+    assert needs.package in message and needs.install in message
+    assert ("computes in fp16 and bf16, and --mixed_precision is 'no'" in message) == needs.half_only
+
+
+def test_names_of_one_attention_do_not_contradict_each_other(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    options = good(tmp_path, attn_mode="torch", sdpa=True, mem_eff_attn=True)
+    check_rules(options)
+    assert caplog.messages == []
+    assert options.attention_mode == "sdpa"
 
 
 @pytest.mark.parametrize(("given", "says"), ERRORS)
@@ -412,7 +435,8 @@ WARNINGS: list[tuple[dict[str, Any], str]] = [
     ({"sample_prompts": __file__}, "--sample_prompts has no effect"),
     ({"ip_noise_gamma_random_strength": True}, "--ip_noise_gamma_random_strength has no effect without"),
     ({"noise_offset_random_strength": True}, "--noise_offset_random_strength has no effect without"),
-    ({"xformers": True}, "--xformers has no effect: attention"),
+    ({"split_attn": True}, "--split_attn has no effect: captions"),
+    ({"torch_compile": True, "dynamo_backend": "no"}, "--torch_compile has no effect with --dynamo_backend no"),
     ({"persistent_data_loader_workers": True}, "--persistent_data_loader_workers has no effect"),
     ({"lowram": True}, "--lowram has no effect"),
 ]

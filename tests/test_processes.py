@@ -41,6 +41,9 @@ def jobs(workspace: Workspace, folder: Path) -> list[list[Any]]:
             rows.append(["resumed", script, workspace.arguments(mode, folder / "resumed", *epoch, resume), 0])
         arguments = workspace.arguments(mode, folder / f"step-{mode}", *ONE_STEP, f"--seed={ONE_STEP_SEED}", *MOMENTUM)
         rows.append([f"step-{mode}", script, arguments, 0])
+    for name, extra in (("ordinary", []), ("fused", ["--fused_backward_pass", "--gradient_checkpointing"])):
+        few = ["--max_train_steps=3", "--max_grad_norm=0", "--gradient_accumulation_steps=2", *extra]
+        rows.append([name, workspace.script("full"), workspace.arguments("full", folder / name, *few), 0])
     stopped = workspace.arguments("network", folder / "stopped", "--max_train_steps=50")
     return [*rows, ["stopped", workspace.script("network"), stopped, STOP_AT]]
 
@@ -117,6 +120,13 @@ def test_the_gradient_is_that_of_one_process_over_all_images(
     for index, gradient in enumerate(gradients):
         torch.testing.assert_close(state[index]["momentum_buffer"], gradient, atol=1e-6, rtol=1e-5)
     assert runs.losses(finished / f"step-{mode}") == pytest.approx([loss], rel=1e-5)
+
+
+def test_processes_that_step_during_backward_end_where_others_do(finished: Path) -> None:
+    """Gradients are averaged one by one, in an order that both processes keep to."""
+    ordinary, fused = (facts(finished, name) for name in ("ordinary", "fused"))
+    for one, other in zip(ordinary, fused, strict=True):
+        runs.assert_same_tensors(one["weights"], other["weights"])
 
 
 def test_several_processes_resume_exactly(finished: Path) -> None:

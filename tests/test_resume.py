@@ -106,10 +106,25 @@ def test_six_steps_and_four_more_are_ten(
         ("network", ["--optimizer_type=Adafactor"]),
         ("network", ["--mixed_precision=bf16", "--full_bf16", "--gradient_checkpointing"]),
         ("network", ["--network_args", "module_dropout=0.3", "rank_dropout=0.3", "--scale_weight_norms=0.01"]),
+        ("network", ["--network_args", "ggpo_sigma=0.03", "ggpo_beta=0.01", "--gradient_checkpointing"]),
         ("full", ["--stop_text_encoder_training=2"]),
         ("full", ["--mixed_precision=bf16", "--full_bf16"]),
+        ("full", ["--mixed_precision=bf16", "--full_bf16", "--bf16_update=kahan", "--fused_backward_pass"]),
+        ("full", ["--mixed_precision=bf16", "--full_bf16", "--optimizer_type=Adafactor"]),
+        ("full", ["--fused_backward_pass", "--stop_text_encoder_training=2", "--gradient_accumulation_steps=2"]),
     ],
-    ids=["schedule-free", "own-rate", "network-bf16", "dropped-modules", "stopped-encoder", "full-bf16"],
+    ids=[
+        "schedule-free",
+        "own-rate",
+        "network-bf16",
+        "dropped-modules",
+        "disturbed",
+        "stopped-encoder",
+        "full-bf16",
+        "kahan-fused",
+        "bf16-factored",
+        "fused-stopped-encoder",
+    ],
 )
 def test_what_keeps_a_state_of_its_own_resumes_exactly(
     mode: Mode, flags: list[str], workspace: Workspace, tmp_path: Path

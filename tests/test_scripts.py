@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,15 @@ from runs import CASES, Mode, Workspace
 from safetensors import safe_open
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = ["train_network.py", "train_db.py", "fine_tune.py", "flux_train_network.py", "flux_train.py"]
+SCRIPTS = [
+    "train_network.py",
+    "train_db.py",
+    "fine_tune.py",
+    "sdxl_train_network.py",
+    "sdxl_train.py",
+    "flux_train_network.py",
+    "flux_train.py",
+]
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +106,33 @@ def test_fine_tune_from_a_metadata_file(workspace: Workspace, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("mode", ["network", "full"])
+def test_sdxl_trains_with_caches_and_previews_in_a_process_of_its_own(
+    mode: Mode, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
+) -> None:
+    sdxl = runs.make_workspace(CASES["sdxl"], tmp_path_factory.mktemp("sdxl"))
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a thing --w 64 --h 64 --s 2 --d 1 --l 3 --n bad\n")
+    result = run(
+        f"{sdxl.script(mode)}.py",
+        *sdxl.arguments(mode, tmp_path / "out", "--max_train_steps=2", "--mixed_precision=bf16", "--no_half_vae"),
+        *(["--network_train_unet_only"] if mode == "network" else ["--no-train_text_encoder", "--full_bf16"]),
+        *("--cache_latents_to_disk", "--cache_text_encoder_outputs_to_disk", f"--cache_dir={tmp_path / 'cache'}"),
+        *(f"--sample_prompts={prompts}", "--sample_every_n_steps=2"),
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    with safe_open(tmp_path / "out" / "tiny.safetensors", "pt") as file:
+        architecture = "stable-diffusion-xl-v1-base"
+        assert file.metadata()["modelspec.architecture"] == (f"{architecture}/lora" if mode == "network" else architecture)
+        keys = set(file.keys())
+    if mode == "network":
+        assert any(key.startswith("lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q") for key in keys)
+    else:
+        assert {"conditioner.embedders.1.model.text_projection", "first_stage_model.encoder.conv_in.weight"} <= keys
+    assert list((tmp_path / "out" / "sample").glob("*.png"))
+    assert {path.name.rpartition("_")[2] for path in (tmp_path / "cache").rglob("*.npz")} >= {"sdxl.npz", "outputs.npz"}
+
+
+@pytest.mark.parametrize("mode", ["network", "full"])
 def test_flux_trains_with_caches_and_previews_in_a_process_of_its_own(
     mode: Mode, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
 ) -> None:
@@ -118,3 +154,17 @@ def test_flux_trains_with_caches_and_previews_in_a_process_of_its_own(
             assert file.metadata()["ss_base_model_version"] == "flux1"
     assert list((tmp_path / "out" / "sample").glob("*.png"))
     assert {path.name.rpartition("_")[2] for path in (tmp_path / "cache").rglob("*.npz")} >= {"flux.npz", "te.npz"}
+
+
+@pytest.mark.parametrize("mode", ["network", "full"])
+def test_flux_trains_with_swapped_blocks_in_a_process_of_its_own(
+    mode: Mode, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
+) -> None:
+    case = replace(CASES["flux"], write_model=CASES["flux"].write_swappable)
+    flux = runs.make_workspace(case, tmp_path_factory.mktemp("flux"))
+    flags = ["--max_train_steps=2", "--mixed_precision=bf16", "--blocks_to_swap=2", "--cpu_offload_checkpointing"]
+    result = run(f"{flux.script(mode)}.py", *flux.arguments(mode, tmp_path / "out", *flags))
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "1 of 3 double blocks and 2 of 4 single blocks" in result.stderr
+    assert "gains nothing" in result.stderr
+    assert (tmp_path / "out" / "tiny.safetensors").exists()

@@ -20,7 +20,6 @@ from library.model_io import empty_module, load_into, open_checkpoint
 from library.model_signatures import detect_keys
 from library.option_groups import (
     FullTrainOptions,
-    ModelOptions,
     NetworkTrainOptions,
     NoiseOptions,
     PrecisionOptions,
@@ -34,32 +33,8 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="session")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.write_clip_tokenizer(tmp_path_factory.mktemp("tokenizer"))
-
-
-@pytest.fixture(scope="session")
-def sd1(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.write_sd_checkpoint(tmp_path_factory.mktemp("sd1") / "sd1.safetensors")
-
-
-@pytest.fixture(scope="session")
-def sd2(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.write_sd_checkpoint(tmp_path_factory.mktemp("sd2") / "sd2.safetensors", version="v2")
-
-
-@pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.write_sd_diffusers(tmp_path_factory.mktemp("folder"))
-
-
-def options(path: Path | str, tokenizer: Path | None = None, **model: Any) -> FullTrainOptions:
-    named = {"pretrained_model_name_or_path": str(path), "tokenizer": str(tokenizer) if tokenizer else None}
-    return FullTrainOptions(model=ModelOptions(**(named | model)))
-
-
-def load(path: Path, tokenizer: Path | None = None, dtype: torch.dtype = torch.float32, **model: Any) -> Any:
-    return FAMILY.load(options(path, tokenizer, **model), device=CPU, dtype=dtype)
 
 
 # ---- sources ---------------------------------------------------------------------------------------------------------
@@ -172,7 +147,7 @@ def test_every_form_of_one_model_loads_to_the_same_weights(tmp_path: Path, sd1: 
         tiny.write_sd_checkpoint(tmp_path / "bare.safetensors", bare_clip=True),
         tiny.write_sd_diffusers(tmp_path / "pickled", safe=False),
     ]
-    bundles = [load(path, tokenizer) for path in paths]
+    bundles = [tiny.load_sd(path, tokenizer) for path in paths]
     for name in ("denoiser", "vae", "text_encoder"):
         first, *others = (bundle.part(name).state_dict() for bundle in bundles)
         assert all(tiny.same_tensors(first, other) for other in others)
@@ -197,11 +172,11 @@ def test_a_folder_written_by_transformers_4_and_an_old_diffusers_loads(tmp_path:
     save_file(tensors, vae)
     assert any(".proj_attn." in key for key in tensors)
     for part in ("vae", "text_encoder"):
-        assert tiny.same_tensors(load(old).part(part).state_dict(), load(folder).part(part).state_dict())
+        assert tiny.same_tensors(tiny.load_sd(old).part(part).state_dict(), tiny.load_sd(folder).part(part).state_dict())
 
 
 def test_a_part_is_read_when_first_used_in_the_dtype_asked_for(sd1: Path, tokenizer: Path):
-    chosen = options(sd1, tokenizer)
+    chosen = tiny.sd_options(sd1, tokenizer)
     chosen = FullTrainOptions(model=chosen.model, precision=PrecisionOptions(mixed_precision="fp16", no_half_vae=True))
     bundle = FAMILY.load(chosen, device=CPU, dtype=torch.float16)
     assert not any(bundle.loaded(name) for name in ("denoiser", "vae", "text_encoder"))
@@ -245,30 +220,30 @@ def vae_as_parent_folder(path: Path) -> Path:
 )
 def test_another_vae_can_be_given_in_every_form(write: Callable[[Path], Path], tmp_path: Path, sd1: Path, tokenizer: Path):
     path = write(tmp_path / "vae.safetensors")
-    bundle = load(sd1, tokenizer, vae=str(path))
+    bundle = tiny.load_sd(sd1, tokenizer, vae=str(path))
     assert tiny.same_tensors(bundle.vae.state_dict(), tiny.sd_modules(seed=7)["vae"].state_dict())
-    assert bundle.identity["vae"] != load(sd1, tokenizer).identity["vae"]
+    assert bundle.identity["vae"] != tiny.load_sd(sd1, tokenizer).identity["vae"]
 
 
 def test_the_latent_scale_is_what_the_vaes_configuration_says(tmp_path: Path, sd1: Path, tokenizer: Path):
     folder = vae_as_folder(tmp_path / "vae.safetensors")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"scaling_factor": 0.5}))
-    assert FAMILY.latent(options(sd1, tokenizer, vae=str(folder))).scale == 0.5
-    assert FAMILY.latent(options(sd1, tokenizer)).scale == 0.18215
+    assert FAMILY.latent(tiny.sd_options(sd1, tokenizer, vae=str(folder))).scale == 0.5
+    assert FAMILY.latent(tiny.sd_options(sd1, tokenizer)).scale == 0.18215
 
 
 # ---- what a file says ------------------------------------------------------------------------------------------------
 
 
 def test_the_version_is_told_from_the_file_and_checked_against_the_flag(sd1: Path, sd2: Path, tokenizer: Path):
-    assert describe(options(sd1).model).version == "v1"
-    assert describe(options(sd2).model).version == "v2"
-    FAMILY.check(options(sd2, tokenizer, v2=True))
+    assert describe(tiny.sd_options(sd1).model).version == "v1"
+    assert describe(tiny.sd_options(sd2).model).version == "v2"
+    FAMILY.check(tiny.sd_options(sd2, tokenizer, v2=True))
     with pytest.raises(UserError, match=r"sd1.safetensors is Stable Diffusion 1.x.*--v2 says 2.x"):
-        FAMILY.check(options(sd1, tokenizer, v2=True))
+        FAMILY.check(tiny.sd_options(sd1, tokenizer, v2=True))
     with pytest.raises(UserError, match=r"sd2.safetensors is Stable Diffusion 2.x.*--v2 is not set"):
-        FAMILY.check(options(sd2, tokenizer))
+        FAMILY.check(tiny.sd_options(sd2, tokenizer))
 
 
 @pytest.mark.parametrize(
@@ -285,15 +260,15 @@ def test_a_prediction_type_that_the_file_states_must_be_the_flags(
     extra: Any, metadata: Any, predicts_v: bool, tmp_path: Path, tokenizer: Path
 ):
     path = tiny.write_sd_checkpoint(tmp_path / "x.safetensors", extra=extra, metadata=metadata)
-    FAMILY.check(options(path, tokenizer, v_parameterization=predicts_v))
+    FAMILY.check(tiny.sd_options(path, tokenizer, v_parameterization=predicts_v))
     with pytest.raises(UserError, match=r"x.safetensors predicts .* according to its m.*--v_parameterization"):
-        FAMILY.check(options(path, tokenizer, v_parameterization=not predicts_v))
+        FAMILY.check(tiny.sd_options(path, tokenizer, v_parameterization=not predicts_v))
 
 
 def test_a_file_that_says_nothing_contradicts_nothing(sd1: Path, tokenizer: Path):
     for chosen in (False, True):
-        FAMILY.check(options(sd1, tokenizer, v_parameterization=chosen))
-        assert FAMILY.objective(options(sd1, tokenizer, v_parameterization=chosen)).v_prediction is chosen
+        FAMILY.check(tiny.sd_options(sd1, tokenizer, v_parameterization=chosen))
+        assert FAMILY.objective(tiny.sd_options(sd1, tokenizer, v_parameterization=chosen)).v_prediction is chosen
 
 
 @pytest.mark.parametrize(("said", "refused"), [("v_prediction", False), ("epsilon", True), (None, None)])
@@ -302,15 +277,15 @@ def test_a_folders_scheduler_states_the_prediction(said: str | None, refused: bo
     for flag in (False, True):
         if flag is refused:
             with pytest.raises(UserError, match="scheduler_config.json"):
-                FAMILY.check(options(path, v_parameterization=flag))
+                FAMILY.check(tiny.sd_options(path, v_parameterization=flag))
         else:
-            FAMILY.check(options(path, v_parameterization=flag))
+            FAMILY.check(tiny.sd_options(path, v_parameterization=flag))
 
 
 def test_all_contradictions_are_told_at_once(tmp_path: Path, tokenizer: Path):
     path = tiny.write_sd_checkpoint(tmp_path / "x.safetensors", metadata={"modelspec.prediction_type": "epsilon"})
     with pytest.raises(UserError) as caught:
-        FAMILY.check(options(path, tokenizer, v2=True, v_parameterization=True))
+        FAMILY.check(tiny.sd_options(path, tokenizer, v2=True, v_parameterization=True))
     assert "--v2" in str(caught.value) and "--v_parameterization" in str(caught.value)
 
 
@@ -318,9 +293,9 @@ def test_a_zero_terminal_snr_marker_without_the_flag_is_a_warning(
     tmp_path: Path, tokenizer: Path, caplog: pytest.LogCaptureFixture
 ):
     path = tiny.write_sd_checkpoint(tmp_path / "x.safetensors", extra={"ztsnr": torch.tensor([])})
-    FAMILY.check(FullTrainOptions(model=options(path, tokenizer).model, noise=NoiseOptions(zero_terminal_snr=True)))
+    FAMILY.check(FullTrainOptions(model=tiny.sd_options(path, tokenizer).model, noise=NoiseOptions(zero_terminal_snr=True)))
     assert not caplog.records
-    FAMILY.check(options(path, tokenizer))
+    FAMILY.check(tiny.sd_options(path, tokenizer))
     assert "--zero_terminal_snr" in caplog.text
 
 
@@ -334,7 +309,7 @@ def test_a_zero_terminal_snr_marker_without_the_flag_is_a_warning(
     ],
 )
 def test_versions_are_named_as_sd_scripts_names_them(version: str, v: bool, name: str, architecture: str, sd1: Path, sd2: Path):
-    chosen = options(sd1 if version == "v1" else sd2, v2=version == "v2", v_parameterization=v)
+    chosen = tiny.sd_options(sd1 if version == "v1" else sd2, v2=version == "v2", v_parameterization=v)
     assert FAMILY.base_model_version(chosen) == name
     assert FAMILY.modelspec_architecture(chosen) == architecture
 
@@ -374,14 +349,14 @@ def test_a_file_of_another_family_is_refused_with_its_name_and_script(
     assert found is not None and (found.family, found.script) == (family, script)
     save_file({key: torch.zeros(1) for key in keys}, tmp_path / "other.safetensors")
     with pytest.raises(UserError) as caught:
-        FAMILY.check(options(tmp_path / "other.safetensors"))
+        FAMILY.check(tiny.sd_options(tmp_path / "other.safetensors"))
     assert found.title in str(caught.value) and script in str(caught.value) and "other.safetensors" in str(caught.value)
 
 
 def test_a_folder_of_another_family_is_refused(tmp_path: Path):
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionXLPipeline"}))
     with pytest.raises(UserError, match=r"is SDXL.*sdxl_train_network.py"):
-        FAMILY.check(options(tmp_path))
+        FAMILY.check(tiny.sd_options(tmp_path))
 
 
 def test_a_half_written_safetensors_file_is_told_with_both_sizes(tmp_path: Path, sd1: Path):
@@ -390,7 +365,7 @@ def test_a_half_written_safetensors_file_is_told_with_both_sizes(tmp_path: Path,
         path = tmp_path / f"cut{size}.safetensors"
         path.write_bytes(whole[:size])
         with pytest.raises(UserError) as caught:
-            FAMILY.check(options(path))
+            FAMILY.check(tiny.sd_options(path))
         assert str(path) in str(caught.value)
         assert f"{size:,}" in str(caught.value) or str(size) in str(caught.value)
     assert f"{len(whole):,}" in str(caught.value)
@@ -401,7 +376,7 @@ def test_a_half_written_ckpt_is_told(size: int, tmp_path: Path):
     whole = tiny.write_sd_checkpoint(tmp_path / "whole.ckpt").read_bytes()
     (tmp_path / "cut.ckpt").write_bytes(whole[:size])
     with pytest.raises(UserError, match="cut.ckpt"):
-        FAMILY.check(options(tmp_path / "cut.ckpt"))
+        FAMILY.check(tiny.sd_options(tmp_path / "cut.ckpt"))
 
 
 class Malicious:
@@ -421,7 +396,7 @@ def test_a_malicious_pickle_is_refused_and_not_run(zipped: bool, tmp_path: Path)
         {"state_dict": {"a": torch.ones(1)}, "x": Malicious(tmp_path / "owned")}, path, _use_new_zipfile_serialization=zipped
     )
     with pytest.raises(UserError, match=r"(?s)evil.ckpt needs code.*Convert it to safetensors"):
-        FAMILY.check(options(path))
+        FAMILY.check(tiny.sd_options(path))
     assert not (tmp_path / "owned").exists()
 
 
@@ -430,7 +405,7 @@ def test_an_inpainting_model_is_refused(tmp_path: Path, tokenizer: Path):
         tmp_path / "inpaint.safetensors", extra={"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(32, 9, 3, 3)}
     )
     with pytest.raises(UserError, match="an inpainting model .*9 channels"):
-        FAMILY.check(options(path, tokenizer))
+        FAMILY.check(tiny.sd_options(path, tokenizer))
 
 
 def test_a_damaged_layout_names_the_missing_and_the_unexpected_key(tmp_path: Path, tokenizer: Path):
@@ -438,7 +413,7 @@ def test_a_damaged_layout_names_the_missing_and_the_unexpected_key(tmp_path: Pat
     tensors["model.diffusion_model.strange.weight"] = tensors.pop("model.diffusion_model.out.2.bias")
     save_file(tensors, tmp_path / "x.safetensors")
     with pytest.raises(UserError, match=r"1 missing: conv_out.bias; 1 unexpected: strange.weight"):
-        _ = load(tmp_path / "x.safetensors", tokenizer).denoiser
+        _ = tiny.load_sd(tmp_path / "x.safetensors", tokenizer).denoiser
 
 
 @pytest.mark.parametrize(
@@ -451,18 +426,18 @@ def test_a_damaged_layout_names_the_missing_and_the_unexpected_key(tmp_path: Pat
 )
 def test_a_model_that_is_nowhere_says_what_to_do(name: str, words: str):
     with pytest.raises(UserError, match=words):
-        FAMILY.check(options(name))
+        FAMILY.check(tiny.sd_options(name))
 
 
 def test_a_folder_without_a_model_is_told(tmp_path: Path):
     with pytest.raises(UserError, match="model_index.json"):
-        FAMILY.check(options(tmp_path))
+        FAMILY.check(tiny.sd_options(tmp_path))
 
 
 def test_a_file_that_is_no_vae_is_refused_as_one(tmp_path: Path, sd1: Path, tokenizer: Path):
     save_file({"lora_unet_x.lora_down.weight": torch.zeros(1)}, tmp_path / "x.safetensors")
     with pytest.raises(UserError, match=r"--vae .*x.safetensors has no VAE.*LoRA"):
-        FAMILY.check(options(sd1, tokenizer, vae=str(tmp_path / "x.safetensors")))
+        FAMILY.check(tiny.sd_options(sd1, tokenizer, vae=str(tmp_path / "x.safetensors")))
 
 
 # ---- tokenizers ------------------------------------------------------------------------------------------------------
@@ -470,7 +445,7 @@ def test_a_file_that_is_no_vae_is_refused_as_one(tmp_path: Path, sd1: Path, toke
 
 def test_offline_without_any_tokenizer_the_error_lists_the_four_ways(sd1: Path, tmp_path: Path):
     with pytest.raises(UserError) as caught:
-        FAMILY.check(options(sd1, tokenizer_cache_dir=str(tmp_path)))
+        FAMILY.check(tiny.sd_options(sd1, tokenizer_cache_dir=str(tmp_path)))
     for way in ("--tokenizer FOLDER", "diffusers model folder", "openai_clip-vit-large-patch14", "connection to the hub"):
         assert way in str(caught.value)
 
@@ -479,7 +454,7 @@ def test_tokenizers_are_looked_for_in_order(sd1: Path, folder: Path, tokenizer: 
     cached = tiny.write_clip_tokenizer(tmp_path / SD1_TOKENIZER.replace("/", "_"))
 
     def found(path: Path, **model: Any) -> Path:
-        return FAMILY.strategies(options(path, **model)).tokenize.tokenizer.folder  # type: ignore[attr-defined]
+        return FAMILY.strategies(tiny.sd_options(path, **model)).tokenize.captions.tokenizer.folder  # type: ignore[attr-defined]
 
     assert found(sd1, tokenizer_cache_dir=str(tmp_path)) == cached
     assert found(folder, tokenizer_cache_dir=str(tmp_path)) == folder / "tokenizer"
@@ -489,4 +464,4 @@ def test_tokenizers_are_looked_for_in_order(sd1: Path, folder: Path, tokenizer: 
 
 
 def test_network_options_are_enough_to_check(sd1: Path, tokenizer: Path):
-    FAMILY.check(NetworkTrainOptions(model=options(sd1, tokenizer).model))
+    FAMILY.check(NetworkTrainOptions(model=tiny.sd_options(sd1, tokenizer).model))

@@ -6,14 +6,15 @@ from typing import Any
 import pytest
 import torch
 
-from library import clip_parts, sd_models, vae_parts
+from library import clip_parts, unet_names, vae_parts
 from library.losses import element_loss, reduce_loss
 from library.objectives import DiscreteDDPM
 from library.option_groups import LossOptions, ModelOptions, NetworkTrainOptions, NoiseOptions
 from library.rng import keyed_generator
 from library.sd_train_utils import SdFamily
-from library.sd_utils import CLIP_PREFIX, OPEN_CLIP_PREFIX, UNET_PREFIX, VAE_PREFIX
+from library.sd_utils import CLIP_PREFIX, OPEN_CLIP_PREFIX
 from library.strategy_sd import SdConditioning
+from library.unet_parts import UNET_PREFIX, VAE_PREFIX
 from tests import tiny
 
 FAMILY = SdFamily()
@@ -100,7 +101,7 @@ def test_key_tables_know_every_key_of_a_file_and_nothing_twice():
     for version in ("v1", "v2"):
         file = tiny.sd_ldm_tensors(version)
         config = tiny.sd_configs(version)["denoiser"]
-        tables = {UNET_PREFIX: sd_models.unet_key_map_for(config), VAE_PREFIX: vae_parts.vae_key_map(4)}
+        tables = {UNET_PREFIX: unet_names.unet_key_map_for(config), VAE_PREFIX: vae_parts.vae_key_map(4)}
         for prefix, table in tables.items():
             keys = [key.removeprefix(prefix) for key in file if key.startswith(prefix)]
             origins, unknown = table.origins(keys)

@@ -17,30 +17,6 @@ from tests import tiny
 FAMILY = SdFamily()
 
 
-@pytest.fixture(scope="session")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.write_clip_tokenizer(tmp_path_factory.mktemp("tokenizer"))
-
-
-@pytest.fixture(scope="session")
-def sd1(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.write_sd_checkpoint(tmp_path_factory.mktemp("sd1") / "sd1.safetensors")
-
-
-@pytest.fixture(scope="session")
-def sd2(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.write_sd_checkpoint(tmp_path_factory.mktemp("sd2") / "sd2.safetensors", version="v2")
-
-
-def options(path: Path, tokenizer: Path | None = None, **model: Any) -> FullTrainOptions:
-    named = {"pretrained_model_name_or_path": str(path), "tokenizer": str(tokenizer) if tokenizer else None}
-    return FullTrainOptions(model=ModelOptions(**(named | model)))
-
-
-def load(path: Path, tokenizer: Path | None = None, dtype: torch.dtype = torch.float32, **model: Any) -> Any:
-    return FAMILY.load(options(path, tokenizer, **model), device=torch.device("cpu"), dtype=dtype)
-
-
 def save(bundle: Any, path: Path, format: str, dtype: torch.dtype | None = None) -> Path:
     FAMILY.save_checkpoint(bundle, path, format=format, dtype=dtype, metadata={"ss_epoch": "3", "ss_steps": "12"})
     return path
@@ -50,7 +26,7 @@ def save(bundle: Any, path: Path, format: str, dtype: torch.dtype | None = None)
 @pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
 def test_load_and_save_gives_back_every_tensor_bit_for_bit(version: Any, suffix: str, tmp_path: Path, tokenizer: Path):
     path = tiny.write_sd_checkpoint(tmp_path / f"in{suffix}", version=version, dtype=torch.float16)
-    bundle = load(path, tokenizer, torch.float16, v2=version == "v2")
+    bundle = tiny.load_sd(path, tokenizer, torch.float16, v2=version == "v2")
     _ = bundle.denoiser, bundle.text_encoders, bundle.vae
     out = save(bundle, tmp_path / f"out{suffix}", bundle.facts["format"])
     if suffix == ".safetensors":
@@ -63,7 +39,7 @@ def test_load_and_save_gives_back_every_tensor_bit_for_bit(version: Any, suffix:
 
 
 def test_parts_that_were_not_trained_are_written_as_the_file_has_them(sd1: Path, tmp_path: Path, tokenizer: Path):
-    bundle = load(sd1, tokenizer, torch.bfloat16)
+    bundle = tiny.load_sd(sd1, tokenizer, torch.bfloat16)
     _ = bundle.text_encoders, bundle.vae
     bundle.denoiser.conv_in.bias.data += 1
     before, after = load_file(sd1), load_file(save(bundle, tmp_path / "out.safetensors", "safetensors"))
@@ -77,7 +53,7 @@ def test_parts_that_were_not_trained_are_written_as_the_file_has_them(sd1: Path,
 
 
 def test_a_trained_text_encoder_is_written(sd2: Path, tmp_path: Path, tokenizer: Path):
-    bundle = load(sd2, tokenizer, v2=True)
+    bundle = tiny.load_sd(sd2, tokenizer, v2=True)
     bundle.text_encoders["text_encoder"].encoder.layers[1].self_attn.k_proj.weight.data += 1
     before, after = load_file(sd2), load_file(save(bundle, tmp_path / "out.safetensors", "safetensors"))
     key = "cond_stage_model.model.transformer.resblocks.1.attn.in_proj_weight"
@@ -88,7 +64,7 @@ def test_a_trained_text_encoder_is_written(sd2: Path, tmp_path: Path, tokenizer:
 
 
 def test_saving_in_another_precision_leaves_what_no_part_uses(sd1: Path, tmp_path: Path, tokenizer: Path):
-    after = load_file(save(load(sd1, tokenizer), tmp_path / "out.safetensors", "safetensors", torch.float16))
+    after = load_file(save(tiny.load_sd(sd1, tokenizer), tmp_path / "out.safetensors", "safetensors", torch.float16))
     assert after["alphas_cumprod"].dtype == torch.float32
     assert after["cond_stage_model.transformer.text_model.embeddings.position_ids"].dtype == torch.int64
     assert {v.dtype for k, v in after.items() if k.startswith(("model.", "first_stage"))} == {torch.float16}
@@ -96,7 +72,7 @@ def test_saving_in_another_precision_leaves_what_no_part_uses(sd1: Path, tmp_pat
 
 def test_an_exchanged_vae_is_written_instead_of_the_files_own(sd1: Path, tmp_path: Path, tokenizer: Path):
     folder = tiny.write_sd_diffusers(tmp_path / "other", seed=7) / "vae"
-    after = load_file(save(load(sd1, tokenizer, vae=str(folder)), tmp_path / "out.safetensors", "safetensors"))
+    after = load_file(save(tiny.load_sd(sd1, tokenizer, vae=str(folder)), tmp_path / "out.safetensors", "safetensors"))
     expected = tiny.sd_ldm_tensors(seed=7)
     assert all(torch.equal(value, expected[key]) for key, value in after.items() if key.startswith("first_stage"))
     assert after.keys() == load_file(sd1).keys()
@@ -109,16 +85,16 @@ def test_a_file_saved_as_folder_is_read_by_diffusers_and_comes_back_as_the_same_
     from diffusers import StableDiffusionPipeline
 
     path = tiny.write_sd_checkpoint(tmp_path / "in.safetensors", version=version)
-    out = save(load(path, tokenizer, v2=version == "v2"), tmp_path / "folder", format)
+    out = save(tiny.load_sd(path, tokenizer, v2=version == "v2"), tmp_path / "folder", format)
     pipe = StableDiffusionPipeline.from_pretrained(str(out), local_files_only=True)
     for name, module in (("denoiser", pipe.unet), ("vae", pipe.vae), ("text_encoder", pipe.text_encoder)):
         assert tiny.same_tensors(dict(module.state_dict()), tiny.sd_modules(version)[name].state_dict())
-    assert pipe.tokenizer("a red circle").input_ids[1:-1] == FAMILY.strategies(options(out)).tokenize.tokenizer.ids(
-        "a red circle"
-    )  # type: ignore[attr-defined]
+    assert pipe.tokenizer("a red circle").input_ids[1:-1] == FAMILY.strategies(
+        tiny.sd_options(out)
+    ).tokenize.captions.tokenizer.ids("a red circle")  # type: ignore[attr-defined]
     assert pipe.scheduler.config.prediction_type == "epsilon"
 
-    bundle = load(out, v2=version == "v2")
+    bundle = tiny.load_sd(out, v2=version == "v2")
     assert bundle.facts["format"] == format
     back, source = load_file(save(bundle, tmp_path / "back.safetensors", "safetensors")), load_file(path)
     weights = {key for key in source if key.startswith(("model.diff", "first_stage", "cond_stage"))} - {
@@ -130,7 +106,7 @@ def test_a_file_saved_as_folder_is_read_by_diffusers_and_comes_back_as_the_same_
 
 
 def test_a_folders_text_encoder_is_written_under_the_names_every_reader_knows(sd1: Path, tmp_path: Path, tokenizer: Path):
-    out = save(load(sd1, tokenizer), tmp_path / "folder", "diffusers_safetensors")
+    out = save(tiny.load_sd(sd1, tokenizer), tmp_path / "folder", "diffusers_safetensors")
     keys = load_file(out / "text_encoder" / "model.safetensors").keys()
     assert "text_model.encoder.layers.0.self_attn.q_proj.weight" in keys
     assert all(key.startswith("text_model.") for key in keys)
@@ -140,7 +116,7 @@ def test_head_counts_that_a_single_file_cannot_hold_are_refused_before_training(
     folder = tiny.write_sd_diffusers(tmp_path / "m")
     config = json.loads((folder / "unet" / "config.json").read_text())
     (folder / "unet" / "config.json").write_text(json.dumps(config | {"attention_head_dim": 4}))
-    base = options(folder).model
+    base = tiny.sd_options(folder).model
     FAMILY.check(FullTrainOptions(model=base))
     FAMILY.check(FullTrainOptions(model=base, full=FullOptions(save_model_as="diffusers")))
     with pytest.raises(UserError, match=r"4 attention heads.*diffusers_safetensors"):

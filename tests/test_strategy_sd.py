@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from library.clip_text import ClipCaptions, clip_chunks, join_chunks
 from library.clip_tokenizer import ClipTokenizer, load_clip_tokenizer
 from library.prompt_weights import parse_weights
 from library.strategy_sd import (
@@ -15,8 +16,6 @@ from library.strategy_sd import (
     SdTextEncoderOutputsCachingStrategy,
     SdTextEncodingStrategy,
     SdTokenizeStrategy,
-    clip_chunks,
-    join_chunks,
 )
 from tests import tiny
 
@@ -43,7 +42,7 @@ def test_ids_equal_those_of_the_transformers_tokenizer(v1: ClipTokenizer, v2: Cl
     for ours in (v1, v2):
         theirs = CLIPTokenizer.from_pretrained(str(ours.folder))
         expected = theirs(texts, padding="max_length", truncation=True, max_length=77, return_tensors="pt").input_ids
-        assert torch.equal(SdTokenizeStrategy(ours).tokenize(texts)["text_encoder"][:, 0], expected)
+        assert torch.equal(SdTokenizeStrategy(ClipCaptions(ours)).tokenize(texts)["text_encoder"][:, 0], expected)
 
 
 def test_padding_is_eos_for_sd1_and_zero_for_sd2(v1: ClipTokenizer, v2: ClipTokenizer):
@@ -69,7 +68,7 @@ def test_a_long_caption_of_sd2_ends_each_chunk_as_its_text_does():
 def test_captions_of_each_length_give_conditioning_of_that_length(
     length: int, chunks: int, tokens: int, v1: ClipTokenizer, encoders: dict[str, Any]
 ):
-    ids = SdTokenizeStrategy(v1, max_length=length).tokenize(["a red circle", "word " * 300])
+    ids = SdTokenizeStrategy(ClipCaptions(v1, max_length=length)).tokenize(["a red circle", "word " * 300])
     assert ids["text_encoder"].shape == (2, chunks, 77)
     context = SdTextEncodingStrategy().encode(encoders, ids).context
     assert context.shape == (2, tokens, 64)
@@ -79,7 +78,7 @@ def test_captions_of_each_length_give_conditioning_of_that_length(
 
 
 def test_clip_skip_takes_an_earlier_layer_through_the_final_norm(v1: ClipTokenizer, encoders: dict[str, Any]):
-    tokens = SdTokenizeStrategy(v1).tokenize(["a red circle"])
+    tokens = SdTokenizeStrategy(ClipCaptions(v1)).tokenize(["a red circle"])
     encoder = encoders["text_encoder"]
     plain, one, two = (SdTextEncodingStrategy(clip_skip=n).encode(encoders, tokens).context for n in (None, 1, 2))
     torch.testing.assert_close(plain, one)
@@ -114,8 +113,8 @@ def test_weights_are_read_from_prompts(prompt: str, expected: list[tuple[str, fl
 
 @pytest.mark.parametrize("length", [75, 150])
 def test_weights_stand_beside_the_ids_and_multiply_the_conditioning(length: int, v1: ClipTokenizer, encoders: dict[str, Any]):
-    weighted = SdTokenizeStrategy(v1, max_length=length, weighted=True).tokenize(["red (circle:1.5) on"])
-    plain = SdTokenizeStrategy(v1, max_length=length).tokenize(["red circle on"])
+    weighted = SdTokenizeStrategy(ClipCaptions(v1, max_length=length, weighted=True)).tokenize(["red (circle:1.5) on"])
+    plain = SdTokenizeStrategy(ClipCaptions(v1, max_length=length)).tokenize(["red circle on"])
     assert torch.equal(weighted["text_encoder"], plain["text_encoder"])
     strategy = SdTextEncodingStrategy()
     ratio = strategy.encode(encoders, weighted).context / strategy.encode(encoders, plain).context
@@ -125,13 +124,13 @@ def test_weights_stand_beside_the_ids_and_multiply_the_conditioning(length: int,
 
 
 def test_an_encoder_that_is_not_asked_for_does_not_run(v1: ClipTokenizer):
-    tokens = SdTokenizeStrategy(v1).tokenize(["a"])
+    tokens = SdTokenizeStrategy(ClipCaptions(v1)).tokenize(["a"])
     assert SdTextEncodingStrategy().encode({}, tokens, only=frozenset()).missing() == {"text_encoder"}
     assert SdConditioning.sources() == {"text_encoder"}
 
 
 def test_strategies_pickle_to_workers_and_stay_equal(v1: ClipTokenizer):
-    strategy = SdTokenizeStrategy(v1, max_length=150, weighted=True)
+    strategy = SdTokenizeStrategy(ClipCaptions(v1, max_length=150, weighted=True))
     copy = pickle.loads(pickle.dumps(strategy))
     text = ["a (red:1.2) circle"]
     assert all(torch.equal(copy.tokenize(text)[key], value) for key, value in strategy.tokenize(text).items())
@@ -140,10 +139,10 @@ def test_strategies_pickle_to_workers_and_stay_equal(v1: ClipTokenizer):
 
 def test_fingerprints_change_with_what_they_stand_for(v1: ClipTokenizer, v2: ClipTokenizer):
     strategies = [
-        SdTokenizeStrategy(v1),
-        SdTokenizeStrategy(v2),
-        SdTokenizeStrategy(v1, max_length=150),
-        SdTokenizeStrategy(v1, weighted=True),
+        SdTokenizeStrategy(ClipCaptions(v1)),
+        SdTokenizeStrategy(ClipCaptions(v2)),
+        SdTokenizeStrategy(ClipCaptions(v1, max_length=150)),
+        SdTokenizeStrategy(ClipCaptions(v1, weighted=True)),
     ]
     assert len({strategy.fingerprint() for strategy in strategies}) == 4
     assert SdTextEncodingStrategy().fingerprint() != SdTextEncodingStrategy(clip_skip=2).fingerprint()

@@ -11,10 +11,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from library import clip_parts, sd_models, vae_parts
+from library import clip_parts, unet_names, unet_parts, vae_parts
+from library.family_base import ModelBundle
 from library.key_layout import KeyMap
+from library.option_groups import FullTrainOptions, ModelOptions
 from library.rng import keyed_generator
-from library.sd_utils import CLIP_PREFIX, OPEN_CLIP_PREFIX, UNET_PREFIX, VAE_PREFIX
+from library.sd_train_utils import SdFamily
+from library.sd_utils import CLIP_PREFIX, OPEN_CLIP_PREFIX
+from library.unet_parts import UNET_PREFIX, VAE_PREFIX
 
 Version = Literal["v1", "v2"]
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
@@ -107,7 +111,7 @@ def sd_configs(version: Version = "v1") -> dict[str, dict[str, Any]]:
 
 def sd_modules(version: Version = "v1", seed: int = 0) -> dict[str, nn.Module]:
     """Tiny parts built directly from diffusers and transformers, with random weights, in eval mode."""
-    makers = {"denoiser": sd_models.make_unet, "vae": vae_parts.make_vae, "text_encoder": clip_parts.make_clip}
+    makers = {"denoiser": unet_parts.make_unet, "vae": vae_parts.make_vae, "text_encoder": clip_parts.make_clip}
     configs = sd_configs(version)
     modules = {}
     for name, make in makers.items():
@@ -143,11 +147,11 @@ def sd_ldm_tensors(version: Version = "v1", seed: int = 0, *, bare_clip: bool = 
 @functools.lru_cache(maxsize=8)
 def _sd_ldm_tensors(version: Version, seed: int, bare_clip: bool) -> dict[str, Tensor]:
     modules, configs = sd_modules(version, seed), sd_configs(version)
-    clip = (OPEN_CLIP_PREFIX, sd_models.OPEN_CLIP_NAMES)
+    clip = (OPEN_CLIP_PREFIX, clip_parts.OPEN_CLIP_NAMES)
     if version == "v1":
         clip = (CLIP_PREFIX, clip_parts.CLIP_BARE_NAMES if bare_clip else clip_parts.CLIP_NAMES)
     layouts: dict[str, tuple[str, KeyMap]] = {
-        "denoiser": (UNET_PREFIX, sd_models.unet_key_map_for(configs["denoiser"])),
+        "denoiser": (UNET_PREFIX, unet_names.unet_key_map_for(configs["denoiser"])),
         "vae": (VAE_PREFIX, vae_parts.vae_key_map(len(configs["vae"]["block_out_channels"]))),
         "text_encoder": clip,
     }
@@ -226,6 +230,16 @@ def write_sd_diffusers(
     }
     (path / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
     return path
+
+
+def sd_options(path: Path | str, tokenizer: Path | None = None, **model: Any) -> FullTrainOptions:
+    """Options that name a model and nothing else."""
+    named = {"pretrained_model_name_or_path": str(path), "tokenizer": str(tokenizer) if tokenizer else None}
+    return FullTrainOptions(model=ModelOptions(**(named | model)))
+
+
+def load_sd(path: Path, tokenizer: Path | None = None, dtype: torch.dtype = torch.float32, **model: Any) -> ModelBundle:
+    return SdFamily().load(sd_options(path, tokenizer, **model), device=torch.device("cpu"), dtype=dtype)
 
 
 # ---- pictures --------------------------------------------------------------------------------------------------------

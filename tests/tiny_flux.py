@@ -66,11 +66,12 @@ def configs() -> dict[str, dict]:
     return {"vae": vae, CLIP_L: shared["text_encoder"], T5XXL: t5}
 
 
-def modules(kind: Kind = "dev", seed: int = 0) -> dict[str, nn.Module]:
-    """Parts with random weights, those that begin as zeros too, in eval mode."""
+def modules(kind: Kind = "dev", seed: int = 0, blocks: tuple[int, int] | None = None) -> dict[str, nn.Module]:
+    """Parts with random weights, those that begin as zeros too, in eval mode. blocks: numbers of double and single ones."""
     made = configs()
+    params = PARAMS[kind] if blocks is None else replace(PARAMS[kind], num_double_blocks=blocks[0], num_single_blocks=blocks[1])
     with torch.device("meta"):
-        transformer = Flux(PARAMS[kind])
+        transformer = Flux(params)
     found: dict[str, nn.Module] = {
         "denoiser": transformer,
         "vae": make_vae(made["vae"]),
@@ -87,9 +88,9 @@ def modules(kind: Kind = "dev", seed: int = 0) -> dict[str, nn.Module]:
     return found
 
 
-def tensors(kind: Kind = "dev", seed: int = 0) -> dict[str, dict[str, Tensor]]:
+def tensors(kind: Kind = "dev", seed: int = 0, blocks: tuple[int, int] | None = None) -> dict[str, dict[str, Tensor]]:
     """Part -> its tensors under the names of published files."""
-    parts = modules(kind, seed)
+    parts = modules(kind, seed, blocks)
     levels = len(configs()["vae"]["block_out_channels"])
     made = {
         "denoiser": parts["denoiser"].state_dict(),
@@ -128,12 +129,22 @@ def cast(found: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     return {key: value.to(dtype) for key, value in found.items()}
 
 
+SWAPPABLE = (3, 4)
+"""Numbers of double and single blocks of which `--blocks_to_swap=2` swaps 1 and 2, the most there can be."""
+
+
 def write_flux_files(
-    folder: Path, kind: Kind = "dev", *, seed: int = 0, dtype: torch.dtype = torch.float32, prefix: str = ""
+    folder: Path,
+    kind: Kind = "dev",
+    *,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    prefix: str = "",
+    blocks: tuple[int, int] | None = None,
 ) -> Path:
     """`flux.safetensors` (bare or under `prefix`), `clip_l.safetensors`, `t5xxl.safetensors`, `ae.safetensors`."""
     folder.mkdir(parents=True, exist_ok=True)
-    found = tensors(kind, seed)
+    found = tensors(kind, seed, blocks)
     transformer = {prefix + key: value for key, value in cast(found.pop("denoiser"), dtype).items()}
     save_file(transformer, folder / "flux.safetensors")
     for name, part in found.items():

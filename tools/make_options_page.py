@@ -23,15 +23,23 @@ from library.option_groups import (  # noqa: E402
     TrainOptions,
 )
 from library.options import Flag, NoFamilyOptions, flags_of, groups_of  # noqa: E402
+from library.sdxl_options import SdxlFullOptions, SdxlOptions  # noqa: E402
 
 SCRIPTS: dict[str, type[TrainOptions]] = {
     "train_network.py": NetworkTrainOptions,
     "train_db.py": DreamBoothOptions,
     "fine_tune.py": FineTuneOptions,
+    "sdxl_train_network.py": NetworkTrainOptions,
+    "sdxl_train.py": FullTrainOptions,
     "flux_train_network.py": NetworkTrainOptions,
     "flux_train.py": FullTrainOptions,
 }
-FAMILY_GROUPS: dict[str, type] = {"flux_train_network.py": FluxOptions, "flux_train.py": FluxFullOptions}
+FAMILY_GROUPS: dict[str, type] = {
+    "sdxl_train_network.py": SdxlOptions,
+    "sdxl_train.py": SdxlFullOptions,
+    "flux_train_network.py": FluxOptions,
+    "flux_train.py": FluxFullOptions,
+}
 """Script -> its family's own group, where it has one."""
 PAGE, SNAPSHOT = ROOT / "docs" / "options.md", ROOT / "tests" / "snapshots" / "flags.json"
 

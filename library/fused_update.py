@@ -1,0 +1,145 @@
+"""Fused backward: each weight is stepped as soon as its gradient is there, and the gradient freed.
+
+Gradients of all weights are then never held together. What that means:
+
+- The norm of all gradients is not known when a weight is stepped, so each gradient is clipped alone, as sd-scripts does.
+- With accumulation, weights are stepped in the last backward pass of an update. Until then gradients add up, and are all held.
+- Between processes, gradients are averaged one by one, in an order that all processes keep to, whatever their order of arrival.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from accelerate.utils import broadcast_object_list
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from library.bf16_updates import Bf16Rounding
+from library.errors import UserError
+from library.optimizers import StandardUpdate, UpdateRule, find_optimizer, load_class, steps_jointly
+from library.processes import Processes, average_gradients
+from library.separate_steps import SeparateSteps
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from accelerate.optimizer import AcceleratedOptimizer
+
+    from library.option_groups import TrainOptions
+
+
+def check_update(options: TrainOptions) -> None:
+    """Raise `UserError` for an optimizer that cannot step one weight without the others, where the options ask for that."""
+    if options.fused_backward and steps_jointly(load_class(find_optimizer(options.optimizer.name), "--optimizer_type")):
+        raise UserError(
+            f"--fused_backward_pass: {options.optimizer.name} looks at all gradients before it steps any weight. "
+            "Choose another --optimizer_type (AdamW, AdamW8bit, Adafactor, Lion, ...), or remove --fused_backward_pass."
+        )
+
+
+def make_update(
+    options: TrainOptions, optimizer: AcceleratedOptimizer, accelerator: Accelerator, processes: Processes
+) -> UpdateRule:
+    """How the options want the weights of `optimizer` to be stepped."""
+    inner: Optimizer = optimizer.optimizer
+    parameters: list[nn.Parameter] = [parameter for group in inner.param_groups for parameter in group["params"]]
+    rounding = None
+    if options.precision.bf16_update != "nearest" and any(p.dtype == torch.bfloat16 for p in parameters):
+        rounding = Bf16Rounding(options.training.seed or 0, kahan=options.precision.bf16_update == "kahan")
+    steps = SeparateSteps(inner, rounding)
+    max_grad_norm = options.optimizer.max_grad_norm
+    if options.fused_backward:
+        return FusedBackwardUpdate(steps, parameters, max_grad_norm, processes)
+    return StandardUpdate(optimizer, max_grad_norm, accelerator, None if rounding is None else steps)
+
+
+class FusedBackwardUpdate(UpdateRule):
+    """Weights are stepped by hooks on their gradients. From its creation on, `parameters` are stepped by it alone."""
+
+    def __init__(
+        self, steps: SeparateSteps, parameters: Sequence[nn.Parameter], max_grad_norm: float, processes: Processes
+    ) -> None:
+        self.optimizer = steps.optimizer
+        self.steps = steps
+        self.parameters = parameters
+        self.max_grad_norm = max_grad_norm
+        """Of each gradient alone; 0: no clipping."""
+        self.processes = processes
+        self._order = list(reversed(parameters))
+        """In which the processes average gradients. From the second update on, that in which the first process gets them."""
+        self._arrived: dict[int, nn.Parameter] = {}
+        self._arrivals_known = False
+        self._turn = 0
+        self._stepping = False
+        self._share: Tensor | None = None
+        for parameter in parameters:
+            parameter.register_post_accumulate_grad_hook(self._on_gradient)
+
+    def before_last_backward(self, step: int, num_images: int) -> None:
+        self.steps.begin(step)
+        self._arrived, self._turn = {}, 0
+        self._share = self.processes.share(num_images)
+        self._stepping = True
+
+    def _on_gradient(self, parameter: Tensor) -> None:
+        if not self._stepping:
+            return
+        assert isinstance(parameter, nn.Parameter)
+        if id(parameter) in self._arrived:
+            raise RuntimeError("a weight got its gradient in two portions, but has been stepped after the first (reentrant?)")
+        self._arrived[id(parameter)] = parameter
+        if self._share is None:
+            self._step(parameter)
+        else:
+            self._step_those_whose_turn_it_is()
+
+    def _step_those_whose_turn_it_is(self) -> None:
+        """A gradient may also be gone again: block swap takes it to main memory. Then it is left for after the pass."""
+        while self._turn < len(self._order):
+            parameter = self._order[self._turn]
+            if parameter.requires_grad and (id(parameter) not in self._arrived or parameter.grad is None):
+                return
+            self._step_averaged(parameter)
+            self._turn += 1
+
+    def _step_averaged(self, parameter: nn.Parameter) -> None:
+        assert self._share is not None
+        average_gradients([parameter], self._share)
+        if parameter.grad is not None:
+            self._step(parameter)
+
+    def _step(self, parameter: nn.Parameter) -> None:
+        if self.max_grad_norm > 0:
+            torch.nn.utils.clip_grad_norm_([parameter], self.max_grad_norm)
+        self.steps.step([parameter])
+        parameter.grad = None
+
+    def after_backward(self, parameters: Sequence[nn.Parameter]) -> Sequence[nn.Parameter]:
+        """Step what could not be stepped on the way, so that nothing is left to average: with accumulation, weights that the
+        last batch did not reach; on several processes, those whose turn has not come."""
+        self._stepping = False
+        if self._share is None:
+            for parameter in self.parameters:
+                if parameter.grad is not None:
+                    self._step(parameter)
+            return ()
+        for parameter in self._order[self._turn :]:
+            self._step_averaged(parameter)
+        self._agree_on_the_order()
+        return ()
+
+    def _agree_on_the_order(self) -> None:
+        if self._arrivals_known:
+            return
+        self._arrivals_known = True
+        index = {id(parameter): number for number, parameter in enumerate(self.parameters)}
+        arrived = [index[key] for key in self._arrived]
+        agreed: list[list[int]] = [arrived + sorted(set(index.values()) - set(arrived), reverse=True)]
+        broadcast_object_list(agreed)
+        self._order = [self.parameters[number] for number in agreed[0]]
+
+    def step(self, parameters: Sequence[nn.Parameter]) -> bool:
+        self.steps.finish()
+        return True

@@ -1,0 +1,182 @@
+"""`--plan`: what a run would take, as a table for people and as `plan.json`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from library.checkpoint import atomic_write
+from library.device_rates import DeviceRates, measure_rates, own_memory, process_memory
+from library.memory_plan import Forecast, Phase, forecast
+from library.model_parts import write_json
+from library.run_setup import compute_dtype
+
+if TYPE_CHECKING:
+    from library.train_util import PreparedRun
+
+PLAN_FILE = "plan.json"
+Rows = list[tuple[str, str]]
+
+
+def write_plan(prepared: PreparedRun) -> None:
+    """Print the plan of `prepared`, and write it to the output folder. Loads no weights, trains nothing."""
+    found = forecast(prepared)
+    accelerator = prepared.accelerator
+    rates = measure_rates(accelerator.device, compute_dtype(prepared.options.precision))
+    content = plan_of_run(prepared, found, rates)
+    if not accelerator.is_main_process:
+        return
+    sys.stdout.write(as_table(content) + "\n")
+    path = Path(prepared.options.output.output_dir or ".") / PLAN_FILE
+    atomic_write(path, lambda temporary: write_json(temporary, content))
+    sys.stdout.write(f"wrote {path}\n")
+
+
+def plan_of_run(prepared: PreparedRun, found: Forecast, rates: DeviceRates) -> dict[str, Any]:
+    """The content of `plan.json`: bytes, seconds, counts."""
+    return {
+        "data": _data(prepared),
+        "learning": [group._asdict() for group in found.groups],
+        "memory": _memory(prepared, found),
+        "time": _time(prepared, found, rates),
+    }
+
+
+def _data(prepared: PreparedRun) -> dict[str, Any]:
+    train, length = prepared.data.train, prepared.length
+    buckets: dict[str, int] = {}
+    for part in train.parts:
+        for (width, height), items in part.buckets.items():
+            buckets[f"{width}x{height}"] = buckets.get(f"{width}x{height}", 0) + len(items)
+    return {
+        "images": len(train.records),
+        "images_with_repeats": train.num_images,
+        "buckets": buckets,
+        "batches_per_epoch": length.batches_per_epoch,
+        "updates_per_epoch": length.updates_per_epoch,
+        "epochs": length.num_epochs,
+        "updates": length.total_updates,
+        "processes": prepared.accelerator.num_processes,
+    }
+
+
+def _memory(prepared: PreparedRun, found: Forecast) -> dict[str, Any]:
+    own = own_memory(prepared.accelerator.device)
+    return {
+        "device": found.device,
+        "largest_batch": found.batch._asdict(),
+        "phases": [
+            {"name": phase.name, "device": phase.device.total, "kinds": phase.device.kinds, "host": phase.host.total}
+            for phase in found.phases
+        ],
+        "device_libraries": own,
+        "device_peak": found.device_peak + own,
+        "host": {
+            "process": process_memory(),
+            "caches": found.caches,
+            "swapped_weights": found.swapped,
+            "offloaded_activations": found.offloaded,
+            "peak": found.host_peak,
+        },
+    }
+
+
+def mean_size(prepared: PreparedRun, found: Forecast) -> float:
+    """Pixels of the average batch over those of the batch that was simulated."""
+    pixels = batches = 0
+    for part in prepared.data.train.parts:
+        for (width, height), items in part.buckets.items():
+            pixels += width * height * len(items)
+            batches += -(-len(items) // part.batch_size)
+    batch = found.batch
+    return pixels / batches / (batch.width * batch.height * batch.images)
+
+
+def _time(prepared: PreparedRun, found: Forecast, rates: DeviceRates) -> dict[str, Any]:
+    length = prepared.length
+    batch, step = rates.seconds(found.forward_backward), rates.seconds(found.step)
+    micro_batches = length.batches_per_epoch / length.updates_per_epoch
+    update = micro_batches * batch * mean_size(prepared, found) + step
+    return {
+        "flops_of_largest_batch": found.forward_backward.flops,
+        "moved_bytes_of_largest_batch": found.forward_backward.moved_bytes,
+        "matmul_flops_per_second": rates.flops,
+        "bytes_per_second": rates.bytes,
+        "seconds_largest_batch": batch,
+        "seconds_per_update": update,
+        "seconds_in_all": update * length.total_updates,
+        "note": "estimated from a measured matrix product and a measured copy; without caching, previews, saving and waiting "
+        "for pictures or for swapped blocks",
+    }
+
+
+# ---- for people ------------------------------------------------------------------------------------------------------
+
+
+def readable(num_bytes: float) -> str:
+    """`1.23 GiB`."""
+    for unit in ("bytes", "KiB", "MiB"):
+        if abs(num_bytes) < 1024:
+            return f"{num_bytes:.4g} {unit}"
+        num_bytes /= 1024
+    return f"{num_bytes:.2f} GiB"
+
+
+def duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.3g} s"
+    minutes = seconds / 60
+    return f"{minutes:.0f} min" if minutes < 90 else f"{minutes / 60:.1f} h"
+
+
+def as_table(content: dict[str, Any]) -> str:
+    data, memory, timing = content["data"], content["memory"], content["time"]
+    sections = {
+        "data": [
+            ("images", f"{data['images']}, with repeats {data['images_with_repeats']}"),
+            ("buckets", ", ".join(f"{size}: {count}" for size, count in data["buckets"].items())),
+            ("batches an epoch", str(data["batches_per_epoch"])),
+            ("updates", f"{data['updates']} ({data['updates_per_epoch']} an epoch, {data['epochs']} epochs)"),
+        ],
+        "what learns": [
+            (group["name"], f"{group['num_parameters']:,} parameters, learning rate {_rate(group['rate'])}")
+            for group in content["learning"]
+        ],
+        f"memory of the {memory['device']} device": _memory_rows(memory),
+        "main memory": [(name.replace("_", " "), readable(value)) for name, value in memory["host"].items() if value],
+        "time (an estimate)": [
+            ("largest batch", duration(timing["seconds_largest_batch"])),
+            ("an update", duration(timing["seconds_per_update"])),
+            ("in all", duration(timing["seconds_in_all"])),
+        ],
+    }
+    return "\n".join(_lines(sections.items()))
+
+
+def _rate(rate: float | None) -> str:
+    return "its own" if rate is None else f"{rate:g}"
+
+
+def _memory_rows(memory: dict[str, Any]) -> Rows:
+    rows: Rows = []
+    batch = memory["largest_batch"]
+    for phase in memory["phases"]:
+        note = f" (batch of {batch['images']} of {batch['width']}x{batch['height']})" if phase["name"] == "training" else ""
+        rows.append((phase["name"] + note, readable(phase["device"])))
+        rows += [(f"  {kind}", readable(size)) for kind, size in phase["kinds"].items() if size]
+    if memory["device_libraries"]:
+        rows.append(("libraries and driver", readable(memory["device_libraries"])))
+    return [*rows, ("peak", readable(memory["device_peak"]))]
+
+
+def _lines(sections: Iterable[tuple[str, Rows]]) -> Iterator[str]:
+    sections = list(sections)
+    width = max(len(name) for _, rows in sections for name, _ in rows)
+    for title, rows in sections:
+        yield title
+        yield from (f"  {name:<{width}}  {value}" for name, value in rows)
+
+
+__all__ = ["PLAN_FILE", "Phase", "as_table", "duration", "plan_of_run", "readable", "write_plan"]

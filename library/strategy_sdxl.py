@@ -1,0 +1,131 @@
+"""SDXL: captions to ids, ids to conditioning, images to latents, and the caches of both.
+
+Shapes: B batch, N chunks, 77 tokens of a chunk with BOS and EOS, M text tokens, D1 and D2 widths of the two text encoders.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+from torch import Tensor, nn
+
+from library.clip_text import ClipCaptions, join_chunks, weigh
+from library.strategy_base import (
+    Conditioning,
+    LatentsCachingStrategy,
+    TextEncoderOutputsCachingStrategy,
+    TextEncodingStrategy,
+    TokenizeStrategy,
+    Tokens,
+    tensor_field,
+)
+from library.vae_parts import encode_images
+
+CLIP_L, OPEN_CLIP = "text_encoder1", "text_encoder2"
+
+
+@dataclass(frozen=True)
+class SdxlConditioning(Conditioning):
+    """What the UNet attends to, side by side, and what is added to its time embedding. Names are sd-scripts' cache keys."""
+
+    hidden_state1: Tensor = tensor_field(source=CLIP_L)  # [B, M, D1]
+    hidden_state2: Tensor = tensor_field(source=OPEN_CLIP)  # [B, M, D2]
+    pool2: Tensor = tensor_field(source=OPEN_CLIP)  # [B, P]
+
+
+def weights_of(encoder: str) -> str:
+    """Where the tokens' weights stand beside the ids."""
+    return f"{encoder}.weights"
+
+
+@dataclass(frozen=True)
+class SdxlTokenizeStrategy(TokenizeStrategy):
+    """Captions to chunks of ids for either encoder; they differ in padding: the first's is EOS, the second's is id 0."""
+
+    first: ClipCaptions
+    second: ClipCaptions
+
+    def tokenize(self, captions: Sequence[str]) -> Tokens:
+        tokens: dict[str, Tensor] = {}
+        for name, own in ((CLIP_L, self.first), (OPEN_CLIP, self.second)):
+            tokens[name], weights = own.ids_and_weights(captions)
+            if own.weighted:
+                tokens[weights_of(name)] = weights
+        return tokens
+
+    def fingerprint(self) -> str:
+        return f"{self.first.fingerprint()}-{self.second.fingerprint()}"
+
+
+@dataclass(frozen=True)
+class SdxlTextEncodingStrategy(TextEncodingStrategy):
+    """Ids to the output of either encoder's last layer but one, without a norm, and to the second's projected EOS state.
+
+    eos: the second tokenizer's EOS id; the first of the first chunk is what is pooled.
+    """
+
+    eos: int
+
+    def encode(self, encoders: Mapping[str, nn.Module], tokens: Tokens, only: frozenset[str] | None = None) -> SdxlConditioning:
+        wanted = SdxlConditioning.sources() if only is None else only
+        found: dict[str, Tensor] = {}
+        if CLIP_L in wanted:
+            output = _run(encoders[CLIP_L], tokens[CLIP_L])
+            found["hidden_state1"] = _joined(output.hidden_states[-2], tokens, CLIP_L)
+        if OPEN_CLIP in wanted:
+            encoder: Any = encoders[OPEN_CLIP]
+            output = _run(encoder.text_model, tokens[OPEN_CLIP])
+            found["hidden_state2"] = _joined(output.hidden_states[-2], tokens, OPEN_CLIP)
+            found["pool2"] = encoder.text_projection(self._pooled(output.last_hidden_state, tokens[OPEN_CLIP]))
+        return SdxlConditioning(**found)
+
+    def _pooled(self, last: Tensor, ids: Tensor) -> Tensor:
+        """last [B * N, 77, D] normed, ids [B, N, 77] -> the state at each caption's first EOS, [B, D]."""
+        first = last.unflatten(0, ids.shape[:2])[:, 0]  # [B, 77, D]
+        place = (ids[:, 0].to(last.device) == self.eos).int().argmax(dim=-1)  # [B]
+        return first.take_along_dim(place.view(-1, 1, 1), dim=1).squeeze(1)
+
+    def fingerprint(self) -> str:
+        return f"sdxl-hidden-2-pooled-at-{self.eos}"
+
+
+def _run(encoder: nn.Module, ids: Tensor) -> Any:
+    """[B, N, 77] ids through a CLIPTextModel, chunk by chunk."""
+    return encoder(input_ids=ids.to(next(encoder.parameters()).device).flatten(0, 1), output_hidden_states=True)
+
+
+def _joined(states: Tensor, tokens: Tokens, name: str) -> Tensor:
+    """[B * N, 77, D] -> [B, M, D], weighed where captions have weights."""
+    joined = join_chunks(states.unflatten(0, tokens[name].shape[:2]))
+    return weigh(joined, tokens[weights_of(name)]) if weights_of(name) in tokens else joined
+
+
+@dataclass(frozen=True)
+class SdxlLatentsCachingStrategy(LatentsCachingStrategy):
+    """A sample of the VAE's posterior, not yet scaled."""
+
+    suffix: ClassVar[str] = "sdxl"
+    multi_resolution: ClassVar[bool] = False
+    nameless: ClassVar[bool] = True
+
+    def encode(self, vae: nn.Module, images: Tensor, seeds: Sequence[int]) -> Tensor:
+        return encode_images(vae, images, seeds)
+
+    def fingerprint(self) -> str:
+        return "posterior-sample-1"
+
+
+@dataclass(frozen=True)
+class SdxlTextEncoderOutputsCachingStrategy(TextEncoderOutputsCachingStrategy):
+    """sd-scripts' file. length: tokens of a caption's conditioning."""
+
+    suffix: ClassVar[str] = "_te_outputs.npz"
+    conditioning: type[Conditioning] = SdxlConditioning
+    length: int = 77
+
+    def foreign_problem(self, arrays: Mapping[str, np.ndarray]) -> str:
+        states = [arrays[name] for name in ("hidden_state1", "hidden_state2") if name in arrays]
+        return "" if all(state.shape[0] == self.length for state in states) else "the tokenizer's length"

@@ -1,0 +1,192 @@
+"""What the UNet families share: a diffusers UNet that predicts noise or v on a DDPM schedule, with CLIP for its text."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from library.family_base import LatentSpec, ModelBundle, ModelFamily, SampleRequest
+from library.model_parts import enable_encoder_checkpointing
+from library.objectives import DiscreteDDPM, range_and_huber
+from library.quantization import UNET_LAYERS, LayerTable
+from library.quantized_layers import Quantizer
+from library.sampling import guided_pair, make_scheduler, sample_diffusion
+from library.unet_parts import UnetModel
+from library.unet_saving import SINGLE_FILE_FORMATS, UnetCheckpoint, check_single_file
+from library.vae_parts import decode_latents
+
+if TYPE_CHECKING:
+    from library.option_groups import TrainOptions
+
+
+class UnetFamily(ModelFamily):
+    """Stable Diffusion 1.x/2.x or SDXL: they differ in their text encoders and in what else the UNet is told."""
+
+    quantized_layers: ClassVar[LayerTable] = UNET_LAYERS
+
+    # ---- what a family says ------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def describe(self, options: TrainOptions) -> UnetModel:
+        """The model that `options` name, from headers alone, once its flags have been found to fit."""
+
+    @abstractmethod
+    def tokenizers(self, options: TrainOptions) -> dict[str, Path]:
+        """Folder in a diffusers model -> where that tokenizer is now; downloads it when that is what is left."""
+
+    @abstractmethod
+    def checkpoint(self, **contents: Any) -> UnetCheckpoint: ...
+
+    def predicts_v(self, options: TrainOptions) -> bool:
+        return options.model.v_parameterization
+
+    def ends_in_noise(self, options: TrainOptions) -> bool:
+        """Whether the noise schedule is rescaled to a zero terminal SNR."""
+        return options.noise.zero_terminal_snr
+
+    # ---- facts -------------------------------------------------------------------------------------------------------
+
+    def latent(self, options: TrainOptions) -> LatentSpec:
+        config = self.describe(options).vae.config
+        return LatentSpec(
+            channels=config.get("latent_channels", 4),
+            stride=2 ** (len(config["block_out_channels"]) - 1),
+            scale=config["scaling_factor"],
+        )
+
+    def check(self, options: TrainOptions) -> None:
+        model = self.describe(options)
+        self.tokenizers(options)
+        full = getattr(options, "full", None)
+        if full is not None and full.save_model_as in SINGLE_FILE_FORMATS:
+            check_single_file(model)
+
+    def head_widths(self, options: TrainOptions) -> Sequence[int]:
+        config = self.describe(options).unet.config
+        channels, heads = config["block_out_channels"], config["attention_head_dim"]  # which diffusers means as their number
+        counts = heads if isinstance(heads, list | tuple) else [heads] * len(channels)
+        return tuple(width // count for width, count in zip(channels, counts, strict=True))
+
+    def prediction_type(self, options: TrainOptions) -> str | None:
+        return "v" if self.predicts_v(options) else "epsilon"
+
+    # ---- the model ---------------------------------------------------------------------------------------------------
+
+    def load(
+        self,
+        options: TrainOptions,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        learning: Mapping[str, torch.dtype] | None = None,
+        quantizers: Mapping[str, Quantizer] | None = None,
+    ) -> ModelBundle:
+        model = self.describe(options)
+        dtypes, chosen = {name: dtype for name in model.parts} | dict(learning or {}), quantizers or {}
+        if options.precision.no_half_vae:
+            dtypes["vae"] = torch.float32
+        loaders = {
+            name: partial(part.load, dtype=dtypes[name], device=device, quantizer=chosen.get(name))
+            for name, part in model.parts.items()
+        }
+        return ModelBundle(
+            loaders=loaders,
+            text_encoder_names=tuple(name for name in model.parts if name not in ("denoiser", "vae")),
+            device=device,
+            dtype=dtype,
+            identity={
+                name: part.identity_as(dtypes[name], chosen.get(name))
+                for name, part in model.parts.items()
+                if name != "denoiser"
+            },
+            facts={
+                "source": model.path,
+                "format": model.format,
+                "model": model,
+                "v_prediction": self.predicts_v(options),
+                "zero_terminal_snr": self.ends_in_noise(options),
+                "tokenizers": self.tokenizers(options),
+            },
+        )
+
+    def enable_gradient_checkpointing(self, part: str, module: nn.Module) -> None:
+        if part == "denoiser":
+            unet: Any = module
+            unet.enable_gradient_checkpointing()
+        else:
+            enable_encoder_checkpointing(module)
+
+    # ---- steps -------------------------------------------------------------------------------------------------------
+
+    def objective(self, options: TrainOptions) -> DiscreteDDPM:
+        loss = options.loss
+        return DiscreteDDPM(
+            v_prediction=self.predicts_v(options),
+            zero_terminal_snr=self.ends_in_noise(options),
+            min_snr_gamma=loss.min_snr_gamma or None,
+            debiased=loss.debiased_estimation_loss,
+            scale_v_like_noise=loss.scale_v_pred_loss_like_noise_pred,
+            v_like_loss=loss.v_pred_like_loss or None,
+            **range_and_huber(options.noise, loss),
+        )
+
+    def sample(self, denoiser: nn.Module, request: SampleRequest, options: TrainOptions, device: torch.device) -> Tensor:
+        spec = self.latent(options)
+        cond: Any = type(request.positive).collate([request.positive.rows(0), request.negative.rows(0)]).to(device)
+
+        def predict(x_t: Tensor, t: Tensor) -> Tensor:
+            """One row for each of x_t's: the positive prompt, then, when guided, the negative one."""
+            return self.predict(denoiser, x_t, t, cond.rows(slice(0, len(x_t))), None, options).float()
+
+        return sample_diffusion(
+            predict if request.guidance == 1 else guided_pair(predict, request.guidance),
+            make_scheduler(request.sampler, self.objective(options)),
+            (1, spec.channels, request.height // spec.stride, request.width // spec.stride),
+            steps=request.steps,
+            seed=request.seed,
+            device=device,
+        )
+
+    def decode(self, vae: nn.Module, latents: Tensor, options: TrainOptions) -> Tensor:
+        return decode_latents(vae, self.latent(options).denormalize(latents))
+
+    # ---- saving ------------------------------------------------------------------------------------------------------
+
+    def save_checkpoint(
+        self,
+        bundle: ModelBundle,
+        path: Path,
+        *,
+        format: str,
+        dtype: torch.dtype | None,
+        metadata: Mapping[str, str],
+        max_shard_size: int | None = None,
+    ) -> None:
+        facts = bundle.facts
+        names = ("denoiser", *bundle.text_encoder_names)
+        self.checkpoint(
+            model=facts["model"],
+            modules={name: bundle.part(name) for name in names if bundle.loaded(name)},
+            v_prediction=facts["v_prediction"],
+            zero_terminal_snr=facts["zero_terminal_snr"],
+            tokenizers=facts["tokenizers"],
+        ).write(path, format=format, dtype=dtype, metadata=metadata, max_shard_size=max_shard_size)
+
+
+def run_unet(denoiser: nn.Module, x_t: Tensor, t: Tensor, context: Tensor, added: Mapping[str, Tensor] | None = None) -> Tensor:
+    """The UNet's prediction, the shape of x_t [B, C, h, w]; context [B, M, D]. added: further conditions, by diffusers' name.
+
+    Outside of autocast the inputs take the dtype of the weights; `added` is left to the UNet, which embeds sizes in float32.
+    """
+    if not torch.is_autocast_enabled(x_t.device.type):
+        dtype = next(denoiser.parameters()).dtype
+        x_t, context = x_t.to(dtype), context.to(dtype)
+    extra = {} if added is None else {"added_cond_kwargs": dict(added)}
+    output: Tensor = denoiser(x_t, t, encoder_hidden_states=context, return_dict=False, **extra)[0]
+    return output

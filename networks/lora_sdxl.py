@@ -1,0 +1,37 @@
+"""What adapters must know about SDXL. The names in files are those of the original (LDM) UNet."""
+
+from __future__ import annotations
+
+from library.unet_names import SDXL_UNET_NAMES, sdxl_block
+from networks.network_targets import BlockTable, NetworkArch, TargetGroup, clip_targets
+
+_PREFIX = "lora_unet_"
+
+
+def block_index(key: str) -> int | None:
+    """Number of the block that a layer of the UNet is in, by its key; None outside."""
+    return sdxl_block(key.removeprefix(_PREFIX)) if key.startswith(_PREFIX) else None
+
+
+def original_name(path: str) -> str:
+    """Path in diffusers' UNet -> path in the original one; what the table does not know (a container) stays."""
+    return SDXL_UNET_NAMES.their_name(path) or path
+
+
+ARCH = NetworkArch(
+    name="sdxl",
+    groups=(
+        TargetGroup(
+            part="denoiser",
+            prefix="lora_unet",
+            containers=("Transformer2DModel",),
+            conv_containers=("ResnetBlock2D", "Downsample2D", "Upsample2D"),
+            canonical=original_name,
+            aliases=("unet",),
+        ),
+        clip_targets("text_encoder1", "lora_te1", "text_encoder"),
+        clip_targets("text_encoder2", "lora_te2", "text_encoder_2"),
+    ),
+    blocks=BlockTable(index=block_index, lead=1, down=9, mid=3, up=9, tail=1),
+    marker="add_embedding",
+)

@@ -1,0 +1,74 @@
+"""The benchmark of the real FLUX.1 runs at toy size on a CPU, and counts what it should."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+
+
+@pytest.fixture
+def gpu_flux(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import gpu_flux
+
+    return gpu_flux
+
+
+def run(out: Path, *arguments: str) -> list[dict]:
+    command = [sys.executable, str(BENCHMARKS / "gpu_flux.py"), "--tiny", "--device=cpu", "--steps=1", f"--out={out}"]
+    result = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    return [json.loads(line) for line in out.read_text().splitlines()]
+
+
+def test_one_row_is_appended_for_each_configuration(tmp_path: Path) -> None:
+    out = tmp_path / "rows.jsonl"
+    out.write_text('{"scenario": "earlier"}\n')
+    earlier, lora, swapped = run(out, "--only", "lora", "fp8_swap35")
+    assert earlier == {"scenario": "earlier"}
+    assert (lora["scenario"], swapped["scenario"]) == ("gpu_flux/lora", "gpu_flux/fp8_swap35")
+    for row in (lora, swapped):
+        assert "error" not in row
+        assert row["seconds_per_step"] > 0
+        assert row["tflops"] > 0
+        assert row["learning"] == lora["learning"] > 0
+    assert swapped["late_loads"] == 0, "from step to step every block is under way before it is needed"
+    assert (swapped["swap"], swapped["scheme"], swapped["checkpointing"]) == (35, "fp8", True)
+
+
+def test_a_configuration_that_fails_leaves_a_row_and_the_next_one_runs(tmp_path: Path) -> None:
+    rows = run(tmp_path / "rows.jsonl", "--only", "lora", "checkpointing", "--timeout=1")
+    assert [row["scenario"] for row in rows] == ["gpu_flux/lora", "gpu_flux/checkpointing"]
+    assert all(row["error"] == "took longer than 1 s" and "seconds_per_step" not in row for row in rows)
+
+
+@pytest.mark.parametrize("name", ["int8", "fp8"])
+def test_a_quantized_configuration_has_quantized_blocks(gpu_flux: ModuleType, name: str) -> None:
+    from library.quantized_layers import QuantizedLinear
+
+    bundle, network, policy = gpu_flux.build(gpu_flux.CONFIGURATIONS[name], gpu_flux.TINY, torch.device("cpu"))
+    block = bundle.denoiser.double_blocks[0]
+    assert isinstance(block.img_attn.qkv, QuantizedLinear)
+    assert block.img_attn.qkv.stored.dtype == {"int8": torch.int8, "fp8": torch.float8_e4m3fn}[name]
+    assert policy.swap is None
+    assert len(list(network.adapters())) == 19 * 10 + 38 * 3
+
+
+def test_the_operations_of_a_step_are_those_of_its_matrices(gpu_flux: ModuleType) -> None:
+    """Of FLUX.1, by hand: every token passes through the blocks' matrices forward and backward, and through attention, whose
+    backward pass is 2 to 2.5 times its forward pass; the rest (one token for each modulation, LoRA) is below 3 %."""
+    size = gpu_flux.REAL
+    width, tokens = 3072, 128 * 128 // 4 + 512
+    double, single = 12 * width**2, 12 * width**2  # parameters that each token meets in one block
+    linear = 2 * 2 * tokens * (19 * double + 38 * single)
+    attention = 57 * 4 * tokens**2 * width
+    counted = gpu_flux.operations(size)
+    assert linear + 3.0 * attention < counted < 1.03 * (linear + 3.5 * attention)

@@ -1,0 +1,61 @@
+"""What keeps the start of a run short: imports that are left out, and memory that is not given back and asked for again."""
+
+from __future__ import annotations
+
+import importlib.util
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def said(code: str) -> list[str]:
+    """The lines a fresh process prints: this one has imported everything already."""
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.split()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="nothing to leave out")
+def test_making_models_leaves_out_bitsandbytes_which_can_be_imported_afterwards() -> None:
+    code = """
+import sys
+from library.lean_imports import diffusers_class
+print(diffusers_class("AutoencoderKL").__name__, diffusers_class("UNet2DConditionModel").__name__)
+print("bitsandbytes" in sys.modules, "torch._inductor.compile_fx" in sys.modules)
+import bitsandbytes
+print(bitsandbytes.__name__)
+"""
+    assert said(code) == ["AutoencoderKL", "UNet2DConditionModel", "False", "False", "bitsandbytes"]
+
+
+def test_where_diffusers_was_imported_before_its_classes_are_still_found() -> None:
+    """diffusers has decided by then that bitsandbytes is there: hiding it would make its import fail."""
+    code = """
+import diffusers
+from library.lean_imports import diffusers_class
+print(diffusers_class("AutoencoderKL").__name__)
+"""
+    assert said(code) == ["AutoencoderKL"]
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's way of keeping memory")
+def test_freed_memory_is_used_again_without_new_pages() -> None:
+    code = """
+import resource, torch
+from library.run_setup import keep_freed_memory
+keep_freed_memory()
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    blocks = [torch.ones(2**21) for _ in range(6)]  # 8 MiB each
+    del blocks
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+print(*(faults() for _ in range(3)))
+"""
+    first, *later = (int(word) for word in said(code))
+    assert first > 10_000, "48 MiB are 12,288 pages"
+    assert max(later) < 1_000
