@@ -236,6 +236,11 @@ def clear_peak(device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats(device)
 
 
+def digits(value: float) -> float:
+    """Four of them, from the first that is not 0."""
+    return float(f"{value:.4g}")
+
+
 def measure(name: str, size: Size, device: torch.device, steps: int) -> dict[str, object]:
     """The row of one configuration. Raises whatever makes it impossible."""
     config = CONFIGURATIONS[name]
@@ -265,11 +270,11 @@ def measure(name: str, size: Size, device: torch.device, steps: int) -> dict[str
     if not torch.isfinite(last):
         raise RuntimeError("the loss is not finite")
     row: dict[str, object] = {
-        "seconds_per_step": round(seconds, 4),
-        "tflop_per_step": round(needed / 1e12, 3),
-        "tflops": round(needed / seconds / 1e12, 3),
-        "matmul_tflops": round(rate / 1e12, 3),
-        "share": round(needed / seconds / rate, 3),
+        "seconds_per_step": digits(seconds),
+        "tflop_per_step": digits(needed / 1e12),
+        "tflops": digits(needed / seconds / 1e12),
+        "matmul_tflops": digits(rate / 1e12),
+        "share": digits(needed / seconds / rate),
         "peak_gb": round(peak_bytes(device) / 1e9, 2),
         "loading_peak_gb": round(loading_peak / 1e9, 2),
         "learning": sum(parameter.numel() for parameter in parameters),

@@ -37,6 +37,7 @@ _WRITES = {torch.float16: "F16"}
 def full_configs() -> dict[str, dict[str, Any]]:
     """SDXL's own sizes, over the tiny model's topology."""
     import tiny_sdxl
+
     from library.strategy_sdxl import CLIP_L, OPEN_CLIP
 
     made = tiny_sdxl.configs()
@@ -61,6 +62,7 @@ def full_configs() -> dict[str, dict[str, Any]]:
 def layout(size: str) -> Iterator[tuple[str, torch.Tensor]]:
     """Name in the file, and a tensor of its shape without memory."""
     import tiny_sdxl
+
     from library import clip_parts
     from library.sdxl_utils import CLIP_L_PREFIX, OPEN_CLIP_PREFIX
     from library.strategy_sdxl import CLIP_L, OPEN_CLIP
@@ -107,6 +109,7 @@ def write_checkpoint(path: Path, size: str) -> None:
 def measure(folder: Path, model: Path, precision: str) -> None:
     """In a process of its own: two LoRA steps; prints what they took."""
     import tiny
+
     from sdxl_train_network import main as train
 
     tiny.write_clip_tokenizer(folder / "tokenizer")

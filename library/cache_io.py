@@ -102,9 +102,20 @@ class Stamp:
     """The picture a cache entry was made from. Size and time are looked at first: reading every picture would take long."""
 
     path: Path
+    known: str | None = None
+    """The content hash, where the file has been read already."""
+    seen: tuple[int, int] | None = None
+    """Size and time before it was read: had the file changed meanwhile, the entry would not be taken for the new picture's."""
+
+    @classmethod
+    def before_reading(cls, path: Path) -> Stamp:
+        status = path.stat()
+        return cls(path, seen=(status.st_size, status.st_mtime_ns))
 
     @cached_property
     def digest(self) -> str:
+        if self.known is not None:
+            return self.known
         try:
             return content_hash(self.path.read_bytes())
         except OSError as error:
@@ -112,6 +123,8 @@ class Stamp:
 
     @cached_property
     def stat(self) -> list[int]:
+        if self.seen is not None:
+            return list(self.seen)
         status = self.path.stat()
         return [status.st_size, status.st_mtime_ns]
 
@@ -135,10 +148,13 @@ class Fingerprint:
         return np.array(json.dumps(content))
 
     def differences(self, stored: Mapping[str, Any]) -> list[str]:
-        """Names of the parts in which the entry that `stored` describes differs from what is wanted now."""
+        """Names of the parts in which the entry that `stored` describes differs from what is wanted now.
+
+        What the entry depends on beside that (another encoder, whose outputs are not wanted now) makes no difference.
+        """
         wanted = {"format": FORMAT_VERSION, **self.parts}
         found = stored.get("parts", {})
-        differing = [name for name in wanted | found if wanted.get(name) != found.get(name)]
+        differing = [name for name in wanted if wanted[name] != found.get(name)]
         if self.image is not None and not self.image.is_same(stored.get("image", ""), stored.get("stat")):
             differing.append("image")
         return [PART_NAMES.get(name, name) for name in differing]
@@ -279,6 +295,9 @@ class LatentCache:
     def get(self, key: str) -> CachedLatents:
         return self.memory[key] if key in self.memory else self.files[key].load()
 
+    def holds(self, key: str) -> bool:
+        return key in self.memory or (key in self.files and self.files[key].path.exists())
+
     @property
     def in_memory(self) -> bool:
         return not self.files
@@ -299,6 +318,8 @@ class TextFile:
     strategy: TextEncoderOutputsCachingStrategy
     sources: frozenset[str]
     """Encoders whose fields are cached."""
+    compact: bool = False
+    """Whether bfloat16 is stored in its two bytes. sd-scripts reads four only, so not under a name that it would read."""
 
     def _keys(self) -> dict[str, str]:
         """Field -> key in the file."""
@@ -323,17 +344,18 @@ class TextFile:
         return Verdict(not problem, problem, foreign=stored is None and not problem)
 
     def save(self, entry: Conditioning, fingerprint: Fingerprint) -> None:
-        """One unbatched entry. numpy has no bfloat16: it is stored as float32, exactly, and its name beside it."""
+        """One unbatched entry. numpy has no bfloat16: it is stored as float32 or as its bits, and its name beside it."""
         tensors = entry.tensors()
         dtypes = {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in tensors.items()}
         keys = self._keys()
-        arrays = {
-            keys[name]: (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).cpu().numpy()
-            for name, tensor in tensors.items()
-            if name in keys
-        }
+        arrays = {keys[name]: self._to_numpy(tensor) for name, tensor in tensors.items() if name in keys}
         described = Fingerprint(fingerprint.parts, fingerprint.image, {"dtypes": dtypes})
         write_npz(self.path, arrays | {"fingerprint": described.to_array()})
+
+    def _to_numpy(self, tensor: Tensor) -> np.ndarray:
+        if tensor.dtype == torch.bfloat16:
+            tensor = tensor.view(torch.int16) if self.compact else tensor.float()
+        return tensor.cpu().numpy()
 
     def load(self) -> Conditioning:
         arrays = read_npz(self.path)
@@ -344,6 +366,8 @@ class TextFile:
         tensors = {}
         for name, key in keys.items():
             tensor = torch.from_numpy(arrays[key])
+            if dtypes.get(name) == "bfloat16" and tensor.dtype == torch.int16:
+                tensor = tensor.view(torch.bfloat16)
             tensors[name] = tensor.to(getattr(torch, dtypes[name])) if name in dtypes else tensor
         return self.strategy.conditioning(**tensors)
 

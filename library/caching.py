@@ -1,19 +1,21 @@
 """Filling the caches: every picture through the VAE once, every caption through the text encoders once.
 
 What is already on disk and still true is used; what is not is made again, and the log says why. The VAE and the encoders
-are touched (and so read from disk) only when something has to be made.
+are touched (and so read from disk) only when something has to be made. A picture that lies in several folders is encoded once.
+Several processes that keep their caches in files make a share each.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 from collections import defaultdict, deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
@@ -33,23 +35,51 @@ from library.cache_io import (
     own_path,
     short_hash,
 )
-from library.captions import static_caption
 from library.data_sources import Record
 from library.dataset import TrainData, load_fitted, pixels_to_tensor
 from library.errors import UserError
 from library.family_base import LatentSpec, ModelBundle
 from library.image_io import choose_crop, content_seed, listed
+from library.quarantine import BadFile, Quarantine
 from library.strategy_base import Conditioning, Strategies
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
+
     from library.option_groups import TrainOptions
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 _THREADS = 4  # decode pictures or read cache files, beside the encoding
 _AHEAD = 2  # batches that are decoded while one is encoded
 
 # What both caches share
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which part of the work this process does. All have to be done before any reads what another has made."""
+
+    rank: int = 0
+    world: int = 1
+
+    @classmethod
+    def of_process(cls, accelerator: Accelerator) -> Share:
+        """Among the processes of this machine: another machine may have another disk."""
+        world = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
+        return cls(accelerator.local_process_index, world)
+
+    def of(self, items: Sequence[T], file_of: Mapping[T, Path]) -> list[T]:
+        """Every `world`-th file's items, in their order: no file is written by two processes."""
+        numbers = {path: number for number, path in enumerate(dict.fromkeys(file_of[item] for item in items))}
+        return [item for item in items if numbers[file_of[item]] % self.world == self.rank]
+
+    @property
+    def note(self) -> str:
+        """For the log: what a count is of."""
+        return f" (share {self.rank + 1} of {self.world})" if self.world > 1 else ""
 
 
 def _is_main() -> bool:
@@ -81,7 +111,7 @@ def _first(paths: Sequence[Path]) -> str:
     return str(paths[0]) + (", ..." if len(paths) > 1 else "")
 
 
-def _needs_making(
+def needs_making(
     files: Mapping[str, LatentFile] | Mapping[str, TextFile],
     fingerprints: Mapping[str, Fingerprint],
     options: TrainOptions,
@@ -120,7 +150,7 @@ def latent_jobs(records: Sequence[Record]) -> list[LatentJob]:
     return list(jobs.values())
 
 
-def _latent_files(
+def latent_files(
     jobs: Sequence[LatentJob], strategies: Strategies, latent: LatentSpec, options: TrainOptions
 ) -> dict[str, LatentFile]:
     """The file of each job. A second resolution of a picture gets its own file, or its own keys where the family has them."""
@@ -144,7 +174,7 @@ def _nameless(file: LatentFile, image: Path) -> LatentFile:
     return old if not file.path.exists() and old.fits() else file
 
 
-def _latent_fingerprints(
+def latent_fingerprints(
     jobs: Sequence[LatentJob], strategies: Strategies, bundle: ModelBundle, options: TrainOptions
 ) -> dict[str, Fingerprint]:
     precision = torch.float32 if options.precision.no_half_vae else bundle.dtype
@@ -157,10 +187,42 @@ def _latent_fingerprints(
     return {job.key: Fingerprint({**shared, "recipe": job.record.recipe}, stamps[job.record.path]) for job in jobs}
 
 
-def _load_pixels(job: LatentJob) -> tuple[Tensor, int]:
-    """([3, H, W] as it is trained, the key of its sample)."""
-    pixels, digest = load_fitted(job.record, choose_crop(job.record.placement))
-    return pixels_to_tensor(pixels), content_seed(digest)
+Loaded = tuple[Tensor, Stamp]
+"""([3, H, W] as it is trained, the file it was read from)."""
+
+
+def _load_pixels(job: LatentJob) -> Loaded | UserError:
+    """The picture, or why it cannot be read: by then others may have been encoded for hours, which must not be lost."""
+    path = job.record.path
+    try:
+        stamp = Stamp.before_reading(path)
+        pixels, digest = load_fitted(job.record, choose_crop(job.record.placement))
+    except UserError as error:
+        return error
+    except OSError as error:
+        return BadFile(path, f"not a readable image: {error.strerror or error}")
+    return pixels_to_tensor(pixels), replace(stamp, known=digest)
+
+
+def _same_pictures(jobs: Sequence[LatentJob]) -> list[list[tuple[LatentJob, Stamp]]]:
+    """Jobs in groups that one encoding serves: equal files, equal recipes. Only files of equal length are read to compare."""
+    groups: dict[tuple[object, ...], list[tuple[LatentJob, Stamp]]] = defaultdict(list)
+    for job in jobs:
+        try:
+            stamp = Stamp.before_reading(job.record.path)
+        except OSError:  # decoding it will say so
+            stamp = Stamp(job.record.path, seen=(-1, hash(job.key)))
+        groups[stamp.stat[0], job.record.recipe, job.flipped].append((job, stamp))
+    found: list[list[tuple[LatentJob, Stamp]]] = []
+    for (length, *_), group in groups.items():
+        if len(group) == 1 or length == -1:
+            found += [[member] for member in group]
+            continue
+        equal: dict[str, list[tuple[LatentJob, Stamp]]] = defaultdict(list)
+        for job, stamp in group:
+            equal[stamp.digest].append((job, stamp))
+        found += equal.values()
+    return found
 
 
 def _batches(jobs: Sequence[LatentJob], size: int) -> Iterator[list[LatentJob]]:
@@ -173,10 +235,10 @@ def _batches(jobs: Sequence[LatentJob], size: int) -> Iterator[list[LatentJob]]:
             yield group[start : start + size]
 
 
-def _decoded(batches: Iterator[list[LatentJob]]) -> Iterator[tuple[list[LatentJob], list[tuple[Tensor, int]]]]:
+def _decoded(batches: Iterator[list[LatentJob]]) -> Iterator[tuple[list[LatentJob], list[Loaded | UserError]]]:
     """Batches with their pixels; the next ones are decoded while the caller works on one."""
     with ThreadPoolExecutor(_THREADS) as pool:
-        waiting: deque[tuple[list[LatentJob], list[Future[tuple[Tensor, int]]]]] = deque()
+        waiting: deque[tuple[list[LatentJob], list[Future[Loaded | UserError]]]] = deque()
         try:
             for batch in batches:
                 waiting.append((batch, [pool.submit(_load_pixels, job) for job in batch]))
@@ -200,62 +262,103 @@ def _check_finite(latents: Tensor, jobs: Sequence[LatentJob]) -> None:
         )
 
 
+def _encode_batch(
+    jobs: Sequence[LatentJob], loaded: Sequence[Loaded], strategies: Strategies, bundle: ModelBundle, device: torch.device
+) -> list[CachedLatents]:
+    images = torch.stack([pixels for pixels, _ in loaded]).to(device)
+    seeds = [content_seed(stamp.digest) for _, stamp in loaded]
+    encode = strategies.latents_caching.encode
+    latents = encode(bundle.vae, images, seeds).float().cpu()
+    _check_finite(latents, jobs)
+    flipped = encode(bundle.vae, images.flip(-1), seeds).float().cpu() if jobs[0].flipped else None
+    if flipped is not None:
+        _check_finite(flipped, jobs)
+    mirrored = [None] * len(jobs) if flipped is None else [row.clone() for row in flipped]
+    return [CachedLatents(row.clone(), other, seed) for row, other, seed in zip(latents, mirrored, seeds, strict=True)]
+
+
 def _encode(
-    jobs: Sequence[LatentJob], strategies: Strategies, bundle: ModelBundle, options: TrainOptions, device: torch.device
-) -> Iterator[tuple[LatentJob, CachedLatents]]:
-    """Entries of `jobs`, in batches of --vae_batch_size."""
+    jobs: Sequence[LatentJob],
+    strategies: Strategies,
+    bundle: ModelBundle,
+    options: TrainOptions,
+    device: torch.device,
+    quarantine: Quarantine,
+) -> Iterator[tuple[LatentJob, CachedLatents, Stamp]]:
+    """Entries of `jobs` with the files they are of, in batches of --vae_batch_size.
+
+    Pictures that cannot be read go to `quarantine`; strict, they are told when all others are done, in one `UserError`.
+    """
+    groups = {group[0][0].key: group for group in _same_pictures(jobs)}
     bar = tqdm(total=len(jobs), desc="caching latents", unit="image", disable=not _is_main())
+    unreadable: list[str] = []
     with bar, torch.no_grad():
-        for batch, loaded in _decoded(_batches(jobs, options.memory.vae_batch_size)):
-            images = torch.stack([pixels for pixels, _ in loaded]).to(device)
-            seeds = [seed for _, seed in loaded]
-            encode = strategies.latents_caching.encode
-            latents = encode(bundle.vae, images, seeds).float().cpu()
-            _check_finite(latents, batch)
-            flipped = encode(bundle.vae, images.flip(-1), seeds).float().cpu() if batch[0].flipped else None
-            if flipped is not None:
-                _check_finite(flipped, batch)
-            for row, job in enumerate(batch):
-                mirrored = flipped[row].clone() if flipped is not None else None
-                yield job, CachedLatents(latents[row].clone(), mirrored, seeds[row])
-            bar.update(len(batch))
+        for batch, loaded in _decoded(_batches([group[0][0] for group in groups.values()], options.memory.vae_batch_size)):
+            for job, found in zip(batch, loaded, strict=True):
+                if isinstance(found, BadFile) and not quarantine.strict:
+                    for alike, _ in groups[job.key]:
+                        quarantine.add(BadFile(alike.record.path, found.reason))
+                elif isinstance(found, UserError):
+                    unreadable.append(str(found))
+            good = [(job, found) for job, found in zip(batch, loaded, strict=True) if not isinstance(found, UserError)]
+            if not good:
+                continue
+            entries = _encode_batch([job for job, _ in good], [found for _, found in good], strategies, bundle, device)
+            for (job, (_, stamp)), entry in zip(good, entries, strict=True):
+                yield job, entry, stamp
+                for other, own in groups[job.key][1:]:
+                    yield other, entry, own
+                bar.update(len(groups[job.key]))
+    if unreadable:
+        kept = " All others are in the cache." if options.cache.cache_latents_to_disk else ""
+        raise UserError(listed(unreadable, "unreadable images") + kept)
 
 
 def cache_latents(
-    data: TrainData, strategies: Strategies, bundle: ModelBundle, options: TrainOptions, device: torch.device
+    data: TrainData,
+    strategies: Strategies,
+    bundle: ModelBundle,
+    options: TrainOptions,
+    device: torch.device,
+    share: Share = Share(),
 ) -> None:
     """Encode every picture of `data`, to memory or (--cache_latents_to_disk) to files, and serve it from there.
 
-    Does nothing when neither is asked for. Of several processes one is to come first: the others then find its files.
+    Does nothing when neither is asked for. share: of the files only; what is kept in memory every process makes for itself.
     """
     if not options.cache.latents:
         return
     jobs = latent_jobs([record for dataset in data.image_datasets for record in dataset.records])
     if not options.cache.cache_latents_to_disk:
-        cache = LatentCache(memory={job.key: entry for job, entry in _encode(jobs, strategies, bundle, options, device)})
+        entries = _encode(jobs, strategies, bundle, options, device, data.train.quarantine)
+        cache = LatentCache(memory={job.key: entry for job, entry, _ in entries})
     else:
-        cache = LatentCache(files=_fill_latent_files(jobs, data.latent, strategies, bundle, options, device))
+        files = latent_files(jobs, strategies, data.latent, options)
+        _fill_latent_files(jobs, files, strategies, bundle, options, device, share, data.train.quarantine)
+        cache = LatentCache(files=files)
     for dataset in data.image_datasets:
         dataset.latent_cache = cache
 
 
 def _fill_latent_files(
     jobs: Sequence[LatentJob],
-    latent: LatentSpec,
+    files: Mapping[str, LatentFile],
     strategies: Strategies,
     bundle: ModelBundle,
     options: TrainOptions,
     device: torch.device,
-) -> dict[str, LatentFile]:
-    files = _latent_files(jobs, strategies, latent, options)
-    fingerprints = _latent_fingerprints(jobs, strategies, bundle, options)
-    missing = set(_needs_making(files, fingerprints, options, "latents"))
-    todo = [job for job in jobs if job.key in missing]
-    for job, entry in _encode(todo, strategies, bundle, options, device) if todo else ():
+    share: Share,
+    quarantine: Quarantine,
+) -> None:
+    of_share = set(share.of(list(files), {key: file.path for key, file in files.items()}))
+    own = [job for job in jobs if job.key in of_share]
+    fingerprints = latent_fingerprints(own, strategies, bundle, options)
+    missing = set(needs_making({job.key: files[job.key] for job in own}, fingerprints, options, "latents"))
+    todo = [job for job in own if job.key in missing]
+    for job, entry, stamp in _encode(todo, strategies, bundle, options, device, quarantine) if todo else ():
         crop = choose_crop(job.record.placement).stored_ltrb(job.record.placement.bucket)
-        files[job.key].save(entry.latents, entry.flipped, crop, fingerprints[job.key])
-    logger.info("latents: %d made, %d found on disk", len(todo), len(jobs) - len(todo))
-    return files
+        files[job.key].save(entry.latents, entry.flipped, crop, replace(fingerprints[job.key], image=stamp))
+    logger.info("latents: %d made, %d found on disk%s", len(todo), len(own) - len(todo), share.note)
 
 
 # Text encoder outputs
@@ -266,27 +369,32 @@ def distinct_captions(data: TrainData) -> dict[str, Record | None]:
     captions: dict[str, Record | None] = {}
     for dataset in data.image_datasets:
         for record in dataset.records:
-            captions.setdefault(static_caption(record.caption, record.subset.captions), record)
+            for caption in dataset.readings(record):
+                captions.setdefault(caption, record)
     captions.setdefault("", None)
     return captions
 
 
-def _text_files(
+def text_files(
     captions: Mapping[str, Record | None], strategies: Strategies, sources: frozenset[str], options: TrainOptions
 ) -> dict[str, TextFile]:
-    """The file of each caption: that of its first picture; the empty caption's lies beside the first picture of all."""
+    """The file of each caption: that of its first picture; the empty caption's lies beside the first picture of all.
+
+    One of several readings of a caption has its text's hash in its name, so that another run finds those it shares.
+    """
     first = next(record for record in captions.values() if record is not None)
     taken: set[Path] = set()
     files = {}
     for caption, record in captions.items():
         wanted = cache_path(strategies.text_caching.path_for((record or first).path), options.cache.cache_dir)
-        path = own_path(wanted, caption) if record is None or wanted in taken else wanted
+        plain = record is not None and record.subset.captions.is_static and wanted not in taken
+        path = wanted if plain else own_path(wanted, caption)
         taken.add(path)
-        files[caption] = TextFile(path, strategies.text_caching, sources)
+        files[caption] = TextFile(path, strategies.text_caching, sources, compact=not plain or bool(options.cache.cache_dir))
     return files
 
 
-def _text_fingerprints(
+def text_fingerprints(
     captions: Mapping[str, Record | None],
     strategies: Strategies,
     sources: frozenset[str],
@@ -360,11 +468,12 @@ def cache_text_outputs(
     options: TrainOptions,
     device: torch.device,
     sources: frozenset[str] | None = None,
+    share: Share = Share(),
 ) -> None:
     """Encode every caption of `data`, and the empty one, to memory or to files, and serve them from there.
 
-    sources: the encoders whose outputs are kept, for runs in which others learn; None: all of them. Does nothing when
-    neither --cache_text_encoder_outputs nor its _to_disk form is set.
+    sources: the encoders whose outputs are kept, for runs in which others learn; None: all of them. share: as for latents.
+    Does nothing when neither --cache_text_encoder_outputs nor its _to_disk form is set.
     """
     if not options.cache.text_outputs:
         return
@@ -372,28 +481,30 @@ def cache_text_outputs(
     sources = conditioning.sources() if sources is None else sources
     complete = sources == conditioning.sources()
     captions = distinct_captions(data)
+    _tell_variants(data, captions, options)
     if not options.cache.cache_text_encoder_outputs_to_disk:
         encoded = _encode_text(list(captions), strategies, sources, bundle, options, device)
         cache = TextCache(conditioning, complete, memory=dict(encoded))
     else:
-        files = _fill_text_files(captions, strategies, sources, bundle, options, device)
+        files = text_files(captions, strategies, sources, options)
+        own = {caption: files[caption] for caption in share.of(list(files), {c: file.path for c, file in files.items()})}
+        fingerprints = text_fingerprints(captions, strategies, sources, bundle, options)
+        missing = needs_making(own, fingerprints, options, "text encoder outputs")
+        for caption, entry in _encode_text(missing, strategies, sources, bundle, options, device) if missing else ():
+            files[caption].save(entry, fingerprints[caption])
+        logger.info("text encoder outputs: %d made, %d found on disk%s", len(missing), len(own) - len(missing), share.note)
         cache = TextCache(conditioning, complete, files=files)
     for dataset in data.image_datasets:
         dataset.text_cache = cache
 
 
-def _fill_text_files(
-    captions: Mapping[str, Record | None],
-    strategies: Strategies,
-    sources: frozenset[str],
-    bundle: ModelBundle,
-    options: TrainOptions,
-    device: torch.device,
-) -> dict[str, TextFile]:
-    files = _text_files(captions, strategies, sources, options)
-    fingerprints = _text_fingerprints(captions, strategies, sources, bundle, options)
-    missing = _needs_making(files, fingerprints, options, "text encoder outputs")
-    for caption, entry in _encode_text(missing, strategies, sources, bundle, options, device) if missing else ():
-        files[caption].save(entry, fingerprints[caption])
-    logger.info("text encoder outputs: %d made, %d found on disk", len(missing), len(captions) - len(missing))
-    return files
+def _tell_variants(data: TrainData, captions: Mapping[str, Record | None], options: TrainOptions) -> None:
+    """That captions vary within bounds, which they would not do without the cache."""
+    varying = [record for dataset in data.image_datasets for record in dataset.records if not record.subset.captions.is_static]
+    if varying:
+        logger.info(
+            "captions of %d images vary: up to %d readings of each are encoded (--caption_variants), %d captions in all",
+            len(varying),
+            options.cache.caption_variants,
+            len(captions),
+        )

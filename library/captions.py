@@ -31,11 +31,13 @@ class CaptionOptions:
     dropout_rate: float = 0.0
     dropout_every_n_epochs: int = 0
     tag_dropout_rate: float = 0.0
+    several: bool = False
+    """Whether a caption of several lines is as many captions, of which each reading picks one; `wildcard` implies it."""
 
     @property
     def is_static(self) -> bool:
-        """Whether a caption is the same each time it is seen, dropping it whole apart: what a text cache can hold."""
-        return not (self.shuffle or self.wildcard or self.token_warmup_step or self.tag_dropout_rate)
+        """Whether a caption is the same each time it is seen, dropping it whole apart."""
+        return not (self.shuffle or self.wildcard or self.several or self.token_warmup_step or self.tag_dropout_rate)
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,7 @@ def is_dropped(options: CaptionOptions, moment: CaptionMoment, key: str) -> bool
 
 
 def static_caption(caption: str, options: CaptionOptions) -> str:
-    """The caption as it is when nothing drops it; for a text cache, where `options.is_static` holds."""
+    """The caption as it is when nothing drops it: the only one where `options.is_static` holds."""
     return final_caption(caption, options, CaptionMoment(), key="", drop=False)
 
 
@@ -123,7 +125,7 @@ def final_caption(caption: str, options: CaptionOptions, moment: CaptionMoment, 
         return ""
     rng = keyed_random(moment.seed, moment.epoch, "caption", key)
     lines = caption.split("\n")
-    text = rng.choice(lines) if options.wildcard and len(lines) > 1 else lines[0]
+    text = rng.choice(lines) if (options.wildcard or options.several) and len(lines) > 1 else lines[0]
     if options.prefix:
         text = f"{options.prefix} {text}"
     if options.suffix:

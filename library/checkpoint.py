@@ -69,7 +69,10 @@ def _put_in_place(temporary: Path, path: Path) -> None:
         except OSError:
             os.rename(old, path)
             raise
-        shutil.rmtree(old)
+        try:
+            shutil.rmtree(old)
+        except PermissionError as error:  # on Windows, while another program has one of its files open
+            logger.warning("%s has been replaced, but what was there before cannot be removed: %s. Remove %s", path, error, old)
     else:
         os.replace(temporary, path)
     _fsync(path.parent)

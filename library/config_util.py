@@ -27,10 +27,16 @@ Mode = Literal["network", "full"]
 
 @dataclass(frozen=True, kw_only=True)
 class SubsetConfig:
-    """One [[datasets.subsets]]: an image folder, or a metadata file when `metadata_file` is set."""
+    """One [[datasets.subsets]]: an image folder, or a metadata file when `metadata_file` is set.
+
+    loss_weight: of its pictures, beside `prior_loss_weight` for regularisation. face_crop_range: see `library.face_crop`.
+    """
 
     image_dir: Path | None = None
     metadata_file: Path | None = None
+    conditioning_data_dir: Path | None = None
+    """Folder of masks."""
+    recursive: bool = False
     is_reg: bool = False
     class_tokens: str | None = None
     num_repeats: int = 1
@@ -40,6 +46,9 @@ class SubsetConfig:
     color_aug: bool = False
     flip_aug: bool = False
     random_crop: bool = False
+    face_crop_range: tuple[float, float] | None = None
+    alpha_mask: bool = False
+    loss_weight: float = 1.0
     resize_interpolation: str | None = None
     custom_attributes: Mapping[str, Any] = field(default_factory=dict)
 
@@ -47,6 +56,11 @@ class SubsetConfig:
     def preserves(self) -> bool:
         """Whether these images keep the untrained model's own prediction as their target."""
         return bool(self.custom_attributes.get("diff_output_preservation", False))
+
+    @property
+    def varies_pictures(self) -> bool:
+        """Whether its pictures look different each time, mirroring apart, so that one encoding cannot stand for them."""
+        return self.color_aug or self.random_crop or self.face_crop_range is not None
 
     @property
     def name(self) -> str:
@@ -91,7 +105,6 @@ class _Key:
     level: Literal["dataset", "subset", "subset only"]
     default: Any = None
     kinds: str = "folder metadata"  # which subsets take it
-    planned: bool = False
     flag: str | None = None  # the command line's name, where that differs
 
 
@@ -107,10 +120,22 @@ def _number(value: object) -> float:
     return float(value)
 
 
-def _pair(value: object) -> tuple[float, float]:
-    if not isinstance(value, list | tuple) or len(value) != 2:
+def _range(value: object) -> tuple[float, float]:
+    """`[2.0, 4.0]`, and the command line's `"2.0,4.0"`."""
+    parts = [float(part) for part in value.split(",")] if isinstance(value, str) else value
+    if not isinstance(parts, list | tuple) or len(parts) != 2:
         raise vol.Invalid("not a pair")
-    return _number(value[0]), _number(value[1])
+    low, high = _number(parts[0]), _number(parts[1])
+    if not 0 < low <= high:
+        raise vol.Invalid("not a range")
+    return low, high
+
+
+def _sizes(value: object) -> tuple[Size, ...]:
+    """A list of what `_resolution` takes."""
+    if not isinstance(value, list | tuple) or not value:
+        raise vol.Invalid("not a list")
+    return tuple(dict.fromkeys(_resolution(item) for item in value))
 
 
 def _resolution(value: object) -> Size:
@@ -135,11 +160,13 @@ _BOOL, _TEXT = "true or false (bool)", "a text"
 KEYS: dict[str, _Key] = {
     "batch_size": _Key(_COUNT, "a whole number from 1", "dataset", 1, flag="train_batch_size"),
     "resolution": _Key(_resolution, "a number or [width, height], from 1", "dataset"),
+    "resolutions": _Key(_sizes, "a list of numbers or [width, height], from 1", "dataset"),
     "enable_bucket": _Key(bool, _BOOL, "dataset", False),
     "bucket_no_upscale": _Key(bool, _BOOL, "dataset", False),
     "min_bucket_reso": _Key(_COUNT, "a whole number from 1", "dataset", 256),
     "max_bucket_reso": _Key(_COUNT, "a whole number from 1", "dataset", 1024),
     "bucket_reso_steps": _Key(_COUNT, "a whole number from 1", "dataset", 64),
+    "buckets": _Key(_sizes, "a list of [width, height], from 1", "dataset"),
     "validation_split": _Key(_RATE, "a number from 0 to 1", "dataset", 0.0),
     "validation_seed": _Key(_whole, "a whole number", "dataset"),
     "network_multiplier": _Key(_number, "a number", "dataset", 1.0),
@@ -160,9 +187,11 @@ KEYS: dict[str, _Key] = {
     "color_aug": _Key(bool, _BOOL, "subset", False),
     "flip_aug": _Key(bool, _BOOL, "subset", False),
     "random_crop": _Key(bool, _BOOL, "subset", False),
-    "face_crop_aug_range": _Key(_pair, "[number, number]", "subset", planned=True),
+    "face_crop_aug_range": _Key(_range, "[least, most], above 0", "subset"),
+    "loss_weight": _Key(vol.All(_number, vol.Range(min=0)), "a number from 0", "subset", 1.0),
     "resize_interpolation": _INTERPOLATION,
     "custom_attributes": _Key(dict, "a table", "subset"),
+    "recursive": _Key(bool, _BOOL, "subset", False, kinds="folder"),
     "caption_extension": _Key(str, _TEXT, "subset", kinds="folder"),
     "cache_info": _Key(
         bool, _BOOL, "subset", False, kinds="folder"
@@ -170,9 +199,9 @@ KEYS: dict[str, _Key] = {
     "class_tokens": _Key(str, _TEXT, "subset", kinds="folder"),
     "image_dir": _Key(vol.All(str, vol.Length(min=1)), "a folder's path", "subset only"),
     "is_reg": _Key(bool, _BOOL, "subset only", False, kinds="folder"),
-    "alpha_mask": _Key(bool, _BOOL, "subset only", False, planned=True),
+    "alpha_mask": _Key(bool, _BOOL, "subset only", False),
     "metadata_file": _Key(vol.All(str, vol.Length(min=1)), "a .json or .jsonl file's path", "subset only", kinds="metadata"),
-    "conditioning_data_dir": _Key(str, "a folder's path", "subset only", planned=True),
+    "conditioning_data_dir": _Key(vol.All(str, vol.Length(min=1)), "a folder's path", "subset only"),
 }
 _ALIASES = {"caption_extention": "caption_extension"}
 
@@ -302,6 +331,11 @@ def _command_line_document(options: TrainOptions) -> dict[str, Any]:
     subsets = _folder_subsets(Path(data.train_data_dir), "--train_data_dir", is_reg=False)
     if data.reg_data_dir:
         subsets += _folder_subsets(Path(data.reg_data_dir), "--reg_data_dir", is_reg=True)
+    masks = options.loss.conditioning_data_dir
+    for subset in subsets:
+        if masks and not subset["is_reg"]:
+            inner = Path(masks) / Path(subset["image_dir"]).name  # arranged like the pictures, or all in one folder
+            subset["conditioning_data_dir"] = str(inner if inner.is_dir() else masks)
     return {"datasets": [{"subsets": subsets}]}
 
 
@@ -314,7 +348,7 @@ def _folder_subsets(root: Path, flag: str, *, is_reg: bool) -> list[dict[str, An
     if not root.is_dir():
         raise UserError(f"{flag}: the folder {root} does not exist.")
     subsets, skipped = [], []
-    for folder in sorted(path for path in root.iterdir() if path.is_dir()):
+    for folder in sorted((path for path in root.iterdir() if path.is_dir()), key=lambda path: path.name):
         repeats, _, tokens = folder.name.partition("_")
         if not repeats.isdecimal():
             skipped.append(folder.name)
@@ -356,15 +390,14 @@ def _lookup(name: str, *levels: Mapping[str, Any]) -> Any:
     return KEYS[name].default
 
 
-def _check_subset(written: Mapping[str, Any], levels: tuple[Mapping[str, Any], ...], kind: str, where: str) -> list[str]:
+def _check_subset(written: Mapping[str, Any], kind: str, where: str) -> list[str]:
     wrong = [
         f"{where}: '{name}' is only for {'image folders' if KEYS[name].kinds == 'folder' else 'metadata files'}."
         for name in written
         if kind not in KEYS[name].kinds
     ]
-    for name, key in KEYS.items():
-        if key.planned and _lookup(name, written, *levels) != key.default:
-            wrong.append(f"{where}: '{name}' is known, not implemented here yet: remove it.")
+    if written.get("conditioning_data_dir") and written.get("alpha_mask"):
+        wrong.append(f"{where}: 'conditioning_data_dir' and 'alpha_mask' are two masks for one image: remove one.")
     if kind == "folder" and not written.get("image_dir"):
         wrong.append(f"{where}: 'image_dir' is missing.")
     return wrong
@@ -378,6 +411,8 @@ def _make_subset(written: Mapping[str, Any], levels: tuple[Mapping[str, Any], ..
     return SubsetConfig(
         image_dir=Path(written["image_dir"]) if written.get("image_dir") else None,
         metadata_file=Path(written["metadata_file"]) if written.get("metadata_file") else None,
+        conditioning_data_dir=Path(written["conditioning_data_dir"]) if written.get("conditioning_data_dir") else None,
+        recursive=get("recursive"),
         is_reg=get("is_reg"),
         class_tokens=get("class_tokens"),
         num_repeats=get("num_repeats"),
@@ -386,6 +421,9 @@ def _make_subset(written: Mapping[str, Any], levels: tuple[Mapping[str, Any], ..
         color_aug=get("color_aug"),
         flip_aug=get("flip_aug"),
         random_crop=get("random_crop"),
+        face_crop_range=get("face_crop_aug_range"),
+        alpha_mask=get("alpha_mask") and not written.get("conditioning_data_dir"),
+        loss_weight=get("loss_weight"),
         resize_interpolation=get("resize_interpolation"),
         custom_attributes=get("custom_attributes") or {},
     )
@@ -413,8 +451,16 @@ def _make_dataset(
         return None, wrong
     kind = "metadata" if written["subsets"][0].get("metadata_file") else "folder"
     for index, subset in enumerate(written["subsets"], start=1):
-        wrong += _check_subset(subset, levels, kind, f"{where}, [[datasets.subsets]] {index}")
-    buckets = listed_buckets(Path(subset["metadata_file"]) for subset in written["subsets"]) if kind == "metadata" else ()
+        wrong += _check_subset(subset, kind, f"{where}, [[datasets.subsets]] {index}")
+    named = _lookup("buckets", *levels) or ()
+    wrong += [
+        f"{where}: buckets has {width}x{height}: this model needs multiples of {model_step}."
+        for width, height in named
+        if width % model_step or height % model_step
+    ]
+    buckets = named
+    if kind == "metadata" and not named:
+        buckets = listed_buckets(Path(subset["metadata_file"]) for subset in written["subsets"])
     resolution = _lookup("resolution", *levels)
     if resolution is None and not buckets:
         return None, [*wrong, f"{where}: no resolution. Set resolution = 512 (or [width, height]) there, or --resolution."]
@@ -428,7 +474,7 @@ def _make_dataset(
         step=_lookup("bucket_reso_steps", *levels) if enabled else model_step,
         no_upscale=_lookup("bucket_no_upscale", *levels) and not buckets,
     )
-    wrong += check_rule(rule, model_step, where)
+    wrong += [] if named else check_rule(rule, model_step, where)
     if wrong:
         return None, wrong
     config = DatasetConfig(
@@ -455,6 +501,12 @@ def _validated_flags(options: TrainOptions) -> dict[str, Any]:
     return values
 
 
+def _per_resolution(written: dict[str, Any], outer: tuple[Mapping[str, Any], ...]) -> list[dict[str, Any]]:
+    """`resolutions` makes as many datasets of one: each picture is seen in every size."""
+    sizes = _lookup("resolutions", written, *outer)
+    return [{**written, "resolution": size} for size in sizes] if sizes else [written]
+
+
 def load_data_config(options: TrainOptions, model_step: int) -> DataConfig:
     """Every dataset `options` asks for. model_step: bucket sides have to be multiples of it (`LatentSpec.bucket_step`).
 
@@ -468,9 +520,10 @@ def load_data_config(options: TrainOptions, model_step: int) -> DataConfig:
     outer = (validated.get("general", {}), _validated_flags(options))
     datasets, wrong = [], []
     for index, written in enumerate(validated["datasets"], start=1):
-        dataset, problems = _make_dataset(written, outer, model_step, f"[[datasets]] {index}" if source else "dataset")
-        wrong += problems
-        datasets += [dataset] if dataset else []
+        for one in _per_resolution(written, outer):
+            dataset, problems = _make_dataset(one, outer, model_step, f"[[datasets]] {index}" if source else "dataset")
+            wrong += [problem for problem in problems if problem not in wrong]
+            datasets += [dataset] if dataset else []
     if not validated["datasets"]:
         wrong.append("no [[datasets]].")
     if wrong:

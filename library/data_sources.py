@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,21 @@ from library.buckets import Placement, Size
 from library.captions import read_lines
 from library.config_util import DataConfig, DatasetConfig, SubsetConfig
 from library.errors import UserError
-from library.image_io import choose_crop, image_extensions, list_images, listed, read_sizes, resolve_interpolation
-from library.metadata_file import read_metadata, read_text, size_of
-from library.rng import key_to_seed
+from library.image_io import (
+    broken_links,
+    choose_crop,
+    content_hashes,
+    image_extensions,
+    list_images,
+    listed,
+    read_sizes,
+    resolve_interpolation,
+    walk_images,
+)
+from library.masks import mask_files
+from library.metadata_file import read_caption_text, read_folder_captions, read_metadata, size_of
+from library.quarantine import BadFile, Quarantine
+from library.validation_split import held_out
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +42,7 @@ class Found:
     """The text whose tags are counted for `ss_tag_frequency`."""
     size: Size | None = None
     preferred: Size | None = None
+    mask: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -45,6 +58,8 @@ class Record:
     subset: SubsetConfig
     repeats: int
     loss_weight: float
+    mask: Path | None = None
+    """The picture that tells where the loss counts."""
 
     @property
     def recipe(self) -> str:
@@ -54,7 +69,8 @@ class Record:
         if self.size == self.placement.resized:
             how = "none"
         (width, height), (full_width, full_height) = self.placement.bucket, self.placement.resized
-        return f"{width}x{height} from {full_width}x{full_height} at {left_top.left},{left_top.top} by {how}"
+        alpha = " with alpha" if self.subset.alpha_mask else ""  # weighs the pixels when they are resized; is kept with them
+        return f"{width}x{height} from {full_width}x{full_height} at {left_top.left},{left_top.top} by {how}{alpha}"
 
 
 @dataclass(frozen=True)
@@ -103,31 +119,67 @@ def _caption_paths(image: Path, extensions: Sequence[str]) -> list[Path]:
     return [image.with_name(stem + extension) for stem in stems for extension in extensions]
 
 
-def folder_source(subset: SubsetConfig) -> list[Found]:
-    """The pictures of an image folder, with the captions that lie beside them."""
+def folder_source(subset: SubsetConfig, bad: list[BadFile]) -> list[Found]:
+    """The pictures of an image folder, with the captions that lie beside them; what cannot be used goes to `bad`."""
     folder = subset.image_dir
     assert folder is not None
     if not folder.is_dir():
         raise UserError(f"image_dir: the folder {folder} does not exist.")
-    images = list_images(folder)
+    images = walk_images(folder) if subset.recursive else list_images(folder)
     if not images:
         below = sorted(path.name for path in folder.iterdir() if path.is_dir())
-        hint = f" Its subfolders ({', '.join(below[:3])}, ...) are not searched: name each as a subset." if below else ""
+        hint = f" Its subfolders ({', '.join(below[:3])}, ...) are not searched: set recursive = true." if below else ""
         raise UserError(f"image_dir: {folder} has no image ({', '.join(image_extensions())}).{hint}")
-    extensions = (subset.caption_extension,) if subset.caption_extension else (".txt", ".caption")
-    beside = {path.name for path in folder.iterdir()}
-    found, missing = [], []
+    folders = dict.fromkeys([folder, *(image.parent for image in images)])
+    bad += [BadFile(path, "the link leads nowhere") for each in folders for path in broken_links(each)]
+    beside = {path for each in folders for path in each.iterdir()}
+    reader = _CaptionReader(subset, folder, beside)
+    found = []
     for image in images:
-        files = [path for path in _caption_paths(image, extensions) if path.name in beside]
-        if files:
-            caption = read_lines(read_text(files[0]), subset.captions)
-        else:
-            caption = subset.class_tokens or ""
-            missing.append(image)
+        try:
+            caption = reader.read(image)
+        except BadFile as error:
+            bad.append(BadFile(image, error.reason))
+            continue
         found.append(Found(image, caption, counted=caption))
-    if missing and subset.class_tokens is None:
-        _warn_missing_captions(folder, missing, len(images), extensions, beside)
+    reader.warn(len(images))
     return found
+
+
+class _CaptionReader:
+    """Captions of the pictures of one folder, and what is to be said about them when all are read."""
+
+    def __init__(self, subset: SubsetConfig, folder: Path, beside: set[Path]) -> None:
+        self.subset, self.folder, self.beside = subset, folder, beside
+        self.extensions = (subset.caption_extension,) if subset.caption_extension else (".txt", ".caption")
+        self.listed = read_folder_captions(folder)
+        self.missing: list[Path] = []
+        self.guessed: list[Path] = []
+
+    def read(self, image: Path) -> str:
+        inside = image.relative_to(self.folder)
+        for name in (inside.as_posix(), inside.with_suffix("").as_posix()):
+            if name in self.listed:
+                return "\n".join(line for text in self.listed[name] for line in text.split("\n") if line.strip())
+        for path in _caption_paths(image, self.extensions):
+            if path in self.beside:
+                text, guessed = read_caption_text(path)
+                self.guessed += [path] if guessed else []
+                return read_lines(text, self.subset.captions)
+        self.missing.append(image)
+        return self.subset.class_tokens or ""
+
+    def warn(self, total: int) -> None:
+        if self.guessed:
+            logger.warning(
+                "%s: %d caption files are not UTF-8 and were read as Latin-1. First: %s. Save them as UTF-8.",
+                self.folder,
+                len(self.guessed),
+                self.guessed[0].name,
+            )
+        if self.missing and self.subset.class_tokens is None:
+            beside = {path.name for path in self.beside}
+            _warn_missing_captions(self.folder, self.missing, total, self.extensions, beside)
 
 
 def _warn_missing_captions(folder: Path, missing: list[Path], total: int, extensions: Sequence[str], beside: set[str]) -> None:
@@ -188,8 +240,11 @@ def _metadata_caption(caption: str | None, tags: str | None, subset: SubsetConfi
     return "\n".join(f"{line}{options.separator}{tags}" for line in lines) or tags, tags
 
 
-def metadata_source(subset: SubsetConfig) -> list[Found]:
-    """The pictures a metadata file names. `image_size` saves reading a header; `train_resolution` proposes a bucket."""
+def metadata_source(subset: SubsetConfig, bad: list[BadFile]) -> list[Found]:
+    """The pictures a metadata file names. `image_size` saves reading a header; `train_resolution` proposes a bucket.
+
+    Pictures that do not exist go to `bad`, unless none does: then the folder is wrong.
+    """
     path = subset.metadata_file
     assert path is not None
     if subset.image_dir and not subset.image_dir.is_dir():
@@ -206,7 +261,8 @@ def metadata_source(subset: SubsetConfig) -> list[Found]:
         caption, counted = _metadata_caption(_text_of(entry, "caption", subset, image), tags, subset)
         size, preferred = size_of(entry, "image_size", where), size_of(entry, "train_resolution", where)
         found.append(Found(file, caption, counted, size, preferred))
-    if missing:
+    bad += [BadFile((subset.image_dir or Path()) / image, f"{path} names it, but it does not exist") for image in missing]
+    if missing and not found:
         looked = (
             f"the working folder and {subset.image_dir}" if subset.image_dir else "the working folder (no image_dir is set)"
         )
@@ -218,18 +274,6 @@ def metadata_source(subset: SubsetConfig) -> list[Found]:
 
 
 # Records
-
-
-def _validation_paths(config: DatasetConfig, subset: SubsetConfig, found: Sequence[Found], seed: int) -> set[Path]:
-    """The pictures of a subset that are held out: a function of the seed and their names, the same in every dataset."""
-    if subset.is_reg or not config.validation_split:
-        return set()
-    chosen_seed = config.validation_seed if config.validation_seed is not None else seed
-    order = sorted(found, key=lambda item: key_to_seed(chosen_seed, "validation", item.path.name))
-    count = round(len(order) * config.validation_split)
-    if not count:
-        logger.warning("%s: validation_split %g of %d images is none", subset.name, config.validation_split, len(order))
-    return {item.path.resolve() for item in order[:count]}
 
 
 def _balanced_repeats(configured: Sequence[int], wanted: int) -> list[int]:
@@ -251,45 +295,64 @@ def _balanced_repeats(configured: Sequence[int], wanted: int) -> list[int]:
     return repeats
 
 
-def _place(found: Found, size: Size, config: DatasetConfig, subset: SubsetConfig) -> Placement:
+def _place(found: Found, size: Size, config: DatasetConfig, subset: SubsetConfig) -> Placement | BadFile:
     try:
         return config.rule.place(size, native_crop=subset.random_crop, preferred=found.preferred)
     except UserError as error:
-        raise UserError(f"{found.path}: {error}") from error
+        return BadFile(found.path, str(error).removesuffix("."))
 
 
-def collect(config: DataConfig, *, prior_loss_weight: float, seed: int) -> tuple[DatasetRecords, ...]:
-    """Every picture of every dataset, checked: it exists, its header can be read, it has a bucket. Raises `UserError`."""
-    used = [[subset for subset in dataset.subsets if _is_used(subset)] for dataset in config.datasets]
-    found = [[_find(subset) for subset in subsets] for subsets in used]
-    held_out: set[Path] = set()
-    for dataset, subsets, lists in zip(config.datasets, used, found, strict=True):
-        for subset, items in zip(subsets, lists, strict=True):
-            held_out |= _validation_paths(dataset, subset, items, seed)
-    unknown = list({item.path: None for lists in found for items in lists for item in items if item.size is None})
-    sizes = dict(zip(unknown, read_sizes(unknown), strict=True))
+Source = tuple[SubsetConfig, list[Found]]
+
+
+def collect(
+    config: DataConfig, *, prior_loss_weight: float, seed: int, quarantine: Quarantine | None = None
+) -> tuple[DatasetRecords, ...]:
+    """Every picture of every dataset that can be used: it exists, its header can be read, it has a bucket.
+
+    The others go to `quarantine`. Raises `UserError` where a configuration is wrong.
+    """
+    quarantine = quarantine or Quarantine(strict=True)
+    bad: list[BadFile] = []
+    sources = [[_find(subset, bad) for subset in dataset.subsets if _is_used(subset)] for dataset in config.datasets]
+    sizes = _sizes(sources, bad)
+    apart = _held_out(config, sources, seed, bad)
+    unusable = {one.path for one in bad}
     results = []
-    for index, (dataset, subsets, lists) in enumerate(zip(config.datasets, used, found, strict=True)):
-        records = [
-            Record(
-                key=f"{index}/{subset_index}/{item.path.name}",
-                path=item.path,
-                size=(size := item.size or sizes[item.path]),
-                caption=item.caption,
-                placement=_place(item, size, dataset, subset),
-                subset=subset,
-                repeats=subset.num_repeats,
-                loss_weight=prior_loss_weight if subset.is_reg else 1.0,
-            )
-            for subset_index, (subset, items) in enumerate(zip(subsets, lists, strict=True))
-            for item in items
-        ]
-        counts = tuple(
-            SubsetCount(subset, len(items), tag_counts(item.counted for item in items if item.counted))
-            for subset, items in zip(subsets, lists, strict=True)
-        )
-        results.append(_split(dataset, records, counts, held_out))
+    for index, (dataset, subsets) in enumerate(zip(config.datasets, sources, strict=True)):
+        records, counts = [], []
+        for number, (subset, items) in enumerate(subsets):
+            usable = [item for item in items if item.path not in unusable]
+            placements = [_place(item, sizes[item.path], dataset, subset) for item in usable]
+            bad += [placement for placement in placements if isinstance(placement, BadFile)]
+            both = zip(usable, placements, strict=True)
+            placed = [(item, placement) for item, placement in both if isinstance(placement, Placement)]
+            counted = tag_counts(item.counted for item, _ in placed if item.counted)
+            counts.append(SubsetCount(subset, len(placed), counted))
+            records += [
+                Record(
+                    key=f"{index}/{number}/{_place_in_folder(item, subset)}",
+                    path=item.path,
+                    size=sizes[item.path],
+                    caption=item.caption,
+                    placement=placement,
+                    subset=subset,
+                    repeats=subset.num_repeats,
+                    loss_weight=subset.loss_weight * (prior_loss_weight if subset.is_reg else 1.0),
+                    mask=item.mask,
+                )
+                for item, placement in placed
+            ]
+        results.append(_split(dataset, records, tuple(counts), apart))
+    quarantine.collect(list({one.path: one for one in bad}.values()))
     return tuple(results)
+
+
+def _place_in_folder(item: Found, subset: SubsetConfig) -> str:
+    """What tells a picture from the others of its subset, wherever the folder lies."""
+    if subset.recursive and subset.image_dir is not None:
+        return item.path.relative_to(subset.image_dir).as_posix()
+    return item.path.name
 
 
 def _is_used(subset: SubsetConfig) -> bool:
@@ -298,23 +361,63 @@ def _is_used(subset: SubsetConfig) -> bool:
     return subset.num_repeats > 0
 
 
-def _find(subset: SubsetConfig) -> list[Found]:
-    return metadata_source(subset) if subset.metadata_file else folder_source(subset)
+def _find(subset: SubsetConfig, bad: list[BadFile]) -> Source:
+    """The subset with its pictures, their captions and masks."""
+    found = metadata_source(subset, bad) if subset.metadata_file else folder_source(subset, bad)
+    if subset.conditioning_data_dir is not None:
+        masks = mask_files(subset.conditioning_data_dir, [item.path for item in found], subset.image_dir)
+        found = [replace(item, mask=mask) for item, mask in zip(found, masks, strict=True)]
+    several = any("\n" in item.caption for item in found) and not subset.captions.wildcard
+    return replace(subset, captions=replace(subset.captions, several=True)) if several else subset, found
+
+
+def _sizes(sources: Sequence[Sequence[Source]], bad: list[BadFile]) -> dict[Path, Size]:
+    """Sizes of all pictures; those whose header cannot be read go to `bad`."""
+    items = [item for subsets in sources for _, found in subsets for item in found]
+    unknown = list(dict.fromkeys(item.path for item in items if item.size is None))
+    sizes: dict[Path, Size] = {}
+    for path, size in zip(unknown, read_sizes(unknown), strict=True):
+        if isinstance(size, BadFile):
+            bad.append(size)
+        else:
+            sizes[path] = size
+    return sizes | {item.path: item.size for item in items if item.size is not None}
+
+
+def _held_out(config: DataConfig, sources: Sequence[Sequence[Source]], seed: int, bad: list[BadFile]) -> frozenset[Path]:
+    """Every path whose picture some dataset holds out for validation. Reads all files, if any dataset does."""
+    if not any(dataset.validation_split for dataset in config.datasets):
+        return frozenset()
+    unusable = {one.path for one in bad}
+    everything = dict.fromkeys(item.path for subsets in sources for _, found in subsets for item in found)
+    paths = [path for path in everything if path not in unusable]
+    digests: dict[Path, str] = {}
+    for path, digest in zip(paths, content_hashes(paths), strict=True):
+        if isinstance(digest, BadFile):
+            bad.append(digest)
+        else:
+            digests[path] = digest
+    subsets_of = [
+        (subset.name, dataset.validation_split, seed if dataset.validation_seed is None else dataset.validation_seed,
+         [item.path for item in found if item.path in digests])
+        for dataset, subsets in zip(config.datasets, sources, strict=True)
+        for subset, found in subsets
+        if not subset.is_reg
+    ]  # fmt: skip
+    return held_out(subsets_of, digests)
 
 
 def _split(
-    config: DatasetConfig, records: list[Record], counts: tuple[SubsetCount, ...], held_out: set[Path]
+    config: DatasetConfig, records: list[Record], counts: tuple[SubsetCount, ...], apart: frozenset[Path]
 ) -> DatasetRecords:
     """Held-out pictures to validation; regularisation images balanced against the training images that are left."""
-    from dataclasses import replace
-
-    train = [record for record in records if not record.subset.is_reg and record.path.resolve() not in held_out]
+    train = [record for record in records if not record.subset.is_reg and record.path not in apart]
     validation = [
         replace(record, repeats=1, loss_weight=1.0)
         for record in records
-        if config.validation_split and not record.subset.is_reg and record.path.resolve() in held_out
+        if config.validation_split and not record.subset.is_reg and record.path in apart
     ]
-    regular = [record for record in records if record.subset.is_reg]
+    regular = [record for record in records if record.subset.is_reg and record.path not in apart]
     wanted = sum(record.repeats for record in train)
     repeats = _balanced_repeats([record.repeats for record in regular], wanted)
     if 0 in repeats:

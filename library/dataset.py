@@ -12,7 +12,8 @@ import os
 import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,12 +23,15 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from library.batch import TrainBatch
 from library.buckets import Size
 from library.cache_io import CachedLatents, LatentCache, TextCache, entry_key
-from library.captions import CaptionMoment, final_caption
+from library.captions import CaptionMoment, final_caption, is_dropped
 from library.config_util import Mode, load_data_config, rejects_preservation
 from library.data_sources import DatasetRecords, Record, check_not_empty, collect
 from library.errors import UserError
 from library.family_base import LatentSpec
-from library.image_io import Crop, choose_crop, content_seed, decode, fit, listed, vary_color
+from library.image_io import Crop, choose_crop, content_seed, listed
+from library.masks import latent_mask
+from library.picture_views import choose_view, load_view, view_mask
+from library.quarantine import BadFile, Quarantine
 from library.rng import keyed_random
 from library.strategy_base import Strategies, TokenizeStrategy
 
@@ -53,14 +57,8 @@ def pixels_to_tensor(pixels: Any) -> Tensor:
 
 def load_fitted(record: Record, crop: Crop) -> tuple[np.ndarray, str]:
     """Pixels as they are trained, uint8 [bucket height, bucket width, 3], and the content hash of the file."""
-    image, digest = decode(record.path)
-    size = image.shape[1], image.shape[0]
-    if size != record.size:
-        raise UserError(
-            f"{record.path} is {size[0]}x{size[1]}, but its metadata (or the file when training began) says "
-            f"{record.size[0]}x{record.size[1]}. Correct image_size in the metadata file; leave images alone while training."
-        )
-    return fit(image, record.placement, crop, record.subset.resize_interpolation), digest
+    view = load_view(record, record.placement, crop)
+    return view.pixels, view.digest
 
 
 @dataclass(frozen=True)
@@ -93,6 +91,7 @@ class Row:
     seed: int
     crop: Crop
     caption: str
+    mask: Tensor | None = None  # [h, w] of the latents; None: the loss counts everywhere
 
 
 @dataclass(eq=False)
@@ -112,8 +111,15 @@ class ImageDataset(Dataset[TrainBatch]):
     """The length of the run, in steps, or in epochs where that is set: what a share of it is for token warm-up."""
     batches_per_step: int = 1
     """Batches of all processes per optimizer step; `make_loader` knows it. Token warm-up counts in steps."""
+    caption_variants: int = 0
+    """Readings that there are of one picture's caption, again and again; 0: as many as it is seen. So they can be cached."""
+    mask_stride: int = 8
+    """Pixels of a mask for one of the latents."""
+    quarantine: Quarantine = field(default_factory=lambda: Quarantine(strict=True))
     latent_cache: LatentCache | None = None
     text_cache: TextCache | None = None
+    _masks: dict[str, Tensor | None] = field(default_factory=dict, init=False, repr=False)
+    """Of pictures whose latents are kept in memory."""
     _planned: tuple[int, list[Batch]] | None = field(default=None, init=False, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -155,13 +161,26 @@ class ImageDataset(Dataset[TrainBatch]):
         return batches
 
     def __getitem__(self, key: tuple[int, int]) -> TrainBatch:
+        """The batch, without pictures that turn out to be unreadable; the next one, where none of its pictures is left."""
         epoch, index = key
-        number, items = self.plan(epoch)[index]
-        part = self.parts[number]
-        records = [part.records[record] for record, _ in items]
+        plan = self.plan(epoch)
         moment = self._moment(epoch, index)
-        rows = [self._row(record, repeat, moment) for record, (_, repeat) in zip(records, items, strict=True)]
-        return self.collate(records, rows, part.multiplier)
+        for offset in range(len(plan)):
+            number, items = plan[(index + offset) % len(plan)]
+            part = self.parts[number]
+            shown = [(part.records[record], self._usable_row(part.records[record], repeat, moment)) for record, repeat in items]
+            good = [(record, row) for record, row in shown if row is not None]
+            if good:
+                return self.collate([record for record, _ in good], [row for _, row in good], part.multiplier)
+        bad = next(iter(self.quarantine.found.items()), None)
+        raise UserError("no picture can be used any more" + (f"; the first: {bad[0]}: {bad[1]}." if bad else "."))
+
+    def _usable_row(self, record: Record, repeat: int, moment: CaptionMoment) -> Row | None:
+        try:
+            return self._row(record, repeat, moment)
+        except BadFile as bad:
+            self.quarantine.add(bad)
+            return None
 
     def _moment(self, epoch: int, index: int) -> CaptionMoment:
         steps_per_epoch = math.ceil(self.num_batches / self.batches_per_step)
@@ -176,19 +195,52 @@ class ImageDataset(Dataset[TrainBatch]):
         draw = keyed_random(self.seed, moment.epoch, "augment", key)
         flipped = record.subset.flip_aug and draw.random() < 0.5 and not self.evaluating
         if self.latent_cache is not None:
-            entry = self.latent_cache.get(entry_key(record.path, record.recipe))
+            entry = self._cached(self.latent_cache, record)
             recorded = entry.crop_ltrb
             crop = choose_crop(record.placement) if recorded is None else Crop.of_stored(recorded, record.placement.bucket)
-            pixels, seed = _choose(entry, flipped), entry.seed
+            pixels, seed, mask = _choose(entry, flipped), entry.seed, self._mask(record)
         else:
-            random_crop = record.subset.random_crop and not self.evaluating
-            crop = choose_crop(record.placement, draw if random_crop else None)
-            image, digest = load_fitted(record, crop)
-            if record.subset.color_aug and not self.evaluating:
-                image = vary_color(image, draw)
-            pixels, seed = pixels_to_tensor(image[:, ::-1] if flipped else image), content_seed(digest)
-        caption = final_caption(record.caption, record.subset.captions, moment, key, drop=not self.evaluating)
-        return Row(pixels, seed, crop.mirrored() if flipped else crop, caption)
+            placement, crop = record.placement, choose_crop(record.placement)
+            if not self.evaluating:
+                placement, crop = choose_view(record, draw)
+            view = load_view(record, placement, crop, draw if record.subset.color_aug and not self.evaluating else None)
+            pixels = pixels_to_tensor(view.pixels[:, ::-1] if flipped else view.pixels)
+            seed, mask = content_seed(view.digest), _shrunk(view.mask, self.mask_stride)
+        mask = mask.flip(-1) if mask is not None and flipped else mask
+        dropped = not self.evaluating and is_dropped(record.subset.captions, moment, key)
+        caption = "" if dropped else self._reading(record, repeat, moment)
+        return Row(pixels, seed, crop.mirrored() if flipped else crop, caption, mask)
+
+    def _cached(self, cache: LatentCache, record: Record) -> CachedLatents:
+        key = entry_key(record.path, record.recipe)
+        if not cache.holds(key) and self.quarantine.knows(record.path):
+            raise BadFile(record.path, "it could not be read when latents were cached")
+        return cache.get(key)
+
+    def _mask(self, record: Record) -> Tensor | None:
+        """Kept in memory where the latents are."""
+        if record.mask is None and not record.subset.alpha_mask:
+            return None
+        if self.latent_cache is None or not self.latent_cache.in_memory:
+            return _shrunk(view_mask(record), self.mask_stride)
+        if record.key not in self._masks:
+            self._masks[record.key] = _shrunk(view_mask(record), self.mask_stride)
+        return self._masks[record.key]
+
+    def _reading(self, record: Record, repeat: int, moment: CaptionMoment) -> str:
+        """The caption where it is not dropped. Of a few variants it is that of as many readings before."""
+        if self.caption_variants:
+            epoch, repeat = divmod((moment.epoch * record.repeats + repeat) % self.caption_variants, record.repeats)
+            moment = replace(moment, epoch=epoch)
+        return final_caption(record.caption, record.subset.captions, moment, f"{record.key}#{repeat}", drop=False)
+
+    def readings(self, record: Record) -> list[str]:
+        """Every caption that `record` can have, apart from the empty one; of one that varies, `caption_variants`."""
+        count = 1 if record.subset.captions.is_static else max(1, self.caption_variants)
+        if self.max_epochs is not None:
+            count = min(count, max(1, self.max_epochs * record.repeats))
+        moments = [(CaptionMoment(self.seed, number // record.repeats), number % record.repeats) for number in range(count)]
+        return list(dict.fromkeys(self._reading(record, repeat, moment) for moment, repeat in moments))
 
     def collate(self, records: Sequence[Record], rows: Sequence[Row], multiplier: float) -> TrainBatch:
         """The batch of `rows`, which show `records`."""
@@ -197,6 +249,9 @@ class ImageDataset(Dataset[TrainBatch]):
         cached = self.text_cache.batch(captions) if self.text_cache is not None else None
         needs_tokens = self.text_cache is None or not self.text_cache.complete
         preserve = [record.subset.preserves for record in records]
+        whole = torch.ones([side // self.mask_stride for side in records[0].placement.bucket[::-1]])
+        masks = [whole if row.mask is None else row.mask for row in rows]
+        masked = any(row.mask is not None for row in rows)
         return TrainBatch(
             captions=captions,
             images=stacked if self.latent_cache is None else None,
@@ -204,6 +259,7 @@ class ImageDataset(Dataset[TrainBatch]):
             tokens=dict(self.tokenizer.tokenize(captions)) if needs_tokens else None,
             conditioning=cached,
             loss_weights=torch.tensor([record.loss_weight for record in records], dtype=torch.float32),
+            mask=torch.stack(masks)[:, None] if masked else None,
             original_sizes=torch.tensor([record.size[::-1] for record in records]),
             crop_top_lefts=torch.tensor([(row.crop.top, row.crop.left) for row in rows]),
             target_sizes=torch.tensor([record.placement.bucket[::-1] for record in records]),
@@ -211,6 +267,10 @@ class ImageDataset(Dataset[TrainBatch]):
             latent_seeds=tuple(row.seed for row in rows),
             multiplier=multiplier,
         )
+
+
+def _shrunk(mask: np.ndarray | None, stride: int) -> Tensor | None:
+    return None if mask is None else latent_mask(mask, stride)
 
 
 def _choose(entry: CachedLatents, flipped: bool) -> Tensor:
@@ -354,9 +414,12 @@ def build_train_data(options: TrainOptions, latent: LatentSpec, strategies: Stra
     config = load_data_config(options, latent.bucket_step)
     rejects_preservation(config, mode)
     seed = options.training.seed or 0
-    datasets = collect(config, prior_loss_weight=options.loss.prior_loss_weight, seed=seed)
+    quarantine = Quarantine(Path(options.output.output_dir) if options.output.output_dir else None, options.data.strict_data)
+    datasets = collect(config, prior_loss_weight=options.loss.prior_loss_weight, seed=seed, quarantine=quarantine)
     check_not_empty(datasets)
+    quarantine.begin()
     _check_cacheable(datasets, options)
+    _check_masks(datasets, options)
     train = [Part.of(d.train, d.config.batch_size, d.config.network_multiplier) for d in datasets if d.train]
     held_out = [Part.of(d.validation, d.config.batch_size, d.config.network_multiplier) for d in datasets if d.validation]
     training = options.training
@@ -367,11 +430,28 @@ def build_train_data(options: TrainOptions, latent: LatentSpec, strategies: Stra
         max_steps=training.max_train_steps,
         max_epochs=training.max_train_epochs,
         batches_per_step=training.gradient_accumulation_steps,
+        caption_variants=options.cache.caption_variants if options.cache.text_outputs else 0,
+        mask_stride=latent.stride,
+        quarantine=quarantine,
     )
-    validation = ImageDataset(tuple(held_out), seed, strategies.tokenize, evaluating=True) if held_out else None
+    validation = replace(dataset, parts=tuple(held_out), evaluating=True, caption_variants=0) if held_out else None
+    if validation is not None and options.cache.text_outputs:
+        validation.caption_variants = 1
     data = TrainData(dataset, validation, datasets, latent, options, config.source is not None)
     logger.info("%s", data.summary())
     return data
+
+
+def _check_masks(datasets: Sequence[DatasetRecords], options: TrainOptions) -> None:
+    """Raise `UserError` for masks that would not be used; warn where there is none to use."""
+    subsets = [count.config for dataset in datasets for count in dataset.counts]
+    unasked = [subset.name for subset in subsets if subset.conditioning_data_dir is not None]
+    if unasked and not options.loss.masked_loss:
+        raise UserError(
+            f"conditioning_data_dir ({', '.join(unasked)}) names masks, which --masked_loss uses. Add it, or remove the folder."
+        )
+    if options.loss.masked_loss and not unasked and not any(subset.alpha_mask for subset in subsets):
+        logger.warning("--masked_loss has no effect: no subset has a conditioning_data_dir or alpha_mask.")
 
 
 def _check_cacheable(datasets: Sequence[DatasetRecords], options: TrainOptions) -> None:
@@ -380,16 +460,17 @@ def _check_cacheable(datasets: Sequence[DatasetRecords], options: TrainOptions) 
     wrong = []
     if options.cache.latents:
         wrong += [
-            f"{subset.name}: color_aug and random_crop change the pictures, which --cache_latents keeps. Turn one off."
+            f"{subset.name}: color_aug, random_crop and face_crop_aug_range change the pictures, which --cache_latents keeps. "
+            "Turn them or it off."
             for subset in subsets
-            if subset.color_aug or subset.random_crop
+            if subset.varies_pictures
         ]
     if options.cache.text_outputs:
         wrong += [
-            f"{subset.name}: shuffle_caption, enable_wildcard, token_warmup_step and caption_tag_dropout_rate change the "
-            "captions, whose encoding --cache_text_encoder_outputs keeps. Turn them or it off."
+            f"{subset.name}: token_warmup_step changes the captions from step to step, so --cache_text_encoder_outputs "
+            "cannot keep their encoding. Turn one off."
             for subset in subsets
-            if not subset.captions.is_static
+            if subset.captions.token_warmup_step
         ]
     if wrong:
         raise UserError(listed(wrong, "subsets that cannot be cached"))

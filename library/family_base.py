@@ -20,6 +20,7 @@ from library.strategy_base import Conditioning, Strategies
 
 if TYPE_CHECKING:
     from library.batch import TrainBatch
+    from library.model_parts import Component
     from library.objectives import Objective
     from library.option_groups import TrainOptions
     from networks.network_base import NetworkArch
@@ -150,6 +151,10 @@ class ModelFamily(ABC):
 
         dtype: of what stays frozen; learning: of each part that learns, by name; quantizers: of each part that has one.
         """
+
+    def open_denoiser(self, path: Path) -> Component:
+        """The denoiser of the model at `path` (a file or a diffusers folder), for tools that look at nothing else."""
+        raise UserError(f"tools cannot open the denoiser of {self.title} yet.")
 
     @abstractmethod
     def strategies(self, options: TrainOptions) -> Strategies:

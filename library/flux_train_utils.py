@@ -15,9 +15,9 @@ from library.clip_tokenizer import SD1_TOKENIZER, TokenizerKind, find_tokenizer,
 from library.family_base import LatentSpec, ModelBundle, ModelFamily, SampleRequest
 from library.flux_models import Flux, image_ids, pack, unpack
 from library.flux_saving import FluxCheckpoint
-from library.flux_utils import CLIP_L, FLUX_LAYERS, TITLE, FluxModel, describe
+from library.flux_utils import CLIP_L, FLUX_LAYERS, TITLE, FluxModel, describe, open_denoiser
 from library.memory_policy import read_to
-from library.model_parts import enable_encoder_checkpointing
+from library.model_parts import Component, enable_encoder_checkpointing
 from library.objectives import RectifiedFlow, range_and_huber, resolution_shift
 from library.offload_plan import SwapDivision
 from library.quantization import LayerTable
@@ -135,6 +135,9 @@ class FluxFamily(ModelFamily):
                 "tokenizers": tokenizer_folders(model, options),
             },
         )
+
+    def open_denoiser(self, path: Path) -> Component:
+        return open_denoiser(path)
 
     def strategies(self, options: TrainOptions) -> Strategies:
         model = describe(options)

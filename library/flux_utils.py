@@ -151,17 +151,15 @@ def describe(options: TrainOptions) -> FluxModel:
 @functools.lru_cache(maxsize=4)
 def _describe(path: Path, given: tuple[tuple[str, Path], ...], state: object) -> FluxModel:
     source, whole = _open_transformer(path)
-    try:
-        params = FluxParams.of(source.shapes())
-    except KeyError as error:
-        raise UserError(f"{path} is incomplete: it lacks {error.args[0]}. Download it again.") from error
+    denoiser = _transformer(path, source)
+    params: FluxParams = denoiser.config["params"]
     if params.in_channels != params.out_channels:
         raise UserError(
             f"{path} takes {params.in_channels} channels and gives {params.out_channels}: a fill, depth or canny model, which "
             f"needs a picture beside the caption. {SCRIPT} trains text-to-image models."
         )
     kind: Kind = "chroma" if params.approximator else "dev" if params.guidance_embed else "schnell"
-    parts = {"denoiser": Component(source, IDENTITY, {"params": params}, _make_flux)}
+    parts = {"denoiser": denoiser}
     parts |= _other_parts(path, whole, dict(given), kind)
     _check_sizes(path, params, parts)
     folder = path.is_dir()
@@ -172,6 +170,19 @@ def _describe(path: Path, given: tuple[tuple[str, Path], ...], state: object) ->
         params=params,
         parts=parts,
     )
+
+
+def open_denoiser(path: Path) -> Component:
+    """The transformer of a file or a diffusers folder."""
+    return _transformer(path, _open_transformer(path)[0])
+
+
+def _transformer(path: Path, source: TensorSource) -> Component:
+    try:
+        params = FluxParams.of(source.shapes())
+    except KeyError as error:
+        raise UserError(f"{path} is incomplete: it lacks {error.args[0]}. Download it again.") from error
+    return Component(source, IDENTITY, {"params": params}, _make_flux)
 
 
 def _make_flux(config: Mapping[str, Any]) -> nn.Module:

@@ -1,12 +1,13 @@
 """Pictures on disk: finding them, reading their sizes, and decoding, resizing and cropping one.
 
-A picture is used as it is stored: an orientation tag (EXIF) does not turn it, and transparency is dropped, both as in
-sd-scripts, so that existing caches and crops stay true.
+A picture is turned as its orientation tag (EXIF) says, and its size is that of the turned picture. Transparency is dropped
+unless it is asked for as a mask; what lies beneath it is trained, as in sd-scripts. An animation stands for its first frame.
 """
 
 from __future__ import annotations
 
 import io
+import os
 import struct
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,10 +18,11 @@ from random import Random
 from typing import TYPE_CHECKING, Any
 
 from library.buckets import Placement, Size
-from library.errors import UserError
+from library.quarantine import BadFile
 
 if TYPE_CHECKING:
     import numpy as np
+    from PIL.Image import Image
 
 _EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 _HEADER_THREADS = 16
@@ -40,11 +42,36 @@ def image_extensions() -> tuple[str, ...]:
 def list_images(folder: Path) -> list[Path]:
     """The pictures that lie directly in `folder`, sorted by name, so that the order is the same on every machine."""
     extensions = image_extensions()
-    return sorted(path for path in folder.iterdir() if path.suffix.lower() in extensions and path.is_file())
+    found = [path for path in folder.iterdir() if path.suffix.lower() in extensions and path.is_file()]
+    return sorted(found, key=lambda path: path.name)  # Windows compares paths without regard to case
 
 
-def _broken(path: Path, error: Exception) -> UserError:
-    return UserError(f"cannot read the image {path}: {error or type(error).__name__}. Replace or remove the file.")
+def walk_images(folder: Path) -> list[Path]:
+    """The pictures in `folder` and all folders below it, sorted by their place there. A folder that is met again, as in a
+    loop of links, is not entered twice; hidden folders are not entered."""
+    seen: set[str] = set()
+    found: list[Path] = []
+    for root, folders, _ in os.walk(folder, followlinks=True):
+        real = os.path.realpath(root)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        found += list_images(Path(root))
+    return sorted(found, key=lambda path: path.relative_to(folder).as_posix())
+
+
+def broken_links(folder: Path) -> list[Path]:
+    """Pictures by their names that are links to nothing, or to each other."""
+    extensions = image_extensions()
+    links = [path for path in folder.iterdir() if path.suffix.lower() in extensions and path.is_symlink()]
+    return sorted((path for path in links if not os.path.exists(path)), key=lambda path: path.name)
+
+
+def _broken(path: Path, error: Exception) -> BadFile:
+    detail = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return BadFile(path, f"not a readable image: {detail or type(error).__name__}".replace(f" {str(path)!r}", ""))
 
 
 def _pillow_errors() -> tuple[type[Exception], ...]:
@@ -54,32 +81,50 @@ def _pillow_errors() -> tuple[type[Exception], ...]:
     return (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError)
 
 
+_TURNED = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_270", 7: "TRANSVERSE"}
+_TURNED |= {8: "ROTATE_90"}
+"""EXIF orientation -> what makes the picture upright (a member of Pillow's `Transpose`)."""
+
+
+def _orientation(image: Image) -> int:
+    """The EXIF orientation, 1 to 8. `image` is just opened: looking for a tag behind the pixels would mean decoding them."""
+    from PIL import Image as Pillow
+
+    data = image.info.get("exif")
+    if not data:
+        return 1
+    exif = Pillow.Exif()
+    try:
+        exif.load(data)
+        orientation = exif.get(0x0112)
+    except _pillow_errors():  # a damaged tag says nothing; the pixels are another matter
+        return 1
+    return orientation if orientation in _TURNED else 1
+
+
 def read_size(path: Path) -> Size:
-    """(width, height) from the file's header; the pixels are not decoded. A `UserError` names an unreadable file."""
+    """(width, height) from the file's header; the pixels are not decoded. A `BadFile` names an unreadable file."""
     from PIL import Image
 
     try:
         with Image.open(path) as image:
-            return image.size
+            width, height = image.size
+            return (height, width) if _orientation(image) >= 5 else (width, height)
     except _pillow_errors() as error:
         raise _broken(path, error) from error
 
 
-def read_sizes(paths: Sequence[Path]) -> list[Size]:
-    """`read_size` of many files, in threads. Every unreadable file is reported, not only the first."""
+def read_sizes(paths: Sequence[Path]) -> list[Size | BadFile]:
+    """`read_size` of many files, in threads."""
 
-    def attempt(path: Path) -> Size | UserError:
+    def attempt(path: Path) -> Size | BadFile:
         try:
             return read_size(path)
-        except UserError as error:
+        except BadFile as error:
             return error
 
     with ThreadPoolExecutor(_HEADER_THREADS) as pool:
-        results = list(pool.map(attempt, paths))
-    failed = [result for result in results if isinstance(result, UserError)]
-    if failed:
-        raise UserError(listed([str(error) for error in failed], "unreadable images"))
-    return [result for result in results if not isinstance(result, UserError)]
+        return list(pool.map(attempt, paths))
 
 
 def listed(lines: Iterable[str], what: str, shown: int = 5) -> str:
@@ -101,18 +146,49 @@ def content_seed(digest: str) -> int:
     return int(digest[:14], 16)
 
 
-def decode(path: Path) -> tuple[np.ndarray, str]:
-    """RGB pixels, uint8 [H, W, 3], and the content hash of the file. A `UserError` names an unreadable file."""
+def _eight_bits(image: Image) -> Image:
+    """A grey picture of 16 bits in 8. (Pillow shortens those in colour itself, but would cut bright grey to white.)"""
+    import numpy as np
+    from PIL import Image as Pillow
+
+    if image.mode != "I" and not image.mode.startswith("I;16"):
+        return image
+    return Pillow.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+
+
+def decode(path: Path, *, alpha: bool = False) -> tuple[np.ndarray, str]:
+    """RGB pixels, uint8 [H, W, 3] (with alpha: RGBA, 4), and the content hash of the file.
+
+    A `BadFile` names a file that cannot be read, and so does one that is no longer there.
+    """
     import numpy as np
     from PIL import Image
 
+    mode = "RGBA" if alpha else "RGB"
     try:
         data = path.read_bytes()
         with Image.open(io.BytesIO(data)) as image:
-            pixels = np.array(image if image.mode == "RGB" else image.convert("RGB"))
+            orientation = _orientation(image)
+            upright = _eight_bits(image)
+            if orientation != 1:
+                upright = upright.transpose(Image.Transpose[_TURNED[orientation]])
+            pixels = np.array(upright if upright.mode == mode else upright.convert(mode))
     except _pillow_errors() as error:
         raise _broken(path, error) from error
     return pixels, content_hash(data)
+
+
+def content_hashes(paths: Sequence[Path]) -> list[str | BadFile]:
+    """`content_hash` of many files, in threads."""
+
+    def attempt(path: Path) -> str | BadFile:
+        try:
+            return content_hash(path.read_bytes())
+        except OSError as error:
+            return _broken(path, error)
+
+    with ThreadPoolExecutor(_HEADER_THREADS) as pool:
+        return list(pool.map(attempt, paths))
 
 
 def resolve_interpolation(size: Size, resized: Size, chosen: str | None) -> str:
@@ -123,7 +199,7 @@ def resolve_interpolation(size: Size, resized: Size, chosen: str | None) -> str:
 
 
 def resize(pixels: np.ndarray, resized: Size, interpolation: str) -> np.ndarray:
-    """uint8 [H, W, 3] -> [resized height, resized width, 3].
+    """uint8 [H, W, C] -> [resized height, resized width, C]; of C = 4, alpha is the last.
 
     Lanczos and box are Pillow's, the others OpenCV's, exactly as sd-scripts mixes them: a picture resized by the other
     library gives latents that differ by more than the VAE's own noise.
@@ -180,7 +256,7 @@ def choose_crop(placement: Placement, rng: Random | None = None) -> Crop:
 
 
 def fit(pixels: np.ndarray, placement: Placement, crop: Crop, interpolation: str | None) -> np.ndarray:
-    """Resize to `placement.resized` and cut `crop`: uint8 [bucket height, bucket width, 3]."""
+    """Resize to `placement.resized` and cut `crop`: uint8 [bucket height, bucket width, C]."""
     size = pixels.shape[1], pixels.shape[0]
     pixels = resize(pixels, placement.resized, resolve_interpolation(size, placement.resized, interpolation))
     width, height = placement.bucket

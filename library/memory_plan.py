@@ -30,7 +30,6 @@ from library.activation_offload import MIN_BYTES, PREFETCH
 from library.batch import TrainBatch
 from library.cache_io import LatentCache, TextCache
 from library.caching import distinct_captions, encode_captions, encoder_autocast, text_batch_size
-from library.captions import static_caption
 from library.custom_offloading_utils import tensors_of
 from library.data_sources import Record
 from library.dataset import ImageDataset, Part, Row, TrainData
@@ -42,6 +41,7 @@ from library.memory_tracker import MemoryTracker, Peak, Work, simulated
 from library.offload_plan import RingPlan
 from library.offload_transport import ALIGNMENT, round_up
 from library.optimizers import group_rates
+from library.strategy_base import Conditioning
 
 if TYPE_CHECKING:
     from library.train_util import PreparedRun, Trainer
@@ -100,6 +100,8 @@ class Forecast:
     """Of one micro-batch of that size."""
     step: Work
     """Of the optimizer's step."""
+    caption: Conditioning | None = None
+    """One caption's outputs, without memory, where they are cached."""
 
     @property
     def training(self) -> Phase:
@@ -145,10 +147,7 @@ def _training_batch(data: TrainData) -> TrainBatch:
     cached = dataset.latent_cache is not None
     shape = (channels, size.height // stride, size.width // stride) if cached else (3, size.height, size.width)
     records = _records(part, size)
-    rows = [
-        Row(torch.empty(shape), 0, choose_crop(record.placement), static_caption(record.caption, record.subset.captions))
-        for record in records
-    ]
+    rows = [Row(torch.empty(shape), 0, choose_crop(record.placement), dataset.readings(record)[0]) for record in records]
     return dataset.collate(records, rows, part.multiplier)
 
 
@@ -323,6 +322,7 @@ class _Simulation:
         self.tracker = MemoryTracker()
         self.phases: list[Phase] = []
         self.caches = 0
+        self.caption: Conditioning | None = None
 
     def run(self) -> None:
         prepared = self.prepared
@@ -368,6 +368,7 @@ class _Simulation:
         with torch.no_grad(), encoder_autocast(options, self.device):
             entry = encode_captions(longest, prepared.strategies, sources, bundle, self.device).rows(0)
         self._end_phase("caching text encoder outputs")
+        self.caption = entry
         complete = sources == conditioning.sources()
         for dataset in prepared.data.image_datasets:
             dataset.text_cache = TextCache(conditioning, complete, memory=dict.fromkeys(captions, entry))
@@ -430,6 +431,7 @@ class _Simulation:
             offloaded=self.offload.host_bytes if self.offload is not None else 0,
             forward_backward=batch,
             step=self.once.since(batch),
+            caption=self.caption,
         )
 
     def _host_bytes(self, swap: SwapFootprint) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -9,13 +10,55 @@ from typing import Any
 
 from library.buckets import Size
 from library.errors import UserError
+from library.quarantine import BadFile
 
 
 def read_text(path: Path) -> str:
+    """The text, without its byte order mark: UTF-8, or UTF-16 where a mark says so. Raises `UserError` for any other."""
+    data = path.read_bytes()
     try:
-        return path.read_text(encoding="utf-8-sig")
+        return _decoded(data)
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}). Save it as UTF-8.") from error
+
+
+def _decoded(data: bytes) -> str:
+    marked = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    text = data.decode("utf-16" if marked else "utf-8-sig")
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def read_caption_text(path: Path) -> tuple[str, bool]:
+    """(the text of a caption file, whether its encoding had to be guessed). What is not UTF-8 or UTF-16 is taken for
+    Latin-1 as Windows writes it. Raises `BadFile` where the file cannot be read."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise BadFile(path, f"the caption cannot be read: {error.strerror or error}") from error
+    try:
+        return _decoded(data), False
+    except UnicodeDecodeError:
+        return data.decode("cp1252", errors="replace"), True
+
+
+def read_folder_captions(folder: Path) -> dict[str, list[str]]:
+    """What `captions.json` in an image folder says: the caption or the captions of each picture, named by its place in the
+    folder, with or without extension. Empty where there is no such file."""
+    path = folder / "captions.json"
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(read_text(path))
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected an object of captions by image.")
+    captions = {}
+    for image, texts in content.items():
+        captions[image] = [texts] if isinstance(texts, str) else texts
+        if not isinstance(captions[image], list) or not all(isinstance(text, str) for text in captions[image]):
+            raise UserError(f"{path}: the entry of {image!r} is {texts!r}; expected a text or a list of texts.")
+    return captions
 
 
 def read_metadata(path: Path) -> list[tuple[str, Mapping[str, Any]]]:

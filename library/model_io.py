@@ -472,8 +472,10 @@ def _kinds(missing: list[str], unexpected: list[str]) -> tuple[tuple[str, list[s
 def empty_module(make: Callable[[], nn.Module]) -> nn.Module:
     """`make()` with its parameters on the meta device (no memory, no initialisation) and its buffers real."""
     from accelerate import init_empty_weights
+    from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-    with init_empty_weights(include_buffers=False):
+    # accelerate would give a simulated parameter (`memory_tracker.simulated`) back as one on the CPU
+    with unset_fake_temporarily(), init_empty_weights(include_buffers=False):
         return make()
 
 

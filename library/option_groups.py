@@ -110,7 +110,7 @@ class PrecisionOptions:
     )
     quantized_compute: str = opt(
         "dequantize",
-        "how a quantised denoiser multiplies: in the format of the computation, or 8bit: faster, less exact",
+        "how a quantised denoiser multiplies: in the format of the computation, or in int8 or fp8, which is less exact",
         choices=("dequantize", "8bit"),
     )
 
@@ -227,9 +227,9 @@ class LossOptions:
     debiased_estimation_loss: bool = opt(False, "weight the loss by debiased estimation")
     prior_loss_weight: float = opt(1.0, "weight of regularization pictures", minimum=0)
     weighted_captions: bool = opt(False, "read weights in captions, as in (word:1.3)")
-    masked_loss: bool = opt(False, "weight the loss by a mask picture", planned=True)
-    alpha_mask: bool = opt(False, "weight the loss by the pictures' transparency", planned=True)
-    conditioning_data_dir: str | None = opt(None, "folder of mask pictures", planned=True)
+    masked_loss: bool = opt(False, "weight the loss by the mask pictures of conditioning_data_dir")
+    alpha_mask: bool = opt(False, "weight the loss by the pictures' own opacity")
+    conditioning_data_dir: str | None = opt(None, "folder of mask pictures, of the pictures' names")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -272,7 +272,7 @@ class FullOptions:
         None, "train the text encoder for this many steps; -1 or 0 not at all", minimum=-1
     )
     no_token_padding: bool = opt(
-        False, "leave captions unpadded", inert="captions are always padded, as in sd-scripts since its version 0.9"
+        False, "leave captions unpadded", inert="captions are always padded, as sd-scripts does by now, too"
     )
     save_model_as: str | None = opt(
         None,
@@ -302,8 +302,8 @@ class DreamBoothPartOptions(FullOptions):
 class ValidationOptions:
     """Measuring the loss on pictures that are not trained on."""
 
-    validation_split: float = opt(0.0, "share of the pictures kept for validation", minimum=0, maximum=1, planned=True)
-    validation_seed: int | None = opt(None, "seed that chooses them; --seed unless given", planned=True)
+    validation_split: float = opt(0.0, "share of the pictures kept for validation", minimum=0, maximum=1)
+    validation_seed: int | None = opt(None, "seed that chooses them; --seed unless given")
     validate_every_n_steps: int | None = opt(None, "validate every so many steps", minimum=1, planned=True)
     validate_every_n_epochs: int | None = opt(None, "validate every so many epochs", minimum=1, planned=True)
     max_validation_steps: int | None = opt(None, "most batches of one validation", minimum=1, planned=True)

@@ -75,8 +75,10 @@ class DataOptions:
     caption_tag_dropout_rate: float = opt(0.0, "share of tags left out", minimum=0, maximum=1)
     color_aug: bool = opt(False, "change colours a little at random")
     flip_aug: bool = opt(False, "mirror pictures at random")
-    face_crop_aug_range: str | None = opt(None, "crop around a face, zoomed by this range", type=range_text, planned=True)
+    face_crop_aug_range: str | None = opt(None, "crop around a face, zoomed by this range", type=range_text)
     random_crop: bool = opt(False, "cut pictures at random instead of in the middle")
+    recursive: bool = opt(False, "take the pictures of folders below a picture folder, too")
+    strict_data: bool = opt(False, "end with an error where a file cannot be used; by default it is left out and listed")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +90,9 @@ class CacheOptions:
     cache_text_encoder_outputs: bool = opt(False, "encode every caption once and keep the outputs in memory")
     cache_text_encoder_outputs_to_disk: bool = opt(False, "keep the text encoders' outputs in files")
     text_encoder_batch_size: int | None = opt(None, "captions per batch while caching; as trained unless given", minimum=1)
+    caption_variants: int = opt(
+        8, "readings that cached text encoder outputs keep of a caption that is shuffled or otherwise varied", minimum=1
+    )
     skip_cache_check: bool = opt(False, "use cache files unread; by default each is checked against its picture and model")
     cache_dir: str | None = opt(None, "folder for cache files; beside the pictures unless given")
 

@@ -153,6 +153,9 @@ class RunOptions:
     print_config: bool = opt(False, "print the options as TOML and end", cli_only=True)
     debug: bool = opt(False, "show Python tracebacks of errors", cli_only=True)
     plan: bool = opt(False, "print what the run would take, in memory and time, write it to plan.json, and end", cli_only=True)
+    show_batches: int | None = opt(
+        None, "write the first so many batches to batches.html, as they would be trained, and end", minimum=1, cli_only=True
+    )
     auto_fit: bool = opt(
         False, "choose checkpointing, swapping, offloading and, last, quantisation so that it fits", cli_only=True
     )

@@ -37,12 +37,6 @@ class Rule:
     warning: bool = False
 
 
-def _varies_captions(o: TrainOptions) -> bool:
-    """Whether a picture's caption differs from step to step; not when it is dropped whole, as the empty text is cached too."""
-    data = o.data
-    return data.shuffle_caption or data.enable_wildcard or data.token_warmup_step > 0 or data.caption_tag_dropout_rate > 0
-
-
 def _has_folders(o: TrainOptions) -> bool:
     return o.data.dataset_config is None and (o.data.train_data_dir is not None or o.data.in_json is not None)
 
@@ -201,13 +195,13 @@ _DATA = (
         "--min_bucket_reso {min_bucket_reso} is larger than --max_bucket_reso {max_bucket_reso}.",
     ),
     Rule(
-        lambda o: o.cache.latents and (o.data.color_aug or o.data.random_crop),
-        "--cache_latents keeps one encoding per picture, so neither --color_aug nor --random_crop can be used with it.",
+        lambda o: o.cache.latents and (o.data.color_aug or o.data.random_crop or o.data.face_crop_aug_range),
+        "--cache_latents keeps one encoding per picture, so none of --color_aug, --random_crop and --face_crop_aug_range can "
+        "be used with it.",
     ),
     Rule(
-        lambda o: o.cache.text_outputs and _varies_captions(o),
-        "--cache_text_encoder_outputs keeps one encoding per caption, so nothing may change captions: remove it, or "
-        "--shuffle_caption, --enable_wildcard, --token_warmup_step and --caption_tag_dropout_rate.",
+        lambda o: o.cache.text_outputs and o.data.token_warmup_step > 0,
+        "--cache_text_encoder_outputs cannot keep captions that change from step to step: remove it, or --token_warmup_step.",
     ),
 )
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from library.cache_plan import caches_of_run, leaks
 from library.checkpoint import atomic_write
 from library.device_rates import DeviceRates, measure_rates, own_memory, process_memory
 from library.memory_plan import Forecast, Phase, forecast
@@ -38,6 +39,8 @@ def plan_of_run(prepared: PreparedRun, found: Forecast, rates: DeviceRates) -> d
     """The content of `plan.json`: bytes, seconds, counts."""
     return {
         "data": _data(prepared),
+        "caches": caches_of_run(prepared, found.caption),
+        "held_out_lookalikes": leaks(prepared.data),
         "learning": [group._asdict() for group in found.groups],
         "memory": _memory(prepared, found),
         "time": _time(prepared, found, rates),
@@ -52,6 +55,7 @@ def _data(prepared: PreparedRun) -> dict[str, Any]:
             buckets[f"{width}x{height}"] = buckets.get(f"{width}x{height}", 0) + len(items)
     return {
         "images": len(train.records),
+        "left_out": {str(path): reason for path, reason in train.quarantine.found.items()},
         "images_with_repeats": train.num_images,
         "buckets": buckets,
         "batches_per_epoch": length.batches_per_epoch,
@@ -139,6 +143,8 @@ def as_table(content: dict[str, Any]) -> str:
             ("buckets", ", ".join(f"{size}: {count}" for size, count in data["buckets"].items())),
             ("batches an epoch", str(data["batches_per_epoch"])),
             ("updates", f"{data['updates']} ({data['updates_per_epoch']} an epoch, {data['epochs']} epochs)"),
+            *_cache_rows(content["caches"]),
+            *_lookalike_rows(content["held_out_lookalikes"]),
         ],
         "what learns": [
             (group["name"], f"{group['num_parameters']:,} parameters, learning rate {_rate(group['rate'])}")
@@ -153,6 +159,22 @@ def as_table(content: dict[str, Any]) -> str:
         ],
     }
     return "\n".join(_lines(sections.items()))
+
+
+def _cache_rows(caches: dict[str, Any]) -> Rows:
+    rows = []
+    for name, cache in caches.items():
+        where = f"in memory, {readable(cache['bytes'])}"
+        if cache["where"] == "disk":
+            where = f"{cache['found']} found, {cache['to_make']} to be made, {readable(cache['new_bytes'])} more disk"
+        rows.append((f"cached {name.replace('_', ' ')}", f"{cache['entries']}: {where}"))
+    return rows
+
+
+def _lookalike_rows(pairs: list[dict[str, Any]]) -> Rows:
+    """The first few; all are in the file."""
+    rows = [("trained and held out", f"{pair['held_out']} looks like {pair['trained']}") for pair in pairs[:5]]
+    return rows + ([("", f"... and {len(pairs) - 5} more, see {PLAN_FILE}")] if len(pairs) > 5 else [])
 
 
 def _rate(rate: float | None) -> str:

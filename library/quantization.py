@@ -157,7 +157,7 @@ def _has_kernel() -> bool:
 
 
 def _register_kernel() -> None:
-    """bitsandbytes dequantises to the same numbers, and reads and writes a quarter of what we do."""
+    """bitsandbytes dequantises to the same numbers in one kernel instead of several."""
     if importlib.util.find_spec("bitsandbytes") is not None:
         import bitsandbytes  # noqa: F401
 

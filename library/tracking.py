@@ -110,6 +110,8 @@ class MetricsFile:
     def __init__(self, path: Path, *, resume_step: int | None) -> None:
         """`resume_step`: keep the rows of an earlier run up to that step; None: a new run, an earlier file is set aside."""
         self.path = path
+        self._waiting: list[dict[str, str]] = []
+        """Rows that could not be written yet."""
         self.columns = ["step", "epoch", TIME, CURRENT, AVERAGE, EPOCH_AVERAGE]
         kept: list[dict[str, str]] = []
         if path.exists() and resume_step is None:
@@ -122,11 +124,20 @@ class MetricsFile:
     def add(self, row: Row) -> None:
         line = {"step": str(row.step), "epoch": str(row.epoch), TIME: f"{time.time():.3f}"}
         line |= {name: repr(value) for name, value in row.values.items()}
-        if not line.keys() <= set(self.columns):
-            self._rewrite([*read_metrics(self.path), line])
-            return
-        with self.path.open("a", newline="", encoding="utf-8") as file:
-            csv.DictWriter(file, self.columns).writerow(line)
+        self._waiting.append(line)
+        try:
+            self._write_waiting()
+        except PermissionError:  # on Windows, while a spreadsheet program has the file open
+            if len(self._waiting) == 1:
+                logger.warning("%s is open in another program, so its new rows wait. Close it there", self.path)
+
+    def _write_waiting(self) -> None:
+        if all(line.keys() <= set(self.columns) for line in self._waiting):
+            with self.path.open("a", newline="", encoding="utf-8") as file:
+                csv.DictWriter(file, self.columns).writerows(self._waiting)
+        else:
+            self._rewrite([*read_metrics(self.path), *self._waiting])
+        self._waiting = []
 
     def _rewrite(self, rows: list[dict[str, str]]) -> None:
         self.columns = list(dict.fromkeys([*self.columns, *(name for row in rows for name in row)]))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from library.batch import TrainBatch
-from library.caching import cache_latents, cache_text_outputs
+from library.caching import Share, cache_latents, cache_text_outputs
 from library.checkpoint import SavedState, check_output, load_state
 from library.compiling import ComputePlan
 from library.dataset import TrainData, batches_per_rank, build_train_data, make_loader
@@ -339,17 +339,17 @@ def fill_caches(
     accelerator: Accelerator,
     learning: frozenset[str],
 ) -> None:
-    """Caches that were asked for, of the parts that do not learn. Where they are files, one process goes first, so that none
-    writes what another reads."""
+    """Caches that were asked for, of the parts that do not learn. Where they are files, each process of a machine makes a share
+    of them, and none reads what another writes."""
     frozen = strategies.text_caching.conditioning.sources() - learning
     if options.cache.text_outputs and not frozen:
         raise UserError("--cache_text_encoder_outputs: every text encoder learns, so there is nothing to keep. Remove it.")
-    on_disk = options.cache.cache_latents_to_disk or options.cache.cache_text_encoder_outputs_to_disk
-    with accelerator.local_main_process_first() if on_disk else nullcontext():
-        if options.cache.latents:
-            cache_latents(data, strategies, bundle, options, accelerator.device)
-        if options.cache.text_outputs:
-            cache_text_outputs(data, strategies, bundle, options, accelerator.device, frozen)
+    share = Share.of_process(accelerator)
+    if options.cache.latents:
+        cache_latents(data, strategies, bundle, options, accelerator.device, share)
+    if options.cache.text_outputs:
+        cache_text_outputs(data, strategies, bundle, options, accelerator.device, frozen, share)
+    accelerator.wait_for_everyone()
 
 
 def release_cached(data: TrainData, bundle: ModelBundle, learning: frozenset[str]) -> None:
@@ -376,7 +376,7 @@ def make_previews(
 
 
 def run(family: ModelFamily, options: TrainOptions, mode: Mode) -> None:
-    """One training run from its options to its last file; with --plan, what it would take."""
+    """One training run from its options to its last file; with --plan, what it would take; with --show_batches, its data."""
     prepared = prepare_run(family, options, mode)
     if options.run.auto_fit:
         from library.auto_fit import fit_to_memory
@@ -387,8 +387,14 @@ def run(family: ModelFamily, options: TrainOptions, mode: Mode) -> None:
 
         write_plan(prepared)
         return
+    if options.run.show_batches is not None:
+        from library.batch_page import write_page
+
+        write_page(prepared, options.run.show_batches)
+        return
     trainer = finish_building(prepared)
     trainer.fit(RunWriter(trainer))
+    trainer.data.train.quarantine.report()
 
 
 def train_network(family: ModelFamily, options: NetworkTrainOptions) -> None:

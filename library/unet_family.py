@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from library.family_base import LatentSpec, ModelBundle, ModelFamily, SampleRequest
-from library.model_parts import enable_encoder_checkpointing
+from library.model_io import open_checkpoint
+from library.model_parts import Component, enable_encoder_checkpointing
 from library.objectives import DiscreteDDPM, range_and_huber
 from library.quantization import UNET_LAYERS, LayerTable
 from library.quantized_layers import Quantizer
 from library.sampling import guided_pair, make_scheduler, sample_diffusion
-from library.unet_parts import UnetModel
+from library.unet_parts import UnetModel, file_unet, folder_unet
 from library.unet_saving import SINGLE_FILE_FORMATS, UnetCheckpoint, check_single_file
 from library.vae_parts import decode_latents
 
@@ -114,6 +115,9 @@ class UnetFamily(ModelFamily):
                 "tokenizers": self.tokenizers(options),
             },
         )
+
+    def open_denoiser(self, path: Path) -> Component:
+        return folder_unet(path / "unet") if path.is_dir() else file_unet(open_checkpoint(path))
 
     def enable_gradient_checkpointing(self, part: str, module: nn.Module) -> None:
         if part == "denoiser":

@@ -18,7 +18,7 @@ from library.optimizers import LearningRates, ParamGroup
 from library.rng import key_to_seed
 from networks.network_files import by_layer, describe_family, shorten
 from networks.network_interface import AdapterNetwork, FileWeights, NetworkModule, NetworkRequest, text_encoder_rate
-from networks.network_targets import DENOISER, NetworkArch, infer_arch
+from networks.network_targets import DENOISER, NetworkArch, infer_arch, same_name
 
 OUR_MODULES = ("networks.lora", "networks.lora_flux")
 
@@ -107,7 +107,8 @@ class ForeignModule(NetworkModule["ForeignNetwork"]):
             raise UserError(f"{self.name} cannot make a network from a file: do not use --dim_from_weights or --base_weights.")
         path = None if weights.file is None else str(weights.file)
         model_parts = (request.vae, model.encoders, model.unet)
-        made = create(request.multiplier, path, *model_parts, weights.tensors, request.for_inference, **request.arguments)
+        tensors = model.from_file(weights.tensors)
+        made = create(request.multiplier, path, *model_parts, tensors, request.for_inference, **request.arguments)
         return made[0] if isinstance(made, tuple) else made
 
     @torch.no_grad()
@@ -124,7 +125,9 @@ class ForeignModule(NetworkModule["ForeignNetwork"]):
             raise UserError(f"{self.name} cannot merge its networks into the model: do not use --base_weights.")
         parameters = [parameter for module in model.modules.values() for parameter in module.parameters()]
         before = [parameter.clone() for parameter in parameters]
-        network.merge_to(model.encoders, model.unet, weights.tensors, parameters[0].dtype, parameters[0].device)
+        network.merge_to(
+            model.encoders, model.unet, model.from_file(weights.tensors), parameters[0].dtype, parameters[0].device
+        )
         if all(torch.equal(parameter, old) for parameter, old in zip(parameters, before, strict=True)):
             keys = shorten(by_layer(weights.tensors))
             raise UserError(f"{weights.source} changes nothing in this model. It has {keys}.{describe_family(weights.tensors)}")
@@ -164,6 +167,8 @@ class _Model:
     text_parts: tuple[str, ...]
     encoders: object
     unet: nn.Module
+    file_names: Mapping[str, str]
+    """Layer of the denoiser as a foreign module names it, after its path -> its name in files, where the two differ."""
 
     @classmethod
     def of(cls, arch: NetworkArch | None, text_encoder: object, unet: nn.Module | None, hidden: Collection[str] = ()) -> _Model:
@@ -171,12 +176,33 @@ class _Model:
             raise UserError("a foreign network module needs the denoiser, even where only text encoders learn.")
         arch = arch or infer_arch(text_encoder, unet)
         modules = arch.parts_of(text_encoder, unet)
-        names = {group.part: group.canonical for group in arch.groups}
+        # a denoiser is shown under its own names: its names in files need not even have the same tree
+        names = {group.part: same_name if group.part == DENOISER else group.canonical for group in arch.groups}
         views = {part: _view(module, names[part], hidden) for part, module in modules.items()}
+        file_names = {
+            own: group.key(path)
+            for group in arch.groups
+            if group.part == DENOISER
+            for path, _ in unet.named_modules()
+            if (own := f"{group.prefix}_{path}".replace(".", "_")) != group.key(path)
+        }
         encoders = [views[part] for part in arch.text_parts if part in views]
         # sd-scripts passes one encoder bare; a list makes foreign modules count: lora_te1_, lora_te2_
         shown = encoders if len(arch.text_parts) > 1 else next(iter(encoders), None)
-        return cls(modules, arch.text_parts, shown, views[DENOISER])
+        return cls(modules, arch.text_parts, shown, views[DENOISER], file_names)
+
+    def to_file(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A foreign module's tensors under the family's names."""
+        return _renamed(tensors, self.file_names)
+
+    def from_file(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return _renamed(tensors, {theirs: own for own, theirs in self.file_names.items()})
+
+
+def _renamed(tensors: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, Tensor]:
+    """`names`: of layers, which stand before a key's first dot."""
+    parts = ((key.partition("."), tensor) for key, tensor in tensors.items())
+    return {f"{names.get(layer, layer)}{dot}{inner}": tensor for (layer, dot, inner), tensor in parts}
 
 
 def _view(module: nn.Module, canonical: Callable[[str], str], hidden: Collection[str]) -> nn.Module:
@@ -322,10 +348,11 @@ class ForeignNetwork(AdapterNetwork):
     def file_state_dict(self, dtype: torch.dtype | None) -> dict[str, Tensor]:
         return {
             name: tensor.detach().to("cpu", dtype if dtype and tensor.is_floating_point() else tensor.dtype).contiguous()
-            for name, tensor in self.network.state_dict().items()
+            for name, tensor in self._model[0].to_file(self.network.state_dict()).items()
         }
 
     def load_file_state_dict(self, tensors: Mapping[str, Tensor], source: str, strict: bool = True) -> None:
+        tensors = self._model[0].from_file(tensors)
         own, given = by_layer(self.network.state_dict()), by_layer(tensors)
         shared = own.keys() & given.keys()
         if not shared:

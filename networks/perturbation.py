@@ -68,8 +68,12 @@ def disturbance(layer: nn.Linear | nn.Conv2d, x: Tensor, deviations: Tensor) -> 
 
     Drawn from torch's default generator, which gradient checkpointing replays.
     """
-    shape = (layer.out_channels, layer.in_channels, *layer.kernel_size) if isinstance(layer, nn.Conv2d) else None
-    noise = torch.randn(shape or (layer.out_features, layer.in_features), dtype=x.dtype, device=x.device)  # type: ignore[union-attr]
+    shape: tuple[int, ...]
+    if isinstance(layer, nn.Conv2d):
+        shape = (layer.out_channels, layer.in_channels, *layer.kernel_size)
+    else:
+        shape = (layer.out_features, layer.in_features)
+    noise = torch.randn(shape, dtype=x.dtype, device=x.device)
     noise *= deviations.to(x.dtype).view(-1, *[1] * (noise.ndim - 1))
     if isinstance(layer, nn.Conv2d):
         return F.conv2d(x, noise, None, layer.stride, layer.padding, layer.dilation)  # type: ignore[arg-type]

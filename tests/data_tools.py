@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import tiny
 import torch
 from PIL import Image
 
+from library.caching import cache_latents, cache_text_outputs
 from library.clip_text import ClipCaptions
 from library.clip_tokenizer import load_clip_tokenizer
 from library.dataset import TrainData, build_train_data
@@ -26,6 +28,7 @@ from library.strategy_sd import (
     SdTokenizeStrategy,
 )
 
+CPU = torch.device("cpu")
 LATENT = LatentSpec(channels=4, stride=8, scale=0.18215)
 
 
@@ -95,3 +98,34 @@ def make_bundle(vae_identity: str = "vae-1", text_identity: str = "text-1", load
 
 def build(options: NetworkTrainOptions, strategies: Strategies, latent: LatentSpec = LATENT) -> TrainData:
     return build_train_data(options, latent, strategies, mode="network")
+
+
+@dataclass
+class Case:
+    """A folder of four pictures of two shapes, and the datasets over it."""
+
+    folder: Path
+    strategies: Strategies
+
+    def data(self, *, dataset: str = "", subset: str = "", more: str = "", **flags: Any) -> TrainData:
+        text = (
+            "[general]\nenable_bucket = true\nmin_bucket_reso = 32\nmax_bucket_reso = 128\nbucket_reso_steps = 32\n"
+            f"[[datasets]]\nresolution = 64\nbatch_size = 2\n{dataset}[[datasets.subsets]]\n"
+            f"image_dir = '{self.folder / 'img'}'\n{subset}{more}"
+        )
+        return build(make_options(dataset_config=write_toml(self.folder / "data.toml", text), **flags), self.strategies)
+
+    def latents(self, data: TrainData, bundle: ModelBundle | None = None, strategies: Strategies | None = None) -> list[str]:
+        """Cache them; gives the parts of the model that had to be read."""
+        loads = Loads()
+        bundle = bundle or make_bundle()
+        counted = make_bundle(bundle.identity["vae"], bundle.identity["text_encoder"], loads)
+        cache_latents(data, strategies or self.strategies, counted, data.options, CPU)
+        return loads.names
+
+    def text(self, data: TrainData, bundle: ModelBundle | None = None, sources: frozenset[str] | None = None) -> list[str]:
+        loads = Loads()
+        bundle = bundle or make_bundle()
+        counted = make_bundle(bundle.identity["vae"], bundle.identity["text_encoder"], loads)
+        cache_text_outputs(data, self.strategies, counted, data.options, CPU, sources)
+        return loads.names

@@ -6,24 +6,21 @@ import logging
 import os
 import signal
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from data_tools import Loads, build, make_bundle, make_options, make_strategies, write_folder, write_picture, write_toml
+from data_tools import CPU, Case, build, make_bundle, make_options, make_strategies, write_folder, write_picture, write_toml
 
 from library.cache_io import cache_path, entry_key, read_npz, write_npz
 from library.caching import cache_latents, cache_text_outputs
 from library.dataset import TrainData, make_loader
 from library.errors import UserError
-from library.family_base import ModelBundle
 from library.strategy_base import Strategies
 from library.strategy_sd import SdLatentsCachingStrategy
-
-CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -34,37 +31,6 @@ def strategies(tmp_path_factory: pytest.TempPathFactory) -> Strategies:
 @pytest.fixture(autouse=True)
 def _heard(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
-
-
-@dataclass
-class Case:
-    """A folder of four pictures of two shapes, and the datasets over it."""
-
-    folder: Path
-    strategies: Strategies
-
-    def data(self, *, dataset: str = "", subset: str = "", more: str = "", **flags: Any) -> TrainData:
-        text = (
-            "[general]\nenable_bucket = true\nmin_bucket_reso = 32\nmax_bucket_reso = 128\nbucket_reso_steps = 32\n"
-            f"[[datasets]]\nresolution = 64\nbatch_size = 2\n{dataset}[[datasets.subsets]]\n"
-            f"image_dir = '{self.folder / 'img'}'\n{subset}{more}"
-        )
-        return build(make_options(dataset_config=write_toml(self.folder / "data.toml", text), **flags), self.strategies)
-
-    def latents(self, data: TrainData, bundle: ModelBundle | None = None, strategies: Strategies | None = None) -> list[str]:
-        """Cache them; gives the parts of the model that had to be read."""
-        loads = Loads()
-        bundle = bundle or make_bundle()
-        counted = make_bundle(bundle.identity["vae"], bundle.identity["text_encoder"], loads)
-        cache_latents(data, strategies or self.strategies, counted, data.options, CPU)
-        return loads.names
-
-    def text(self, data: TrainData, bundle: ModelBundle | None = None, sources: frozenset[str] | None = None) -> list[str]:
-        loads = Loads()
-        bundle = bundle or make_bundle()
-        counted = make_bundle(bundle.identity["vae"], bundle.identity["text_encoder"], loads)
-        cache_text_outputs(data, self.strategies, counted, data.options, CPU, sources)
-        return loads.names
 
 
 @pytest.fixture
@@ -355,10 +321,10 @@ def test_nan_latents_name_the_image(case: Case) -> None:
 
 
 def test_pictures_that_change_cannot_be_cached(case: Case) -> None:
-    with pytest.raises(UserError, match=r"img: color_aug and random_crop change the pictures"):
+    with pytest.raises(UserError, match=r"img: color_aug, random_crop and face_crop_aug_range change the pictures"):
         case.data(subset="random_crop = true\n", cache_latents=True)
-    with pytest.raises(UserError, match=r"img: shuffle_caption, .* change the"):
-        case.data(subset="shuffle_caption = true\n", cache_text_encoder_outputs=True)
+    with pytest.raises(UserError, match=r"img: token_warmup_step changes the captions"):
+        case.data(subset="token_warmup_step = 5\n", cache_text_encoder_outputs=True)
 
 
 def test_a_cache_file_removed_while_training_is_told(case: Case) -> None:

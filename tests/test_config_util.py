@@ -160,12 +160,18 @@ WRONG = {
         "[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nmetadata_file = 'm.json'\nclass_tokens = 'x'\n",
         ("'class_tokens' is only for image folders",),
     ),
-    "a key that waits": (
-        f"[[datasets]]\nresolution = 64\n{SUBSET}face_crop_aug_range = [1.0, 2.0]\n",
-        ("'face_crop_aug_range' is known, not implemented here yet: remove it",),
+    "a range that runs backwards": (
+        f"[[datasets]]\nresolution = 64\n{SUBSET}face_crop_aug_range = [2.0, 1.0]\n",
+        ("face_crop_aug_range is [2.0, 1.0]", "[least, most]"),
     ),
-    "a mask": (f"[[datasets]]\nresolution = 64\n{SUBSET}alpha_mask = true\n", ("'alpha_mask' is known, not implemented",)),
-    "a control image": (f"[[datasets]]\nresolution = 64\n{SUBSET}conditioning_data_dir = 'c'\n", ("conditioning_data_dir",)),
+    "two masks": (
+        f"[[datasets]]\nresolution = 64\n{SUBSET}alpha_mask = true\nconditioning_data_dir = 'c'\n",
+        ("'conditioning_data_dir' and 'alpha_mask' are two masks", "remove one"),
+    ),
+    "a bucket the model cannot have": (
+        f"[[datasets]]\nbuckets = [[64, 64], [65, 64]]\n{SUBSET}",
+        ("buckets has 65x64", "multiples of 8"),
+    ),
     "a step the model cannot have": (
         f"[[datasets]]\nresolution = 512\nenable_bucket = true\nbucket_reso_steps = 20\n{SUBSET}",
         ("bucket_reso_steps is 20", "multiple of 8"),
@@ -190,9 +196,32 @@ def test_all_problems_of_a_file_are_told_at_once(tmp_path: Path) -> None:
     assert all(fragment in str(caught.value) for fragment in ("batch_sice", "batch_size is 'x'", "flipp_aug"))
 
 
-def test_waiting_keys_at_their_default_are_accepted(tmp_path: Path) -> None:
-    config = load(tmp_path, f"[[datasets]]\nresolution = 64\n{SUBSET}alpha_mask = false\n")
-    assert len(config.datasets[0].subsets) == 1
+def test_the_keys_of_masks_faces_and_folders_are_read_with_those_of_our_own(tmp_path: Path) -> None:
+    text = (
+        "[general]\nrecursive = true\nface_crop_aug_range = [1.5, 3.0]\n[[datasets]]\nbuckets = [[64, 96], [96, 64], [64, 64]]\n"
+        f"{SUBSET}alpha_mask = true\nloss_weight = 0.5\n"
+        "[[datasets]]\nresolutions = [[64], [96, 128]]\n[[datasets.subsets]]\nimage_dir = 'b'\nconditioning_data_dir = 'm'\n"
+    )
+    first, *others = load(tmp_path, text).datasets
+    assert first.rule.enabled and first.rule.sizes == ((64, 96), (96, 64), (64, 64))
+    (subset,) = first.subsets
+    assert (subset.recursive, subset.face_crop_range, subset.alpha_mask, subset.loss_weight) == (True, (1.5, 3.0), True, 0.5)
+    assert [dataset.rule.resolution for dataset in others] == [(64, 64), (96, 128)]
+    assert {dataset.subsets[0].conditioning_data_dir for dataset in others} == {Path("m")}
+
+
+def test_masks_and_faces_can_come_from_the_command_line(tmp_path: Path) -> None:
+    for name in ("train/2_cat", "train/1_dog", "reg/1_animal", "masks/1_dog"):
+        write_folder(tmp_path / name, [(64, 64)])
+    flags = {name: str(tmp_path / name) for name in ("train", "reg", "masks")}
+    options = make_options(
+        train_data_dir=flags["train"], reg_data_dir=flags["reg"], conditioning_data_dir=flags["masks"],
+        resolution="64", face_crop_aug_range="2.0,4.0",
+    )  # fmt: skip
+    subsets = load_data_config(options, 8).datasets[0].subsets
+    masks = {subset.name: subset.conditioning_data_dir for subset in subsets}
+    assert masks == {"1_dog": tmp_path / "masks" / "1_dog", "2_cat": tmp_path / "masks", "1_animal": None}
+    assert {subset.face_crop_range for subset in subsets} == {(2.0, 4.0)}
 
 
 def test_a_missing_file_and_a_foreign_extension_are_named(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from dataclasses import replace
 from pathlib import Path
 
@@ -71,6 +72,22 @@ def test_caches_change_nothing(family: str, mode: Mode, where: str, workspaces: 
         torch.testing.assert_close(cached.latents(one), live.latents(other), atol=1e-4, rtol=1e-4)
         with torch.no_grad():
             torch.testing.assert_close(cached.loss(one), live.loss(other), atol=0, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", CASES)
+def test_what_loader_workers_need_can_be_sent_to_them(family: str, workspaces: dict[str, Workspace], tmp_path: Path) -> None:
+    """Where workers start afresh (Windows, macOS) the data set reaches them pickled, its tokenizers and caches with it."""
+    caches = ["--cache_latents_to_disk", "--cache_text_encoder_outputs", "--network_train_unet_only"]
+    for flags in ([], [*caches, f"--cache_dir={tmp_path / 'cache'}"]):
+        data = workspaces[family].trainer("network", tmp_path / "out", *flags).data.train
+        here, there = data[(0, 0)], pickle.loads(pickle.dumps(data))[(0, 0)]
+        assert here.captions == there.captions and (here.images is None) == bool(flags)
+        for one, other in ((here.tokens, there.tokens), (vars(here), vars(there))):
+            tensors = {name: value for name, value in (one or {}).items() if isinstance(value, torch.Tensor)}
+            runs.assert_same_tensors(tensors, {name: (other or {})[name] for name in tensors})
+        if flags:
+            assert here.conditioning is not None and there.conditioning is not None
+            runs.assert_same_tensors(here.conditioning.tensors(), there.conditioning.tensors())
 
 
 @pytest.mark.parametrize("family", CASES)

@@ -94,13 +94,15 @@ def test_a_batch_is_a_pure_function_of_its_key(tmp_path: Path, strategies: Strat
     assert_same(pickle.loads(pickle.dumps(dataset))[(2, 5)], late)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(("workers", "start"), [(0, None), (2, None), (2, "spawn")], ids=["none", "forked", "spawned"])
 def test_the_loader_gives_the_same_batches_with_any_number_of_workers(
-    workers: int, tmp_path: Path, strategies: Strategies
+    workers: int, start: str | None, tmp_path: Path, strategies: Strategies
 ) -> None:
+    """Spawned ones start afresh, as on Windows and macOS: all they need is sent to them by pickling."""
     augmented = "flip_aug = true\nrandom_crop = true\nshuffle_caption = true\n"
     data = varied(tmp_path, strategies, augmented, max_data_loader_n_workers=workers)
     loader = make_loader(data.train, epoch=1, start=0, epochs=3, rank=0, world=1, options=data.options, pin=False)
+    loader.multiprocessing_context = start
     loaded = list(loader)
     expected = epoch_of(data.train, 1) + epoch_of(data.train, 2)
     assert len(loader) == len(loaded) == len(expected)
@@ -356,8 +358,9 @@ def test_a_jsonl_metadata_file_gives_sizes_that_are_checked_when_the_image_is_re
     ]
     data = metadata_data(tmp_path, strategies, "meta.jsonl", "\n".join(map(json.dumps, lines)) + "\n\n")
     assert {record.path.name: record.size for record in data.train.records} == {"a.png": (64, 64), "b.jpg": (128, 32)}
-    with pytest.raises(UserError, match=r"b\.jpg is 64x64, but its metadata .* says 128x32"):
-        epoch_of(data.train, 0)
+    assert {batch.captions for batch in epoch_of(data.train, 0)} == {("one",)}
+    ((path, reason),) = data.train.quarantine.found.items()
+    assert path.name == "b.jpg" and reason.startswith("it is 64x64, but its metadata") and reason.endswith("says 128x32")
 
 
 @pytest.mark.parametrize(
@@ -397,12 +400,14 @@ def test_missing_and_empty_folders_are_named(tmp_path: Path, strategies: Strateg
         from_toml(tmp_path, strategies, folder_toml(tmp_path / "empty"))
 
 
-def test_every_file_that_is_no_image_is_named_before_anything_is_loaded(tmp_path: Path, strategies: Strategies) -> None:
+def test_strictly_every_file_that_is_no_image_is_named_before_anything_is_loaded(
+    tmp_path: Path, strategies: Strategies
+) -> None:
     write_folder(tmp_path / "img", [(64, 64)])
     for name in ("bad1.png", "bad2.jpg"):
         (tmp_path / "img" / name).write_bytes(b"not an image")
     with pytest.raises(UserError) as caught:
-        from_toml(tmp_path, strategies, folder_toml(tmp_path / "img"))
+        from_toml(tmp_path, strategies, folder_toml(tmp_path / "img"), strict_data=True)
     assert "bad1.png" in str(caught.value) and "bad2.jpg" in str(caught.value)
 
 
@@ -455,7 +460,7 @@ def test_a_mirrored_crop_counts_from_the_other_side() -> None:
     assert crop.stored_ltrb((64, 64)) == (5, 0, 64 - 6, 64)
 
 
-def test_transparency_is_dropped_and_rotation_tags_are_ignored(tmp_path: Path, strategies: Strategies) -> None:
+def test_transparency_is_dropped_and_a_picture_is_turned_as_its_tag_says(tmp_path: Path, strategies: Strategies) -> None:
     (tmp_path / "img").mkdir()
     Image.new("RGBA", (64, 64), (255, 0, 0, 0)).save(tmp_path / "img" / "clear.png")
     exif = Image.Exif()
@@ -463,7 +468,7 @@ def test_transparency_is_dropped_and_rotation_tags_are_ignored(tmp_path: Path, s
     Image.new("RGB", (64, 32), (0, 0, 255)).save(tmp_path / "img" / "turned.jpg", exif=exif)
     data = from_toml(tmp_path, strategies, folder_toml(tmp_path / "img") + "class_tokens = 'x'\n")
     sizes = {record.path.name: record.size for record in data.train.records}
-    assert sizes["turned.jpg"] == (64, 32)
+    assert sizes["turned.jpg"] == (32, 64)
     red = next(b for b in epoch_of(data.train, 0) if b.original_sizes[0].tolist() == [64, 64])
     assert red.images is not None and red.images[0, :, 0, 0].tolist() == [1.0, -1.0, -1.0]
 

@@ -26,6 +26,7 @@ from library.option_groups import FullTrainOptions, ModelOptions
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """An empty cache of the hub's, which is all there is: the tests run with HF_HUB_OFFLINE."""
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.chdir(tmp_path)  # files that go beside a model would lie beside a hub id otherwise, in the current folder
     model_io.download_snapshot.cache_clear()
     yield tmp_path / "hub"
     model_io.download_snapshot.cache_clear()

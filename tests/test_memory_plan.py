@@ -24,6 +24,7 @@ from library.errors import UserError
 from library.family_base import family_class
 from library.memory_plan import SimulatedOffload, forecast, forecasts, largest_batch, swap_footprint
 from library.memory_tracker import MemoryTracker, simulated, stored_bytes
+from library.model_io import empty_module
 from library.offload_plan import RingPlan
 from library.plan_report import PLAN_FILE
 
@@ -106,10 +107,13 @@ def test_a_value_that_is_read_out_stands_for_one_unless_it_is_known() -> None:
         assert torch.tensor(3.0).item() == 3
 
 
-def test_nothing_is_simulated_outside(tmp_path: Path) -> None:
-    with simulated(), MemoryTracker():
-        pass
-    assert float(torch.ones(2).sum()) == 2
+def test_a_model_that_is_made_without_memory_takes_none_and_can_be_moved() -> None:
+    tracker = MemoryTracker()
+    with simulated(), tracker:
+        module = empty_module(lambda: nn.Linear(100, 100))
+        assert tracker.in_use("cpu") == 0
+        module.to_empty(device="cpu")
+        assert tracker.in_use("cpu") == 4 * (100 * 100 + 100)
 
 
 def test_allocations_on_a_gpu_are_rounded_as_its_allocator_does() -> None:
@@ -289,6 +293,11 @@ def test_plan_reads_no_weights(tmp_path: Path) -> None:
 # ---- auto_fit --------------------------------------------------------------------------------------------------------------
 
 ROOMY = "--auto_fit_memory=12GB"
+LARGE_STEP = (
+    "--cache_latents", "--cache_text_encoder_outputs", "--text_encoder_batch_size=1", "--t5xxl_max_token_length=256",
+    "--network_train_unet_only", "--train_batch_size=10", "--auto_fit",
+)  # fmt: skip
+"""So that training takes more than caching."""
 
 
 def in_gigabytes(num_bytes: float) -> str:
@@ -303,16 +312,15 @@ def test_what_fits_is_left_as_it_is(workspaces: dict[str, Workspace], tmp_path: 
 def test_checkpointing_comes_first_and_then_the_fewest_blocks(
     workspaces: dict[str, Workspace], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    arguments = (*CACHED, FROZEN_TEXT["network"], "--auto_fit", "--resolution=256", "--max_bucket_reso=256")
-    run = prepared(workspaces["deep"], "network", tmp_path, *arguments, ROOMY)
-    recomputing = prepared(workspaces["deep"], "network", tmp_path, *arguments, ROOMY, "--gradient_checkpointing")
+    run = prepared(workspaces["deep"], "network", tmp_path, *LARGE_STEP, ROOMY)
+    recomputing = prepared(workspaces["deep"], "network", tmp_path, *LARGE_STEP, ROOMY, "--gradient_checkpointing")
     division = run.family.swap_division(run.options)
     assert division is not None
     plain, less = needed(run, forecast(run)), needed(run, forecast(recomputing))
     least = [needed(run, found) for found in forecasts(recomputing, [division.plans(n) for n in (1, 2)])]
     assert plain > less > least[0] > least[1]
-    for limit, chosen in ((less, (True, None)), (least[0], (True, 1)), (least[1], (True, 2))):
-        limited = prepared(workspaces["deep"], "network", tmp_path, *arguments, in_gigabytes(limit + 1))
+    for limit, chosen in ((less, (True, None)), (least[1], (True, 2))):
+        limited = prepared(workspaces["deep"], "network", tmp_path, *LARGE_STEP, in_gigabytes(limit + 1))
         caplog.clear()
         with caplog.at_level(logging.INFO):
             found = fit_to_memory(limited)
@@ -323,8 +331,7 @@ def test_checkpointing_comes_first_and_then_the_fewest_blocks(
 def test_quantising_comes_last_and_is_named(
     workspaces: dict[str, Workspace], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    arguments = [*CACHED, FROZEN_TEXT["network"], "--auto_fit", "--gradient_checkpointing", "--blocks_to_swap=2"]
-    arguments += ["--no-cpu_offload_checkpointing", "--mixed_precision=bf16"]
+    arguments = [*LARGE_STEP, "--gradient_checkpointing", "--blocks_to_swap=2", "--no-cpu_offload_checkpointing"]
     run = prepared(workspaces["deep"], "network", tmp_path, *arguments, ROOMY)
     limit = needed(run, forecast(run)) - 1
     with caplog.at_level(logging.INFO):

@@ -97,8 +97,8 @@ def test_nf4_is_that_of_bitsandbytes() -> None:
     assert torch.equal(made.scale, state.absmax)
     for dtype in (torch.float32, torch.bfloat16):
         kernel: Any = torch.ops.bitsandbytes.dequantize_4bit
-        expected = kernel(made.stored[:, None], made.scale, 64, "nf4", list(weight.shape), dtype)
-        assert torch.equal(dequantize(made, tuple(weight.shape), dtype), expected)
+        expected = kernel(made.stored[:, None], made.scale, 64, "nf4", [weight.numel()], dtype).flatten()  # blocks span rows
+        assert torch.equal(dequantize(made, (weight.numel(),), dtype), expected)
 
 
 def test_the_raw_cast_is_the_cast() -> None:
@@ -478,3 +478,26 @@ def test_the_file_says_what_it_was_trained_on(workspaces: dict[str, Workspace], 
         metadata = file.metadata()
     assert (metadata["ss_fp8_base"], metadata["ss_fp8_base_unet"]) == ("True", "False")
     assert metadata["ss_quantize_base"] == "fp8_raw"
+
+
+# ---- the tool --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["sd", "flux"])
+def test_the_tool_measures_every_quantised_layer(
+    family: str, workspaces: dict[str, Workspace], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from tools.quantization_error import find_family, main, measure
+
+    model = workspaces[family].model
+    main([str(model), "--quantize_base", "fp8", "int8", "--output", str(tmp_path / "errors.png")])
+    said = capsys.readouterr().out
+    assert "int8: 0.00 GiB, output error" in said
+    assert (tmp_path / "errors.png").read_bytes()[:4] == b"\x89PNG"
+    found = find_family(model)
+    rows = list(measure(found.open_denoiser(model), found, ["fp8", "int8"], eight_bit=False))
+    assert all(row.path in said for row in rows)
+    ordinary = [row for row in rows if not row.path.endswith(".lin")]
+    assert all(0.015 < row.weight["fp8"] < 0.04 for row in ordinary)
+    assert all(row.weight["bf16"] < row.weight["int8"] < row.weight["fp8"] for row in ordinary)
+    assert all(row.weight["fp8"] == row.weight["int8"] for row in rows if row.path.endswith(".lin"))

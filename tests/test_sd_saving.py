@@ -89,9 +89,8 @@ def test_a_file_saved_as_folder_is_read_by_diffusers_and_comes_back_as_the_same_
     pipe = StableDiffusionPipeline.from_pretrained(str(out), local_files_only=True)
     for name, module in (("denoiser", pipe.unet), ("vae", pipe.vae), ("text_encoder", pipe.text_encoder)):
         assert tiny.same_tensors(dict(module.state_dict()), tiny.sd_modules(version)[name].state_dict())
-    assert pipe.tokenizer("a red circle").input_ids[1:-1] == FAMILY.strategies(
-        tiny.sd_options(out)
-    ).tokenize.captions.tokenizer.ids("a red circle")  # type: ignore[attr-defined]
+    read: Any = FAMILY.strategies(tiny.sd_options(out)).tokenize
+    assert pipe.tokenizer("a red circle").input_ids[1:-1] == read.captions.tokenizer.ids("a red circle")
     assert pipe.scheduler.config.prediction_type == "epsilon"
 
     bundle = tiny.load_sd(out, v2=version == "v2")

@@ -226,6 +226,27 @@ def _original(path: str) -> str:
     return f"lora_unet_{SDXL_UNET_NAMES.their_name(path)}".replace(".", "_")
 
 
+@pytest.mark.parametrize("algo", ["lora", "lokr"])
+def test_a_lycoris_network_has_the_original_names_and_comes_back(algo: str, model: dict[str, Any], tmp_path: Path) -> None:
+    pytest.importorskip("lycoris")
+    from networks.external import load_network_module
+
+    module = load_network_module("lycoris.kohya").for_arch(ARCH)
+    network = module.create_network(1.0, 4, 2.0, None, encoders(model), model["denoiser"], algo=algo)
+    fill(network, scale=0.1)
+    network.attach()
+    trained = predict_model(model)
+    network.save_weights(tmp_path / "a.safetensors", torch.float32)
+    network.detach()
+    layers = {key.partition(".")[0] for key in load_file(tmp_path / "a.safetensors")}
+    assert f"{TRANSFORMER}attn1_to_q" in layers and not any("_down_blocks_" in layer for layer in layers)
+    assert any(layer.startswith("lora_te2_text_model_") for layer in layers)
+    again, _ = module.create_network_from_weights(1.0, tmp_path / "a.safetensors", None, encoders(model), model["denoiser"])
+    again.attach()
+    assert not torch.allclose(trained, predict_model(dict(tiny_sdxl.modules())), atol=1e-3)
+    torch.testing.assert_close(predict_model(model), trained, atol=1e-4, rtol=0)
+
+
 # ---- ranks and rates -------------------------------------------------------------------------------------------------
 
 

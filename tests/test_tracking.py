@@ -160,6 +160,27 @@ def test_where_loss_scaling_skips_such_steps_only_a_row_of_them_stops_the_run(tm
         target.push(6, 0, {"loss": math.inf}, {})
 
 
+def test_rows_wait_while_another_program_has_the_file_open(tmp_path, monkeypatch, caplog):
+    """On Windows a spreadsheet program keeps everybody else from writing."""
+    file = MetricsFile(tmp_path / "metrics.csv", resume_step=None)
+    file.add(Row(1, 0, {"loss/current": 1.0}))
+    really_open = Path.open
+
+    def locked(path: Path, mode: str = "r", *args, **kwargs):
+        if mode != "r" and path == tmp_path / "metrics.csv":
+            raise PermissionError(13, "in use", str(path))
+        return really_open(path, mode, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", locked)
+    for step in (2, 3):
+        file.add(Row(step, 0, {"loss/current": float(step)}))
+    assert [row["step"] for row in read_metrics(tmp_path / "metrics.csv")] == ["1"]
+    monkeypatch.undo()
+    file.add(Row(4, 0, {"loss/current": 4.0}))
+    assert [row["step"] for row in read_metrics(tmp_path / "metrics.csv")] == ["1", "2", "3", "4"]
+    assert [record.levelname for record in caplog.records].count("WARNING") == 1
+
+
 def test_a_new_run_sets_the_metrics_of_an_earlier_one_aside(tmp_path):
     run(tracker(tmp_path), range(1, 4))
     run(tracker(tmp_path), range(1, 2))

@@ -1,0 +1,230 @@
+"""Files that cannot be used never stop a run, and odd ones are read right. All files are made here."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from data_tools import build, make_bundle, make_options, make_strategies, write_folder, write_picture, write_toml
+from PIL import Image
+
+from library.caching import cache_latents
+from library.dataset import TrainData, make_loader
+from library.errors import UserError
+from library.image_io import decode, read_size
+from library.quarantine import QUARANTINE_FILE, BadFile, Quarantine
+from library.strategy_base import Strategies
+
+
+@pytest.fixture(scope="module")
+def strategies(tmp_path_factory: pytest.TempPathFactory) -> Strategies:
+    return make_strategies(tmp_path_factory.mktemp("tokenizer"))
+
+
+def data_of(tmp_path: Path, strategies: Strategies, subset: str = "", **flags: Any) -> TrainData:
+    """The pictures in `img`, one in a batch; the list of bad files goes to `out`."""
+    (tmp_path / "out").mkdir(exist_ok=True)
+    text = f"[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = '{tmp_path / 'img'}'\n{subset}"
+    flags = {"output_dir": str(tmp_path / "out"), "dataset_config": write_toml(tmp_path / "data.toml", text), **flags}
+    return build(make_options(**flags), strategies)
+
+
+def captions_seen(data: TrainData) -> list[str]:
+    loader = make_loader(data.train, epoch=0, start=0, rank=0, world=1, options=data.options, pin=False)
+    return sorted(caption for batch in loader for caption in batch.captions)
+
+
+def listed(tmp_path: Path) -> dict[str, str]:
+    path = tmp_path / "out" / QUARANTINE_FILE
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return {Path(entry["path"]).name: entry["reason"] for entry in map(json.loads, lines)}
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG that says it is of this size, and has no pixels."""
+    body = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + body + struct.pack(">I", zlib.crc32(body)) + b"\0\0\0\x04IDATdata"
+
+
+def test_bad_files_are_left_out_and_listed_and_the_rest_is_trained(
+    tmp_path: Path, strategies: Strategies, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = write_folder(tmp_path / "img", [(64, 64)] * 3)
+    (folder / "empty.png").touch()
+    (folder / "text.jpg").write_text("not a picture")
+    (folder / "bomb.png").write_bytes(png_header(60_000, 60_000))
+    (folder / "loop.png").symlink_to(folder / "loop.png")
+    (folder / "gone.webp").symlink_to(folder / "nowhere.webp")
+    before = {path.name for path in folder.iterdir()}
+    data = data_of(tmp_path, strategies)
+    assert captions_seen(data) == [f"picture {index}, tag" for index in range(3)]
+    found = listed(tmp_path)
+    assert set(found) == {"empty.png", "text.jpg", "bomb.png", "loop.png", "gone.webp"}
+    assert "exceeds limit" in found["bomb.png"] and "leads nowhere" in found["loop.png"]
+    assert {path.name for path in folder.iterdir()} == before
+    assert "5 files cannot be used and are left out" in caplog.text and str(tmp_path / "out" / QUARANTINE_FILE) in caplog.text
+    assert data.train.quarantine.total() == 5
+    with pytest.raises(UserError, match=r"5 files cannot be used \(--strict_data\)"):
+        data_of(tmp_path, strategies, strict_data=True)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_file_that_breaks_after_the_start_is_left_out_of_its_batch(
+    workers: int, tmp_path: Path, strategies: Strategies
+) -> None:
+    folder = write_folder(tmp_path / "img", [(64, 64)] * 5)
+    data = data_of(tmp_path, strategies, max_data_loader_n_workers=workers)
+    (folder / "p1.png").unlink()
+    (folder / "p3.png").write_bytes((folder / "p3.png").read_bytes()[:900])
+    Image.new("RGB", (96, 64)).save(folder / "p4.png")
+    seen = captions_seen(data)
+    assert len(seen) == 5 and set(seen) == {"picture 0, tag", "picture 2, tag"}  # the next batch stands in for an empty one
+    found = listed(tmp_path)
+    assert set(found) == {"p1.png", "p3.png", "p4.png"}
+    assert "No such file" in found["p1.png"] and "truncated" in found["p3.png"] and "it is 96x64" in found["p4.png"]
+    assert data.train.quarantine.total() == 3
+
+
+def test_a_batch_is_short_by_its_bad_files(tmp_path: Path, strategies: Strategies) -> None:
+    folder = write_folder(tmp_path / "img", [(64, 64)] * 3)
+    data = data_of(tmp_path, strategies, train_batch_size=3)
+    (folder / "p1.png").unlink()
+    batch = data.train[(0, 0)]
+    assert set(batch.captions) == {"picture 0, tag", "picture 2, tag"} and batch.loss_weights.shape == (2,)
+
+
+def test_where_no_picture_is_left_the_run_ends_and_says_why(tmp_path: Path, strategies: Strategies) -> None:
+    folder = write_folder(tmp_path / "img", [(64, 64)] * 2)
+    data = data_of(tmp_path, strategies)
+    for path in folder.glob("*.png"):
+        path.unlink()
+    with pytest.raises(UserError, match=r"no picture can be used any more; the first: .*No such file"):
+        captions_seen(data)
+
+
+@pytest.mark.parametrize("where", ["cache_latents", "cache_latents_to_disk"])
+def test_caching_goes_on_past_a_bad_file(where: str, tmp_path: Path, strategies: Strategies) -> None:
+    folder = write_folder(tmp_path / "img", [(64, 64)] * 3)
+    data = data_of(tmp_path, strategies, **{where: True})
+    (folder / "p1.png").write_bytes((folder / "p1.png").read_bytes()[:900])
+    cache_latents(data, strategies, make_bundle(), data.options, torch.device("cpu"))
+    seen = captions_seen(data)
+    assert set(seen) == {"picture 0, tag", "picture 2, tag"}
+    assert set(listed(tmp_path)) == {"p1.png"}
+
+
+def test_the_list_is_that_of_the_last_run(tmp_path: Path, strategies: Strategies) -> None:
+    folder = write_folder(tmp_path / "img", [(64, 64)])
+    (folder / "bad.png").touch()
+    data_of(tmp_path, strategies)
+    assert set(listed(tmp_path)) == {"bad.png"}
+    (folder / "bad.png").unlink()
+    data_of(tmp_path, strategies)
+    assert listed(tmp_path) == {}
+
+
+def test_a_list_that_cannot_be_written_costs_no_picture(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    quarantine = Quarantine(tmp_path / "not there")
+    quarantine.add(BadFile(tmp_path / "a.png", "broken"))
+    assert quarantine.total() == 1 and "cannot write" in caplog.text
+
+
+def test_odd_formats_are_read_as_they_look(tmp_path: Path) -> None:
+    def pixel(name: str) -> list[int]:
+        pixels, _ = decode(tmp_path / name)
+        assert pixels.dtype == np.uint8 and pixels.shape[2] == 3
+        return [int(value) for value in pixels[1, 1]]
+
+    Image.new("CMYK", (8, 8), (0, 255, 255, 0)).save(tmp_path / "cmyk.jpg", quality=100)
+    Image.fromarray(np.full((8, 8), 0x8040, dtype=np.uint16)).save(tmp_path / "deep.png")
+    palette = Image.new("P", (8, 8), 1)
+    palette.putpalette([0, 0, 0, 10, 20, 30])
+    palette.save(tmp_path / "palette.png", transparency=1)
+    first, second = Image.new("RGB", (8, 8), (200, 0, 0)), Image.new("RGB", (8, 8), (0, 200, 0))
+    first.save(tmp_path / "animated.webp", save_all=True, append_images=[second], lossless=True)
+    Image.new("RGB", (8, 8), (1, 2, 3)).save(tmp_path / "really a png.jpg", "PNG")
+    assert pixel("cmyk.jpg") == pytest.approx([255, 0, 0], abs=3)
+    assert pixel("deep.png") == [0x80, 0x80, 0x80]
+    assert pixel("palette.png") == [10, 20, 30]
+    assert pixel("animated.webp") == [200, 0, 0]
+    assert pixel("really a png.jpg") == [1, 2, 3]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("extension", ["jpg", "png", "webp"])
+def test_a_picture_is_turned_as_pillow_turns_it(orientation: int, extension: str, tmp_path: Path) -> None:
+    from PIL import ImageOps
+
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / f"p.{extension}"
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 24, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path, exif=exif, lossless=True)
+    expected = np.array(ImageOps.exif_transpose(Image.open(path)))
+    decoded, _ = decode(path)
+    assert np.array_equal(decoded, expected)
+    assert read_size(path) == (expected.shape[1], expected.shape[0])
+
+
+def test_captions_of_any_usual_encoding_are_read(
+    tmp_path: Path, strategies: Strategies, caplog: pytest.LogCaptureFixture
+) -> None:
+    encoded = {
+        "bom": "café".encode("utf-8-sig"),
+        "wide": "café".encode("utf-16"),
+        "latin": "café".encode("latin-1"),
+        "windows": "café\r\nsecond".encode(),
+        "empty": b"",
+    }
+    for name, data in encoded.items():
+        write_picture(tmp_path / "img" / f"{name}.png")
+        (tmp_path / "img" / f"{name}.txt").write_bytes(data)
+    read = {record.path.stem: record.caption for record in data_of(tmp_path, strategies).train.records}
+    assert read == {**dict.fromkeys(encoded, "café"), "empty": ""}
+    assert "1 caption files are not UTF-8 and were read as Latin-1. First: latin.txt" in caplog.text
+
+
+def test_odd_names_are_names(tmp_path: Path, strategies: Strategies) -> None:
+    names = ["with space", "größe 日本", "x" * 240, "a.b.c", "#{}'[1]"]
+    for number, name in enumerate(names):
+        write_picture(tmp_path / "img" / f"{name}.png", key=number, caption=name[:20])
+    data = data_of(tmp_path, strategies)
+    assert captions_seen(data) == sorted(name[:20] for name in names) and not listed(tmp_path)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links need rights there")
+def test_folders_below_are_searched_on_request_and_a_loop_of_links_ends(tmp_path: Path, strategies: Strategies) -> None:
+    root = write_folder(tmp_path / "img", [(64, 64)])
+    write_picture(root / "b" / "p0.png", key=1, caption="below")
+    write_picture(root / ".hidden" / "p0.png", key=2, caption="hidden")
+    (root / "b" / "loop").symlink_to(root)
+    assert captions_seen(data_of(tmp_path, strategies)) == ["picture 0, tag"]
+    data = data_of(tmp_path, strategies, "recursive = true\n")
+    assert captions_seen(data) == ["below", "picture 0, tag"]
+    assert {record.key for record in data.train.records} == {"0/0/b/p0.png", "0/0/p0.png"}
+
+
+def test_a_listed_picture_has_several_captions_of_which_each_reading_picks_one(tmp_path: Path, strategies: Strategies) -> None:
+    folder = write_folder(tmp_path / "img", [(64, 64)] * 2)
+    (folder / "captions.json").write_text(json.dumps({"p0": ["one", "two", "three"]}), encoding="utf-8")
+    data = data_of(tmp_path, strategies, "caption_prefix = 'a'\n")
+    seen = {caption for epoch in range(20) for index in range(2) for caption in data.train[(epoch, index)].captions}
+    assert seen == {"a one", "a two", "a three", "a picture 1, tag"}
+    (folder / "captions.json").write_text(json.dumps({"p0": 3}), encoding="utf-8")
+    with pytest.raises(UserError, match=r"captions\.json: the entry of 'p0' is 3"):
+        data_of(tmp_path, strategies)
+
+
+def test_a_subsets_loss_weight_multiplies_that_of_regularisation(tmp_path: Path, strategies: Strategies) -> None:
+    write_folder(tmp_path / "img", [(64, 64)])
+    write_folder(tmp_path / "reg", [(64, 64)])
+    more = f"loss_weight = 0.5\n[[datasets.subsets]]\nimage_dir = '{tmp_path / 'reg'}'\nis_reg = true\nloss_weight = 3\n"
+    data = data_of(tmp_path, strategies, more, prior_loss_weight=0.25)
+    assert {record.path.parent.name: record.loss_weight for record in data.train.records} == {"img": 0.5, "reg": 0.75}

@@ -1,0 +1,216 @@
+"""Filling caches: equal pictures once, captions that vary within bounds, several processes, and what stops half-way."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from data_tools import CPU, Case, make_bundle, make_strategies, write_folder, write_picture
+
+from library.cache_io import read_npz
+from library.caching import Share, cache_latents, cache_text_outputs
+from library.errors import UserError
+from library.strategy_base import Strategies
+
+SHUFFLED = "shuffle_caption = true\n"
+
+
+@pytest.fixture(scope="module")
+def strategies(tmp_path_factory: pytest.TempPathFactory) -> Strategies:
+    return make_strategies(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(autouse=True)
+def _heard(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+
+
+@pytest.fixture
+def case(tmp_path: Path, strategies: Strategies) -> Case:
+    write_folder(tmp_path / "img", [(64, 64), (64, 64), (80, 64), (128, 48)])
+    for index in range(4):
+        (tmp_path / "img" / f"p{index}.txt").write_text(f"a, b, c, d, e{index}")
+    return Case(tmp_path, strategies)
+
+
+def count_encoded(monkeypatch: pytest.MonkeyPatch, case: Case) -> list[int]:
+    """Pictures that the VAE is given from now on, batch by batch."""
+    seen: list[int] = []
+    kind = type(case.strategies.latents_caching)
+    original = kind.encode
+
+    def encode(self: object, vae: torch.nn.Module, images: torch.Tensor, seeds: list[int]) -> torch.Tensor:
+        seen.append(len(images))
+        return original(self, vae, images, seeds)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(kind, "encode", encode)
+    return seen
+
+
+# ---- pictures --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("where", ["cache_latents", "cache_latents_to_disk"])
+def test_a_picture_that_lies_in_two_folders_is_encoded_once(where: str, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    (case.folder / "copies").mkdir()
+    for name in ("p0", "p2"):
+        (case.folder / "copies" / f"{name}-again.png").write_bytes((case.folder / "img" / f"{name}.png").read_bytes())
+    write_picture(case.folder / "copies" / "p9.png", (64, 64), key=9)
+    data = case.data(more=f"[[datasets.subsets]]\nimage_dir = '{case.folder / 'copies'}'\n", **{where: True})
+    seen = count_encoded(monkeypatch, case)
+    case.latents(data)
+    assert len(data.train.records) == 7 and sum(seen) == 5
+    cache = data.train.latent_cache
+    assert cache is not None
+    entries = {record.path.stem: cache.get(f"{record.path}|{record.recipe}") for record in data.train.records}
+    assert torch.equal(entries["p0"].latents, entries["p0-again"].latents)
+    assert torch.equal(entries["p2"].latents, entries["p2-again"].latents)
+    assert not torch.equal(entries["p0"].latents, entries["p9"].latents)
+    assert entries["p0"].seed == entries["p0-again"].seed != entries["p9"].seed
+    if where == "cache_latents_to_disk":
+        again = case.data(more=f"[[datasets.subsets]]\nimage_dir = '{case.folder / 'copies'}'\n", **{where: True})
+        assert case.latents(again) == []
+
+
+def test_one_unreadable_picture_is_told_when_all_others_are_in_the_cache(case: Case) -> None:
+    data = case.data(cache_latents_to_disk=True, strict_data=True)
+    whole = (case.folder / "img" / "p1.png").read_bytes()
+    (case.folder / "img" / "p1.png").write_bytes(whole[:600])
+    with pytest.raises(UserError, match=r"p1\.png.*All others are in the cache"):
+        case.latents(data)
+    assert len(list((case.folder / "img").glob("*.npz"))) == 3
+    (case.folder / "img" / "p1.png").write_bytes(whole)
+    assert case.latents(case.data(cache_latents_to_disk=True)) == ["vae"]
+    assert case.latents(case.data(cache_latents_to_disk=True)) == []
+
+
+def test_a_picture_that_changes_after_it_was_read_is_not_taken_for_the_cached_one(
+    case: Case, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    kind = type(case.strategies.latents_caching)
+    original = kind.encode
+
+    def encode(self: object, *arguments: object) -> torch.Tensor:
+        write_picture(case.folder / "img" / "p0.png", (64, 64), key=77)  # while it is encoded
+        return original(self, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(kind, "encode", encode)
+    case.latents(case.data(cache_latents_to_disk=True))
+    monkeypatch.undo()
+    caplog.set_level(logging.INFO)
+    assert case.latents(case.data(cache_latents_to_disk=True)) == ["vae"]
+    assert "1 cached latents are made again, because of the image's content" in caplog.text
+
+
+def test_processes_share_the_files_and_together_make_each_once(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = count_encoded(monkeypatch, case)
+    files = []
+    for rank in range(2):
+        data = case.data(cache_latents_to_disk=True, cache_text_encoder_outputs_to_disk=True)
+        cache_latents(data, case.strategies, make_bundle(), data.options, CPU, Share(rank, 2))
+        cache_text_outputs(data, case.strategies, make_bundle(), data.options, CPU, None, Share(rank, 2))
+        files.append(len(list((case.folder / "img").glob("*.npz"))))
+    assert sum(seen) == 4 and 0 < files[0] < files[1] == 4 + 5
+    assert data.train[(0, 0)].latents is not None and data.train[(0, 0)].conditioning is not None
+    again = case.data(cache_latents_to_disk=True, cache_text_encoder_outputs_to_disk=True)
+    assert case.latents(again) == [] and case.text(again) == []
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_caching_that_is_killed_goes_on_where_it_was(case: Case, caplog: pytest.LogCaptureFixture) -> None:
+    write_folder(case.folder / "img", [(64, 64)] * 40)
+    child = os.fork()
+    if child == 0:
+        data = case.data(cache_latents_to_disk=True)
+        cache_latents(data, case.strategies, make_bundle(), data.options, CPU)
+        os._exit(0)
+    started = time.monotonic()
+    while len(list((case.folder / "img").glob("*.npz"))) < 3:
+        assert time.monotonic() - started < 60
+        time.sleep(0.002)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    whole = {path: path.read_bytes() for path in (case.folder / "img").glob("*.npz")}
+    assert all(read_npz(path) is not None for path in whole)
+    data = case.data(cache_latents_to_disk=True)
+    case.latents(data)
+    assert f"{40 - len(whole)} made, {len(whole)} found on disk" in caplog.text
+    assert {path: path.read_bytes() for path in whole} == whole
+    assert len(list((case.folder / "img").glob("*.npz"))) == 40
+
+
+# ---- captions that vary ----------------------------------------------------------------------------------------------
+
+
+def captions_of(data: object, epochs: int) -> list[tuple[str, ...]]:
+    train = data.train  # type: ignore[attr-defined]
+    return [train[(epoch, index)].captions for epoch in range(epochs) for index in range(train.num_batches)]
+
+
+@pytest.mark.parametrize("where", ["cache_text_encoder_outputs", "cache_text_encoder_outputs_to_disk"])
+@pytest.mark.parametrize("repeats", [1, 3])
+def test_varied_captions_are_those_of_live_training_up_to_the_bound(where: str, repeats: int, case: Case) -> None:
+    """Six readings of each picture: as many as the run has when live, or no more than that many different ones."""
+    subset = f"{SHUFFLED}caption_dropout_rate = 0.3\nnum_repeats = {repeats}\n"
+    live, cached = case.data(subset=subset), case.data(subset=subset, caption_variants=6, **{where: True})
+    case.text(cached)
+    epochs = 6 // repeats
+    assert captions_of(cached, epochs) == captions_of(live, epochs)
+    batch = cached.train[(epochs + 5, 0)]  # later on there are no new ones
+    assert batch.tokens is None and batch.conditioning is not None
+    encoders = make_bundle().text_encoders
+    expected = case.strategies.text_encoding.encode(encoders, case.strategies.tokenize.tokenize(batch.captions))
+    for name, value in batch.conditioning.tensors().items():
+        assert torch.allclose(value, expected.tensors()[name], atol=1e-5), name
+
+
+def test_the_number_of_readings_is_bounded_and_dropping_still_happens_in_every_epoch(case: Case) -> None:
+    data = case.data(subset=SHUFFLED + "caption_dropout_rate = 0.5\n", caption_variants=3, cache_text_encoder_outputs=True)
+    case.text(data)
+    cache = data.train.text_cache
+    assert cache is not None and len(cache.memory) <= 4 * 3 + 1
+    seen = captions_of(data, 30)
+    assert {caption for batch in seen for caption in batch} == set(cache.memory)
+    dropped = [sum(caption == "" for batch in captions_of(data, epoch + 1)[-3:] for caption in batch) for epoch in range(30)]
+    assert len(set(dropped)) > 1, "which captions are dropped differs from epoch to epoch"
+
+
+def test_a_run_of_few_epochs_encodes_no_more_readings_than_it_has(case: Case) -> None:
+    data = case.data(subset=SHUFFLED, max_train_epochs=2, cache_text_encoder_outputs=True)
+    case.text(data)
+    assert data.train.text_cache is not None and len(data.train.text_cache.memory) <= 4 * 2 + 1
+
+
+def test_another_seed_encodes_only_captions_that_are_new(case: Case, caplog: pytest.LogCaptureFixture) -> None:
+    flags = {"cache_text_encoder_outputs_to_disk": True, "caption_variants": 4}
+    tags = "enable_wildcard = true\n"
+    for index in range(4):
+        (case.folder / "img" / f"p{index}.txt").write_text("{red|blue} thing")
+    case.text(case.data(subset=tags, **flags))
+    assert "text encoder outputs: 3 made" in caplog.text
+    caplog.clear()
+    assert case.text(case.data(subset=tags, seed=99, **flags)) == []
+    (case.folder / "img" / "p2.txt").write_text("{red|blue|green} thing")
+    case.text(case.data(subset=tags, seed=98, **{**flags, "caption_variants": 30}))
+    assert "text encoder outputs: 1 made, 3 found on disk" in caplog.text
+
+
+def test_bfloat16_outputs_take_two_bytes_where_sd_scripts_would_not_read_them(case: Case) -> None:
+    bundle = make_bundle()
+    bundle.text_encoders["text_encoder"].to(torch.bfloat16)
+    loaded = []
+    for number, flags in enumerate(({}, {"cache_dir": str(case.folder / "cache")})):
+        data = case.data(cache_text_encoder_outputs_to_disk=True, mixed_precision="bf16", **flags)
+        cache_text_outputs(data, case.strategies, bundle, data.options, CPU)
+        folder = case.folder / ("cache" if number else "img")
+        arrays = read_npz(next(folder.glob("**/p0_sd_te.npz")))
+        assert arrays is not None and arrays["context"].dtype.itemsize == (2 if number else 4)
+        conditioning = data.train[(0, 0)].conditioning
+        assert conditioning is not None
+        loaded.append(conditioning.tensors()["context"])
+    assert loaded[0].dtype == loaded[1].dtype == torch.bfloat16 and torch.equal(*loaded)

@@ -1,0 +1,193 @@
+"""Seeing the data before training: the page of batches, what --plan says of caches, pictures that look alike."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import runs
+import torch
+from data_tools import write_picture
+from PIL import Image, ImageFilter
+from runs import CASES, Workspace
+
+from library.batch_page import PAGE_FILE, page, picture
+from library.dataset import pixels_to_tensor
+from library.near_duplicates import MAX_DISTANCE, difference_hash, near_duplicates
+
+VOID = {"img", "meta", "br"}
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    return runs.make_workspace(CASES["sd"], tmp_path_factory.mktemp("views"))
+
+
+class Page(HTMLParser):
+    """What a browser would make of the page; a tag that is not closed, or closed twice, is an error."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.titles: list[str] = []
+        self.captions: list[str] = []
+        self.images: list[np.ndarray] = []
+        self.feed(text)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag == "img":
+            kind, _, data = (dict(attrs)["src"] or "").partition(",")
+            assert kind == "data:image/png;base64"
+            self.images.append(np.array(Image.open(io.BytesIO(base64.b64decode(data)))))
+        if tag not in VOID:
+            self.open.append(tag)
+        for name, texts in (("h2", self.titles), ("figcaption", self.captions)):
+            if tag == name:
+                texts.append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        for name, texts in (("h2", self.titles), ("figcaption", self.captions)):
+            if name in self.open:
+                texts[-1] += data
+
+
+def test_the_page_has_the_batches_that_training_sees_pixel_by_pixel(workspace: Workspace, tmp_path: Path) -> None:
+    extra = ["--shuffle_caption", "--flip_aug", "--random_crop", "--caption_dropout_rate=0.3", "--caption_prefix=<b>&amp;"]
+    workspace.train("network", tmp_path / "page", "--show_batches=9", *extra)
+    assert [path.name for path in (tmp_path / "page").iterdir()] == [PAGE_FILE], "nothing is trained"
+    shown = Page((tmp_path / "page" / PAGE_FILE).read_text(encoding="utf-8"))
+    train = workspace.trainer("network", tmp_path / "run", *extra).data.train
+    batches = [train[(index // train.num_batches, index % train.num_batches)] for index in range(9)]
+    assert train.num_batches < 9, "the page goes on into the second epoch"
+    assert len(shown.titles) == 9 and f"epoch {8 // train.num_batches + 1}" in shown.titles[8]
+    captions = [caption or "(empty caption)" for batch in batches for caption in batch.captions]
+    assert shown.captions == captions and {"(empty caption)"} < set(captions)
+    images = [image for batch in batches for image in batch.images]  # type: ignore[union-attr]
+    assert len(shown.images) == len(images)
+    for one, image in zip(shown.images, images, strict=True):
+        assert torch.equal(pixels_to_tensor(one), image)
+    for title, batch in zip(shown.titles, batches, strict=True):
+        height, width = batch.target_sizes[0].tolist()
+        assert f"{len(batch)} of {width}x{height}" in title
+
+
+def test_a_page_picture_is_what_was_decoded() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 5, 3), dtype=np.uint8)
+    assert np.array_equal(picture(pixels_to_tensor(pixels)), pixels)
+
+
+def test_a_mask_is_shown_beside_its_picture(workspace: Workspace, tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    train = workspace.trainer("network", tmp_path).data.train
+
+    class Masked(type(train)):  # type: ignore[misc]
+        def __getitem__(self, key: tuple[int, int]) -> object:
+            batch = super().__getitem__(key)
+            return replace(batch, mask=torch.linspace(0, 1, 64).expand(len(batch), 1, *batch.images.shape[-2:-1], 64))
+
+    wide = next(i for i in range(train.num_batches) if train[(0, i)].images.shape[-1] == 64)  # type: ignore[union-attr]
+    train.__class__ = Masked
+    train.plan(0)[0], train.plan(0)[wide] = train.plan(0)[wide], train.plan(0)[0]
+    shown = Page("".join(page(train, 1)))
+    masks = [image for image in shown.images if image.ndim == 2]
+    assert len(masks) * 2 == len(shown.images) and masks[0][0, 0] == 0 and masks[0][0, -1] == 255
+
+
+# ---- the plan --------------------------------------------------------------------------------------------------------
+
+
+def plan_of(workspace: Workspace, output: Path, *extra: str) -> dict:
+    workspace.train("network", output, "--plan", *extra)
+    return json.loads((output / "plan.json").read_text())
+
+
+def test_the_plan_says_what_is_cached_and_how_much_disk_the_rest_takes(
+    workspace: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    caches = [
+        "--cache_latents_to_disk", "--cache_text_encoder_outputs_to_disk", "--network_train_unet_only",
+        f"--cache_dir={tmp_path / 'cache'}",
+    ]  # fmt: skip
+    before = plan_of(workspace, tmp_path / "before", *caches)["caches"]
+    assert not (tmp_path / "cache").exists(), "a plan makes nothing"
+    assert {name: (cache["found"], cache["to_make"]) for name, cache in before.items()} == {
+        "latents": (0, 7),
+        "text_encoder_outputs": (0, before["text_encoder_outputs"]["entries"]),
+    }
+    assert "cached latents" in capsys.readouterr().out
+    workspace.train("network", tmp_path / "run", "--max_train_steps=1", *caches)
+    for name, pattern in (("latents", "**/*_sd.npz"), ("text_encoder_outputs", "**/*_sd_te*.npz")):
+        written = sum(path.stat().st_size for path in (tmp_path / "cache").glob(pattern))
+        assert before[name]["new_bytes"] == pytest.approx(written, rel=0.2)
+    after = plan_of(workspace, tmp_path / "after", *caches)["caches"]
+    assert all(cache["to_make"] == 0 and cache["new_bytes"] == 0 for cache in after.values())
+    memory = plan_of(workspace, tmp_path / "memory", "--cache_latents")["caches"]["latents"]
+    assert memory["where"] == "memory" and memory["entries"] == 7
+    trainer = workspace.trainer("network", tmp_path / "trainer", "--cache_latents")
+    cache = trainer.data.train.latent_cache
+    assert cache is not None
+    assert memory["bytes"] == sum(entry.latents.nbytes for entry in cache.memory.values())
+
+
+def test_the_plan_names_a_held_out_picture_that_looks_like_a_trained_one(
+    workspace: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "img"
+    originals = [write_picture(folder / f"p{key}.png", (64, 64), key=key) for key in range(6)]
+    for path in originals:  # a second copy of each, stored otherwise: whichever is held out, the other is trained or held out
+        Image.open(path).resize((80, 80), Image.Resampling.BICUBIC).save(folder / f"{path.stem}-larger.jpg", quality=80)
+    data = tmp_path / "data.toml"
+    data.write_text(
+        "[[datasets]]\nresolution = 64\nvalidation_split = 0.25\nvalidation_seed = 1\n"
+        f"[[datasets.subsets]]\nimage_dir = '{folder.as_posix()}'\nclass_tokens = 'a'\n"
+    )
+    found = plan_of(workspace, tmp_path / "out", f"--dataset_config={data}")["held_out_lookalikes"]
+    assert found
+    for pair in found:
+        one, other = (re.sub("-larger$", "", Path(pair[side]).stem) for side in ("held_out", "trained"))
+        assert one == other and pair["distance"] <= MAX_DISTANCE
+    assert "looks like" in capsys.readouterr().out
+
+
+def smooth(key: int, size: tuple[int, int] = (96, 64)) -> Image.Image:
+    noise = np.random.default_rng(key).integers(0, 256, (6, 9, 3), dtype=np.uint8)
+    return Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC)
+
+
+def test_pictures_that_look_alike_are_found_and_others_are_not(tmp_path: Path) -> None:
+    changes = {
+        "smaller": lambda image: image.resize((48, 32)),
+        "blurred": lambda image: image.filter(ImageFilter.GaussianBlur(1)),
+        "brighter": lambda image: image.point(lambda value: min(255, round(value * 0.9 + 15))),
+    }
+    trained = []
+    for key in range(40):
+        smooth(key).save(path := tmp_path / f"{key}.png")
+        trained.append(path)
+    held_out = []
+    for number, (name, change) in enumerate(changes.items()):
+        change(smooth(number)).save(path := tmp_path / f"held-{name}.jpg", quality=70)
+        held_out.append(path)
+    smooth(1000).save(new := tmp_path / "held-new.png")
+    (broken := tmp_path / "held-broken.png").write_bytes(b"no picture")
+    pairs = near_duplicates([*held_out, new, broken], [*trained, broken])
+    assert [(pair.held_out, pair.trained) for pair in pairs] == list(zip(held_out, trained[:3], strict=True))
+    assert near_duplicates([], trained) == []
+
+
+def test_the_hash_is_that_of_a_difference_between_neighbours() -> None:
+    ramp = np.broadcast_to(np.arange(0, 252, 28, dtype=np.uint8)[None, :, None], (8, 9, 3))
+    assert difference_hash(np.ascontiguousarray(ramp)) == 2**64 - 1
+    assert difference_hash(np.ascontiguousarray(ramp[:, ::-1])) == 0
