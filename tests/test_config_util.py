@@ -198,7 +198,8 @@ def test_all_problems_of_a_file_are_told_at_once(tmp_path: Path) -> None:
 
 def test_the_keys_of_masks_faces_and_folders_are_read_with_those_of_our_own(tmp_path: Path) -> None:
     text = (
-        "[general]\nrecursive = true\nface_crop_aug_range = [1.5, 3.0]\n[[datasets]]\nbuckets = [[64, 96], [96, 64], [64, 64]]\n"
+        "[general]\nrecursive = true\nface_crop_aug_range = [1.5, 3.0]\n"
+        "[[datasets]]\nbuckets = [[64, 96], [96, 64], [64, 64]]\n"
         f"{SUBSET}alpha_mask = true\nloss_weight = 0.5\n"
         "[[datasets]]\nresolutions = [[64], [96, 128]]\n[[datasets.subsets]]\nimage_dir = 'b'\nconditioning_data_dir = 'm'\n"
     )

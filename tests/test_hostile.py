@@ -121,7 +121,7 @@ def broken_image(folder: Path, workspace: Workspace) -> list[str]:
     good = next((workspace.images / "2_thing").glob("*.png")).read_bytes()
     (images / "cut.png").write_bytes(good[: len(good) // 2])
     (images / "fine.png").write_bytes(good)
-    return [f"--train_data_dir={folder / 'broken'}"]
+    return ["--strict_data", f"--train_data_dir={folder / 'broken'}"]
 
 
 def empty_folder(folder: Path, workspace: Workspace) -> list[str]:
@@ -145,6 +145,11 @@ BAD = [
     Bad("unknown flag", lambda f, w: ["--learning_rat=1"], ("--learning_rat", "learning_rate")),
     Bad("block swap where there is none", lambda f, w: ["--blocks_to_swap=2"], ("--blocks_to_swap",)),
     Bad("size of nothing", lambda f, w: ["--max_shard_size=5 beers"], ("--max_shard_size", "5GB", "5 beers"), mode="full"),
+    Bad(
+        "gradients that are freed and needed",
+        lambda f, w: ["--fused_backward_pass", "--network_args", "ggpo_sigma=0.1", "ggpo_beta=0.1"],
+        ("--fused_backward_pass", "ggpo_sigma"),
+    ),
     Bad("flag of the wrong type", lambda f, w: ["--max_train_steps=many"], ("max_train_steps", "many", "int")),
     Bad("flag not implemented yet", lambda f, w: ["--ddp_static_graph"], ("--ddp_static_graph", "not implemented")),
     Bad("quantised weights that learn", lambda f, w: ["--fp8_base"], ("--fp8_base", "cannot learn"), mode="full"),

@@ -10,8 +10,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from library.cache_tools import USAGE, fill  # noqa: E402
 from library.cli import run_script  # noqa: E402
+from tools.cache_commands import USAGE, fill  # noqa: E402
 
 
 def main(argv: list[str] | None = None) -> None:
