@@ -1,10 +1,11 @@
-"""Where and on what a row was measured."""
+"""Where and on what a row was measured, and the line that a measured process prints."""
 
 from __future__ import annotations
 
 import os
 import platform
 import subprocess
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -26,3 +27,8 @@ def machine() -> str:
 
     cores = f"{os.cpu_count()} {platform.machine()} cores"
     return f"{cores}, {torch.cuda.get_device_name() if torch.cuda.is_available() else 'no GPU'}"
+
+
+def step_done() -> None:
+    """Tell whoever started this process that a step has ended: the time, and the CPU seconds of the process so far."""
+    print(f"STEP {time.time()} {time.process_time()}", flush=True)

@@ -136,9 +136,8 @@ class PlainFlux(PlainModel):
 
 
 def train(plain: PlainModel, rank: int, batch: int, steps: int) -> None:
-    """Prints a line for how many numbers learn, and one with the time at the end of every step."""
-    import time
-
+    """Prints a line for how many numbers learn, and one at the end of every step."""
+    from facts import step_done
     from peft import LoraConfig
 
     plain.denoiser.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=plain.targets))
@@ -152,4 +151,5 @@ def train(plain: PlainModel, rank: int, batch: int, steps: int) -> None:
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        print(f"STEP {time.time()} {loss.item():.4f}", flush=True)
+        loss.item()  # as a person would, to print it
+        step_done()

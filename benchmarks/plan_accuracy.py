@@ -1,6 +1,6 @@
 """What `--plan` says of memory, against what training takes on this machine.
 
-    python benchmarks/plan_accuracy.py [--model flux_mid|sd_mid|sd_tiny] [--mode network full] [--only 0 1 ...]
+    python benchmarks/plan_accuracy.py [--model flux_mid|sd_wide|sd_tiny] [--mode network full] [--only 0 1 ...]
 
 Every configuration trains three updates in a process of its own, which prints two measurements of an update after the first:
 the peak of all allocations according to torch's profiler, and the rise of the process's peak resident memory (Linux), with the
@@ -25,8 +25,14 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "tests"))
 
-from step_speed import MODELS, make_inputs  # noqa: E402
+import step_speed  # noqa: E402
+from step_speed import Model, make_inputs, write_sd  # noqa: E402
 
+MODELS = {
+    **step_speed.MODELS,
+    "sd_wide": Model(lambda folder: write_sd(folder, [192, 384, 768, 768]), "train_network", "PlainSd", batch=1),
+}
+"""`sd_wide`: a UNet of about 300 million parameters."""
 RESULTS = ROOT / "benchmarks" / "results.jsonl"
 MODES = ("network", "full")
 CONFIGURATIONS = tuple(itertools.product((False, True), ("no", "bf16"), (1, 2)))

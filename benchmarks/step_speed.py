@@ -4,7 +4,9 @@
 
 Both sides train a rank-16 LoRA on the same layers of the same model with AdamW in float32, from cached latents and cached text
 outputs, on the same device. The two run in turn, round by round, in processes of their own, each first in every other round;
-the row printed holds the median of the ratios, so that a machine whose speed drifts does not favour either.
+the row printed holds the median of the ratios, so that a machine whose speed drifts does not favour either. Ratios of wall time
+mean something on a machine that does nothing else: `busy` is its load at the end, which should be about `threads`. Those of CPU
+seconds tell a slow program from a busy machine.
 """
 
 from __future__ import annotations
@@ -12,13 +14,16 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import os
 import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -91,7 +96,18 @@ def make_inputs(folder: Path, model: Model) -> None:
 
 
 def run_ours(folder: Path, model: Model, steps: int) -> None:
-    """Train with the script, whose metrics carry the wall time of every step."""
+    """Train with the script."""
+    from facts import step_done
+
+    from library.run_writer import RunWriter
+
+    after_update = RunWriter.after_update
+
+    def after(writer: RunWriter, *arguments: Any, **named: Any) -> None:
+        after_update(writer, *arguments, **named)
+        step_done()
+
+    RunWriter.after_update = after  # type: ignore[method-assign]
     importlib.import_module(model.script).main(
         [
             f"--pretrained_model_name_or_path={folder / 'model'}",
@@ -126,47 +142,48 @@ def run_plain(folder: Path, model: Model, steps: int) -> None:
 
 @dataclass(frozen=True)
 class Timing:
-    """Of one process."""
+    """Of one process, in seconds: wall clock, and CPU of all its threads, which other processes disturb less."""
 
     first: float
-    """Seconds from its start to the end of the first step."""
+    """From its start to the end of the first step."""
     step: float
-    """Median seconds per step."""
+    """Median of the later ones."""
+    first_cpu: float
+    step_cpu: float
     learning: int
     """Numbers that learn."""
 
 
 def timed(side: str, folder: Path, name: str, steps: int) -> Timing:
-    import time
-
     start = time.time()
     command = [sys.executable, __file__, "--side", side, "--folder", str(folder), "--steps", str(steps), "--model", name]
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     if result.returncode:
         raise SystemExit(result.stdout + result.stderr)
-    stamps, learning = _ours_says(folder / "out") if side == "ours" else _plain_says(result.stdout)
-    gaps = [after - before for before, after in zip(stamps, stamps[1:], strict=False)]
-    return Timing(stamps[0] - start, statistics.median(gaps), learning)
+    said = [line.split() for line in result.stdout.splitlines()]
+    wall, cpu = zip(*((float(words[1]), float(words[2])) for words in said if words[:1] == ["STEP"]), strict=True)
+    learning = next((int(words[1]) for words in said if words[:1] == ["LEARNING"]), None)
+    return Timing(
+        first=wall[0] - start,
+        step=_median_gap(wall),
+        first_cpu=cpu[0],
+        step_cpu=_median_gap(cpu),
+        learning=learning if learning is not None else _learning_in(folder / "out" / "bench.safetensors"),
+    )
 
 
-def _ours_says(output: Path) -> tuple[list[float], int]:
-    import csv
+def _median_gap(stamps: Sequence[float]) -> float:
+    return statistics.median(after - before for before, after in zip(stamps, stamps[1:], strict=False))
 
+
+def _learning_in(file: Path) -> int:
     from safetensors.torch import load_file
 
-    with (output / "metrics.csv").open() as file:
-        stamps = [float(row["time"]) for row in csv.DictReader(file) if row["loss/current"]]
-    tensors = load_file(output / "bench.safetensors")
+    tensors = load_file(file)
     downs = sum(value.numel() for name, value in tensors.items() if name.endswith(".lora_down.weight"))
     # of split layers a file has the parts' matrices side by side, with zeros between them: each row has one rank of numbers
     ups = sum(len(value) * RANK for name, value in tensors.items() if name.endswith(".lora_up.weight"))
-    return stamps, downs + ups
-
-
-def _plain_says(output: str) -> tuple[list[float], int]:
-    said = [line.split() for line in output.splitlines()]
-    stamps = [float(words[1]) for words in said if words[:1] == ["STEP"]]
-    return stamps, next(int(words[1]) for words in said if words[:1] == ["LEARNING"])
+    return downs + ups
 
 
 def measure(name: str, steps: int, rounds: int) -> dict[str, object]:
@@ -186,6 +203,10 @@ def measure(name: str, steps: int, rounds: int) -> dict[str, object]:
                 raise SystemExit(f"not the same training: {ours.learning} numbers learn here, {plain.learning} there")
             print(f"round {number + 1}: {found}", file=sys.stderr, flush=True)
             pairs.append((ours, plain))
+
+    def median(value: Callable[[Timing, Timing], float]) -> float:
+        return round(statistics.median(value(*pair) for pair in pairs), 3)
+
     family, _, size = name.partition("_")
     return {
         "commit": facts.commit(),
@@ -194,10 +215,13 @@ def measure(name: str, steps: int, rounds: int) -> dict[str, object]:
         "steps": steps,
         "rounds": rounds,
         "threads": torch.get_num_threads(),
-        "step_seconds_ours": round(statistics.median(ours.step for ours, _ in pairs), 4),
-        "step_ratio": round(statistics.median(ours.step / plain.step for ours, plain in pairs), 3),
-        "first_step_seconds_ours": round(statistics.median(ours.first for ours, _ in pairs), 2),
-        "first_step_ratio": round(statistics.median(ours.first / plain.first for ours, plain in pairs), 3),
+        "busy": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,
+        "step_seconds_ours": median(lambda ours, plain: ours.step),
+        "step_ratio": median(lambda ours, plain: ours.step / plain.step),
+        "step_cpu_ratio": median(lambda ours, plain: ours.step_cpu / plain.step_cpu),
+        "first_step_seconds_ours": median(lambda ours, plain: ours.first),
+        "first_step_ratio": median(lambda ours, plain: ours.first / plain.first),
+        "first_step_cpu_ratio": median(lambda ours, plain: ours.first_cpu / plain.first_cpu),
     }
 
 

@@ -14,6 +14,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from library.device_rates import FRAGMENTATION, free_memory, own_memory
 from library.errors import UserError
 from library.memory_plan import Forecast, forecast, forecasts
@@ -83,8 +85,14 @@ def fit_to_memory(prepared: PreparedRun) -> TrainOptions:
 
 
 def memory_limit(prepared: PreparedRun) -> int:
-    asked = prepared.options.run.auto_fit_memory
-    return free_memory(prepared.accelerator.device) if asked is None else int(asked * 2**30)
+    """Bytes of the device that has least: all processes have to find the same way."""
+    asked, accelerator = prepared.options.run.auto_fit_memory, prepared.accelerator
+    limit = free_memory(accelerator.device) if asked is None else int(asked * 2**30)
+    if accelerator.num_processes == 1:
+        return limit
+    least = torch.tensor(limit, device=accelerator.device)
+    torch.distributed.all_reduce(least, op=torch.distributed.ReduceOp.MIN)
+    return int(least)
 
 
 def needed(prepared: PreparedRun, found: Forecast) -> int:

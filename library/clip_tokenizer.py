@@ -41,6 +41,8 @@ class TokenizerKind:
 
 _SETTINGS = ("tokenizer_config.json", "special_tokens_map.json")
 CLIP = TokenizerKind("CLIP", ("tokenizer.json", "vocab.json"), ("vocab.json", "merges.txt", *_SETTINGS))
+COPIED_FILES = ("vocab.json", "merges.txt", "tokenizer.json", "spiece.model", "added_tokens.json", *_SETTINGS)
+"""All that a tokenizer of any kind may consist of."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,7 @@ def find_tokenizer(
     if downloaded is None:
         raise UserError(_ways(kind, hub_id, model_folder, cached))
     if cached is not None:
-        _copy_tokenizer(downloaded, cached)
+        copy_tokenizer(downloaded, cached)
         logger.info("kept the tokenizer %s in %s", hub_id, cached)
         return cached
     return downloaded
@@ -149,13 +151,14 @@ def _download(hub_id: str, subfolder: str | None, kind: TokenizerKind) -> Path |
     return folder if kind.is_in(folder) else None
 
 
-def _copy_tokenizer(source: Path, target: Path) -> None:
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """The tokenizer's own files: a folder of the hub's cache may hold its model's weights beside them."""
     import shutil
 
     target.mkdir(parents=True, exist_ok=True)
-    for path in sorted(source.iterdir()):
-        if path.is_file():
-            shutil.copyfile(path, target / path.name)
+    for name in COPIED_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
 
 
 def _ways(kind: TokenizerKind, hub_id: str, model_folder: Path | None, cached: Path | None) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from library.clip_tokenizer import copy_tokenizer
 from library.errors import UserError
 from library.flux_models import FluxParams
 from library.flux_utils import CLIP_L, FLUX_DIFFUSERS, T5XXL, FluxModel
@@ -83,7 +83,7 @@ class FluxCheckpoint:
                 tensors, stem = component.key_map.to_theirs(tensors), "model" if safe else "pytorch_model"
             write(tensors, path / folder / stem, metadata={})
         for name, source in self.tokenizers.items():
-            shutil.copytree(source, path / _tokenizer_folder(self.model, name), dirs_exist_ok=True)
+            copy_tokenizer(source, path / _tokenizer_folder(self.model, name))
         write_json(path / "scheduler" / "scheduler_config.json", self._scheduler())
         write_json(path / "model_index.json", _model_index(self.model))
 

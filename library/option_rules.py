@@ -147,12 +147,12 @@ _NOISE_AND_LOSS = (
         "--min_timestep {min_timestep} has to be below --max_timestep {max_timestep}.",
     ),
     Rule(
-        lambda o: o.noise.zero_terminal_snr and not o.model.v_parameterization,
+        lambda o: o.noise.zero_terminal_snr and not o.model.v_parameterization and not o.family.model_tells_v,
         "--zero_terminal_snr without --v_parameterization: a noise prediction learns nothing at the last step.",
         warning=True,
     ),
     Rule(
-        lambda o: o.loss.scale_v_pred_loss_like_noise_pred and not o.model.v_parameterization,
+        lambda o: o.loss.scale_v_pred_loss_like_noise_pred and not o.model.v_parameterization and not o.family.model_tells_v,
         "--scale_v_pred_loss_like_noise_pred needs --v_parameterization.",
     ),
     Rule(

@@ -89,6 +89,8 @@ class NoFamilyOptions:
     """The family's own `option_rules.Rule`s."""
     several_text_encoders: ClassVar[bool] = False
     """Whether some text encoders may learn while the outputs of others are cached."""
+    model_tells_v: ClassVar[bool] = False
+    """Whether v prediction is taken from the model where no flag says, so that flags alone do not tell."""
 
     def text_encoder_rates(self, shared: float | None) -> tuple[float | None, ...]:
         """Learning rates of the text encoders in full fine-tuning, in the family's order; `shared`: the one given for all.

@@ -90,9 +90,10 @@ def _or_one(scale: Tensor) -> Tensor:
 
 
 def _power_of_two(least: Tensor) -> Tensor:
-    """The smallest power of two that is not below `least`; 1 for 0."""
+    """The smallest power of two that is not below `least`; 1 for 0; inf and NaN as they are."""
     mantissa, exponent = torch.frexp(least)  # mantissa in [0.5, 1)
-    return _or_one(torch.ldexp((mantissa != 0).float(), exponent - (mantissa == 0.5).int()))
+    found = _or_one(torch.ldexp((mantissa != 0).float(), exponent - (mantissa == 0.5).int()))
+    return torch.where(least.isfinite(), found, least)  # frexp gives inf and NaN an exponent all the same
 
 
 def as_grid(scale: Tensor, rows: int, columns: int) -> Tensor | None:
@@ -147,7 +148,7 @@ def _dequantize_nf4(weight: StoredWeight, count: int, dtype: torch.dtype) -> Ten
 
 def _nf4_pairs(device: torch.device) -> Tensor:
     """[256, 2]: the two values of every byte."""
-    code = torch.tensor(NF4_CODE, device=device)
+    code = torch.tensor(NF4_CODE).to(device, non_blocking=True)  # made on the device, it would wait for the device each time
     return torch.stack([code.repeat_interleave(16), code.repeat(16)], dim=1)
 
 
@@ -182,8 +183,10 @@ def requantize(weight: Tensor, like: StoredWeight) -> StoredWeight:
 
 def _fp8_raw(weight: Tensor) -> StoredWeight:
     """sd-scripts' cast: one scale, which is 1. Values below 2^-6 are among the subnormals and lose up to 2^-10."""
-    stored = torch.cat([_round(rows.float(), E4M3) for rows in weight.split(max(_ELEMENTS // weight.shape[1], 1))])
-    return StoredWeight(stored, torch.ones(1, 1, device=weight.device))
+    portions = weight.split(max(_ELEMENTS // weight.shape[1], 1))
+    largest = torch.stack([rows.float().abs().amax() for rows in portions]).amax()
+    stored = torch.cat([_round(rows.float(), E4M3) for rows in portions])
+    return StoredWeight(stored, torch.where(largest.isfinite(), 1.0, largest).view(1, 1))  # inf and NaN for `quantize` to find
 
 
 SCHEMES: dict[str, Callable[[Tensor], StoredWeight]] = {

@@ -80,7 +80,8 @@ class _Conv2d(Function):
 
 def quantize_rows(x: Tensor, dtype: torch.dtype) -> StoredWeight:
     """x [N, K] in int8 or e4m3, and the scale of each row [N, 1]."""
-    largest = x.float().abs().amax(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+    # a row of zeros: not the smallest number there is, whose scale compiled kernels would take for 0
+    largest = x.float().abs().amax(dim=1, keepdim=True).clamp(min=2**-100)
     scale = largest / (E4M3_MAX if dtype == E4M3 else INT8_MAX)
     scaled = x.float() / scale
     if dtype == E4M3:

@@ -31,6 +31,7 @@ class SdxlOptions(NoFamilyOptions):
 
     disable_mmap_load_safetensors: bool = opt(False, "read files without mapping them", inert="files are never mapped")
 
+    model_tells_v: ClassVar[bool] = True
     rules: ClassVar[tuple[Rule, ...]] = (
         Rule(lambda o: o.model.v2, "--v2 is for Stable Diffusion 2.x, and this script trains SDXL. Remove it."),
         Rule(
@@ -57,7 +58,7 @@ class SdxlFullOptions(SdxlOptions):
         type=rates_text,
     )
     fused_optimizer_groups: int | None = opt(
-        None, "the same as --fused_backward_pass: every weight is a group of its own", minimum=1
+        None, "the same as --fused_backward_pass: every weight is a group of its own; 0 is off", minimum=0
     )
 
     rules: ClassVar[tuple[Rule, ...]] = (
@@ -83,7 +84,7 @@ class SdxlFullOptions(SdxlOptions):
 
     @property
     def fused_backward(self) -> bool:
-        return self.fused_optimizer_groups is not None
+        return bool(self.fused_optimizer_groups)
 
     @property
     def block_rates(self) -> tuple[float, ...] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
     from library.option_groups import TrainOptions
     from networks.network_targets import NetworkArch
 
+logger = logging.getLogger(__name__)
+
 
 class SdxlFamily(UnetFamily):
     """SDXL: a UNet that is also told the picture's original size, its crop and its target size."""
@@ -59,6 +62,12 @@ class SdxlFamily(UnetFamily):
         check_flags(self.describe(options), options.model, options.explicit, zero_terminal_snr=ends)
         if options.loss.v_pred_like_loss and self.predicts_v(options):
             raise UserError("--v_pred_like_loss is for noise predictions, and this model predicts v. Remove it.")
+        if options.loss.scale_v_pred_loss_like_noise_pred and not self.predicts_v(options):
+            raise UserError(
+                "--scale_v_pred_loss_like_noise_pred is for v predictions, and this model predicts noise. Remove it."
+            )
+        if ends and not self.predicts_v(options):
+            logger.warning("--zero_terminal_snr for a model that predicts noise, which learns nothing at the last step.")
         super().check(options)
 
     def tokenizers(self, options: TrainOptions) -> dict[str, Path]:

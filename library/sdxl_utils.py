@@ -6,11 +6,11 @@ import functools
 import logging
 from collections.abc import Collection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from library import clip_parts, unet_parts
 from library.errors import UserError
-from library.model_io import open_checkpoint
+from library.model_io import open_checkpoint, read_json
 from library.model_signatures import detect_family, require_family
 from library.sdxl_models import added_width
 from library.strategy_sdxl import CLIP_L, OPEN_CLIP
@@ -62,6 +62,8 @@ def _describe_file(path: Path, vae: Path | None) -> UnetModel:
     for prefix, name in ((CLIP_L_PREFIX, "CLIP-L"), (OPEN_CLIP_PREFIX, "OpenCLIP bigG")):
         if not whole.under(prefix).entries:
             raise UserError(f"{path} has no text encoder {name} ({prefix}...). Give a whole SDXL checkpoint.")
+    if marks := [key for key in ("edm_vpred.sigma_max", "edm_mean", "edm_std") if key in whole]:
+        _refuse_edm(path, marks[0])
     prediction, prediction_from = unet_parts.file_prediction(whole)
     return UnetModel(
         path=path,
@@ -79,8 +81,19 @@ def _describe_file(path: Path, vae: Path | None) -> UnetModel:
     )
 
 
+def _refuse_edm(path: Path, sign: str) -> NoReturn:
+    """Models such as CosXL and Playground 2.5 have SDXL's shapes, and noise and scaling of their own (Karras et al. 2022)."""
+    raise UserError(
+        f"{path} was trained with EDM's noise ({sign}), which {SCRIPT} does not do. Give a model of SDXL's own noise."
+    )
+
+
 def _describe_folder(path: Path, vae: Path | None) -> UnetModel:
     unet_parts.require_folder(path, ("sdxl",), TITLE, SCRIPT)
+    scheduler = path / "scheduler" / "scheduler_config.json"
+    name = read_json(scheduler).get("_class_name", "") if scheduler.is_file() else ""
+    if name.startswith("EDM"):
+        _refuse_edm(path, name)
     unet = unet_parts.folder_unet(path / "unet")
     prediction, prediction_from, zero_terminal_snr = unet_parts.folder_prediction(path)
     return UnetModel(

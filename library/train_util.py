@@ -264,6 +264,7 @@ class PreparedRun:
     def with_options(self, options: TrainOptions) -> PreparedRun:
         """The same with other options, of which none concerns the data."""
         device = self.accelerator.device
+        plan_of(options, self.mode).quantizers(self.family, device)  # for its errors
         memory, compute = MemoryPlan.of(self.family, options, device), ComputePlan.of(self.family, options, device)
         return replace(self, options=options, memory=memory, compute=compute)
 
@@ -304,6 +305,7 @@ def prepare_run(family: ModelFamily, options: TrainOptions, mode: Mode) -> Prepa
     accelerator = make_accelerator(options)
     memory = MemoryPlan.of(family, options, accelerator.device)
     compute = ComputePlan.of(family, options, accelerator.device)
+    plan_of(options, mode).quantizers(family, accelerator.device)  # for its errors
     options = with_seed(options, saved.train_state["seed"] if saved is not None and options.training.seed is None else None)
     strategies = family.strategies(options)
     data = build_train_data(options, family.latent(options), strategies, mode=mode)

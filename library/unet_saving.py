@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,9 +13,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from library.clip_tokenizer import copy_tokenizer
 from library.errors import UserError
 from library.key_layout import IDENTITY, KeyMap
 from library.model_parts import Component, cast, write_config, write_json, write_tensors
+from library.quantized_layers import QuantizedLayer
 from library.sharding import write_whole
 from library.unet_names import unet_key_map_for
 from library.unet_parts import UNET_PREFIX, VAE_PREFIX, UnetModel, unet_config
@@ -158,11 +159,12 @@ class UnetCheckpoint(ABC):
             write(tensors, folder / stem, metadata=metadata if name == "denoiser" else {})
         for folder_name, source in self.tokenizers.items():
             self.write_tokenizer(source, path / folder_name)
-        write_json(path / "scheduler" / "scheduler_config.json", self._scheduler())
-        write_json(path / "model_index.json", _model_index(self.index))
+        scheduler = self._scheduler()
+        write_json(path / "scheduler" / "scheduler_config.json", scheduler)
+        write_json(path / "model_index.json", _model_index(self.index, scheduler["_class_name"]))
 
     def write_tokenizer(self, source: Path, target: Path) -> None:
-        shutil.copytree(source, target, dirs_exist_ok=True)
+        copy_tokenizer(source, target)
 
     def _scheduler(self) -> dict[str, Any]:
         """The source folder's scheduler, or DDIM, with what was really trained."""
@@ -172,11 +174,15 @@ class UnetCheckpoint(ABC):
         if self.zero_terminal_snr:
             config |= {**_DDIM, "prediction_type": config["prediction_type"], "rescale_betas_zero_snr": True}
             config["timestep_spacing"] = "trailing"
-        return config
+        elif config.get("rescale_betas_zero_snr"):
+            config["rescale_betas_zero_snr"] = False
+        return {"_class_name": _DDIM["_class_name"], **config}
 
 
 def _unchanged(component: Component, module: nn.Module) -> bool:
     """Whether a loaded part is still what was read, but for the precision it is held in: then the file is more exact."""
+    if any(isinstance(layer, QuantizedLayer) for layer in module.modules()):  # what is in few bits does not learn
+        return True
     for key, value in module.state_dict().items():
         if not torch.equal(component.tensor(key).to(value.dtype), value.to("cpu")):
             return False
@@ -195,14 +201,14 @@ _DDIM = {
 }
 
 
-def _model_index(own: Mapping[str, Any]) -> dict[str, Any]:
+def _model_index(own: Mapping[str, Any], scheduler: str) -> dict[str, Any]:
     import diffusers
 
     shared = {
         "_diffusers_version": diffusers.__version__,
         "feature_extractor": [None, None],
         "image_encoder": [None, None],
-        "scheduler": ["diffusers", _DDIM["_class_name"]],
+        "scheduler": ["diffusers", scheduler],
         "text_encoder": ["transformers", "CLIPTextModel"],
         "tokenizer": ["transformers", "CLIPTokenizer"],
         "unet": ["diffusers", "UNet2DConditionModel"],

@@ -292,7 +292,7 @@ def test_ctrl_c_saves_the_state_and_says_how_to_go_on(workers: int, workspace: W
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.1)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the whole group gets it
-    said = process.communicate(timeout=60)[1]
+    said = process.communicate(timeout=240)[1]
     assert process.returncode == 130, said
     assert "Traceback" not in said
     states = list(output.glob("*-state"))

@@ -62,4 +62,4 @@ def faults():
 print(*(faults() for _ in range(5)))
 """
     _, *later = (int(word) for word in said(code))
-    assert sum(later) < 8_000, "more than 30,000 where freed memory is given back each time"
+    assert sum(later) < 15_000, "more than 30,000 where freed memory is given back each time"

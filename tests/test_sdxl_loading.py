@@ -123,6 +123,28 @@ def test_a_folder_by_diffusers_comes_back_bit_for_bit(tmp_path: Path) -> None:
     assert (out / "tokenizer_2" / "vocab.json").is_file()
 
 
+def test_a_folder_keeps_its_scheduler_and_tells_what_was_trained(tmp_path: Path) -> None:
+    import json
+
+    def saved(name: str, **flags: Any) -> tuple[dict[str, Any], list[str]]:
+        out = save(load(folder, **flags), tmp_path / name, "diffusers_safetensors")
+        assert not (out / "tokenizer" / "model.safetensors").exists()
+        scheduler = json.loads((out / "scheduler" / "scheduler_config.json").read_text())
+        return scheduler, json.loads((out / "model_index.json").read_text())["scheduler"]
+
+    folder = tiny_sdxl.write_folder(
+        tmp_path / "in", scheduler={"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+    )
+    (folder / "tokenizer" / "model.safetensors").write_bytes(b"weights, as a folder of the hub's cache may hold")
+    for name, flags, made in (
+        ("as_it_was", {}, "DDIMScheduler"),
+        ("without", {"zero_terminal_snr": False}, "EulerDiscreteScheduler"),
+    ):
+        scheduler, index = saved(name, **flags)
+        assert index == ["diffusers", made] == ["diffusers", scheduler["_class_name"]]
+        assert scheduler["rescale_betas_zero_snr"] is (made == "DDIMScheduler")
+
+
 def test_trained_text_encoders_are_written_and_the_rest_stays(single: Path, tmp_path: Path, tokenizer: Path) -> None:
     bundle = load(single, tokenizer, torch.bfloat16)
     for name in PARTS:
@@ -254,6 +276,20 @@ def test_folders_of_other_models_are_refused(pipeline: str, channels: int, messa
     if pipeline == "StableDiffusionXLImg2ImgPipeline":
         shutil.rmtree(folder / "text_encoder")
     with pytest.raises(UserError, match=message):
+        FAMILY.check(options(folder))
+
+
+def test_models_with_the_noise_of_edm_are_refused(tmp_path: Path, tokenizer: Path) -> None:
+    import json
+
+    marks = {"v_pred": torch.tensor([]), "edm_vpred.sigma_max": torch.tensor([120.0])}  # as ComfyUI saves CosXL
+    file = tiny_sdxl.write_checkpoint(tmp_path / "cosxl.safetensors", extra=marks)
+    with pytest.raises(UserError, match=r"trained with EDM's noise .edm_vpred.sigma_max."):
+        FAMILY.check(options(file, tokenizer))
+    folder = tiny_sdxl.write_folder(tmp_path / "model")
+    scheduler = folder / "scheduler" / "scheduler_config.json"
+    scheduler.write_text(json.dumps(json.loads(scheduler.read_text()) | {"_class_name": "EDMEulerScheduler"}))
+    with pytest.raises(UserError, match=r"trained with EDM's noise .EDMEulerScheduler."):
         FAMILY.check(options(folder))
 
 

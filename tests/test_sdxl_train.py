@@ -103,6 +103,13 @@ def test_trained_text_encoders_are_saved_and_frozen_ones_are_the_files(workspace
     assert "conditioner.embedders.1" in moved
 
 
+def test_text_encoders_held_in_few_bits_are_saved_as_the_file_has_them(workspace: Workspace, tmp_path: Path) -> None:
+    flags = ("--no-train_text_encoder", "--quantize_text_encoders=int8", "--max_train_steps=1")
+    before, after = load_file(workspace.model), load_file(workspace.train("full", tmp_path, *flags) / "tiny.safetensors")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(after[key], value) for key, value in before.items() if key.startswith("conditioner."))
+
+
 def test_lora_has_a_rate_for_each_text_encoder(workspace: Workspace, tmp_path: Path) -> None:
     trainer = workspace.trainer("network", tmp_path, "--text_encoder_lr", "1e-4", "2e-4")
     rates = {group["name"]: group["lr"] for group in trainer.optimizer.param_groups}
