@@ -97,6 +97,11 @@ _QUANTIZED = (
         lambda o: o.precision.quantized_compute == "8bit" and o.denoiser_scheme == "nf4",
         "--quantized_compute 8bit: nf4 has no products of its own. Use int8 or fp8, or leave --quantized_compute out.",
     ),
+    Rule(
+        lambda o: o.attention.compiler is not None and (o.denoiser_scheme == "nf4" or o.precision.quantized_compute == "8bit"),
+        "--torch_compile: torch's compiler fails on nf4 and on --quantized_compute 8bit. Use int8 or fp8 without it, or leave "
+        "--torch_compile out.",
+    ),
 )
 
 _FUSED = (
@@ -104,6 +109,17 @@ _FUSED = (
         lambda o: o.fused_backward and o.precision.mixed_precision == "fp16",
         "--fused_backward_pass cannot be used with --mixed_precision fp16: its scaled gradients may overflow, and whether they "
         "did is known after the weights were stepped. Use --mixed_precision bf16.",
+    ),
+    Rule(
+        lambda o: o.family.swapped_blocks and o.precision.mixed_precision == "fp16",
+        "--blocks_to_swap cannot be used with --mixed_precision fp16 in full fine-tuning: gradients lie on two devices when "
+        "their scale is taken off. Use --mixed_precision bf16.",
+        scope=FullTrainOptions,
+    ),
+    Rule(
+        lambda o: o.fused_backward and any(text.startswith("ggpo_") for text in o.network.network_args or ()),
+        "--fused_backward_pass: ggpo needs the gradients of a whole step. Remove one of them.",
+        scope=NetworkTrainOptions,
     ),
     Rule(
         lambda o: o.fused_backward and o.optimizer.max_grad_norm > 0,

@@ -164,6 +164,16 @@ BAD = [
         ("--quantized_compute 8bit", "nf4"),
     ),
     Bad(
+        "compiled 4-bit base",
+        lambda f, w: ["--quantize_base=nf4", "--torch_compile", "--dynamo_backend=aot_eager"],
+        ("--torch_compile", "compiler fails on nf4"),
+    ),
+    Bad(
+        "perturbations in a fused backward pass",
+        lambda f, w: ["--fused_backward_pass", "--max_grad_norm=0", "--network_args", "ggpo_sigma=0.1", "ggpo_beta=0.1"],
+        ("--fused_backward_pass", "ggpo"),
+    ),
+    Bad(
         "unknown dataset key",
         lambda f, w: dataset(f, w, subset="num_repeat = 2"),
         ("data.toml", "num_repeat", "Did you mean 'num_repeats'"),

@@ -270,13 +270,17 @@ def test_loading_never_holds_the_model_twice(tmp_path: Path) -> None:
         assert all(isinstance(layer, QuantizedLinear) for layer in module.layers)
 
 
-def test_a_damaged_weight_is_named(tmp_path: Path) -> None:
-    broken = {"layers.0.weight": torch.full((32, 32), torch.nan), "layers.0.bias": torch.zeros(32)}
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_damaged_weight_is_named(scheme: str, value: float, tmp_path: Path) -> None:
+    weight = torch.ones(32, 32)
+    weight[3, 5] = value
+    broken = {"layers.0.weight": weight, "layers.0.bias": torch.zeros(32)}
     save_file(broken, tmp_path / "m.safetensors")
     with torch.device("meta"):
         module = Stack(1, 32)
     with pytest.raises(UserError, match=r"layers\.0\.weight.* not finite"):
-        load_into(module, open_checkpoint(tmp_path / "m.safetensors"), IDENTITY, quantizer=Quantizer("int8", EVERY_LAYER))
+        load_into(module, open_checkpoint(tmp_path / "m.safetensors"), IDENTITY, quantizer=Quantizer(scheme, EVERY_LAYER))
 
 
 def scaled(tensors: dict[str, Tensor], wanted: Callable[[str], bool], suffix: str) -> dict[str, Tensor]:
