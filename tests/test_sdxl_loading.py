@@ -209,7 +209,7 @@ def test_flags_against_what_the_model_says(single: Path, tmp_path: Path, tokeniz
     noise = tiny_sdxl.write_checkpoint(tmp_path / "e.safetensors", metadata={"modelspec.prediction_type": "epsilon"})
     with caplog.at_level(logging.WARNING):
         FAMILY.check(options(noise, tokenizer))
-        assert not caplog.records
+        assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
         FAMILY.check(options(noise, tokenizer, v_parameterization=True))
         FAMILY.check(options(v, tokenizer, zero_terminal_snr=False))
     said = "\n".join(record.getMessage() for record in caplog.records)
