@@ -18,12 +18,13 @@ _COPY = {"cuda": 2**29, "cpu": 2**26}
 """Bytes: larger than any cache."""
 
 CUDA_CONTEXT = 600 * 2**20
-"""Bytes that a process takes on a GPU before its first tensor (kernels and the driver's own), where it cannot be asked for."""
+"""Bytes that a process takes on a GPU before its first tensor (kernels and the driver's own). Assumed, not measured: it differs
+between GPUs, drivers and builds of torch."""
 CUBLAS_WORKSPACE = 64 * 2**20
-"""What torch gives the matrix libraries to work in: 32 MiB each to cuBLAS and cuBLASLt on Hopper, less on older GPUs."""
+"""What torch gives the matrix libraries to work in. Assumed: 32 MiB each for cuBLAS and cuBLASLt, as on Hopper."""
 FRAGMENTATION = 0.05
-"""Share of its memory that torch's CUDA allocator holds in pieces nobody can use. Blocks of large allocations are multiples of
-2 MiB (kRoundLarge in CUDACachingAllocator)."""
+"""Share of its memory that torch's CUDA allocator holds in pieces nobody can use. Assumed, not measured. Blocks of large
+allocations are multiples of 2 MiB (kRoundLarge in CUDACachingAllocator)."""
 
 
 @dataclass(frozen=True)
