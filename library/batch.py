@@ -24,7 +24,8 @@ class TrainBatch:
     tokens: dict[str, Tensor] | None = None  # ids by encoder [B, N, M]; None when every encoder's outputs are cached
     conditioning: Conditioning | None = None  # cached fields; those of encoders that run live are None
     loss_weights: Tensor  # [B] float32; prior_loss_weight is already in it for regularisation images
-    mask: Tensor | None = None  # [B, 1, H, W] in [0, 1]
+    mask: Tensor | None = None  # [B, 1, h, w] in [0, 1]
+    conditioning_images: Tensor | None = None  # [B, 3, H, W] in [-1, 1]: what a ControlNet is given, cut as the pictures are
     original_sizes: Tensor  # [B, 2] int64
     crop_top_lefts: Tensor  # [B, 2] int64
     target_sizes: Tensor  # [B, 2] int64

@@ -59,6 +59,8 @@ def _figure(batch: TrainBatch, row: int) -> str:
     if batch.mask is not None:
         mask = (batch.mask[row, 0] * 255).round().byte().numpy()
         parts.append(f'<img alt="mask" src="{_data_url(mask)}">')
+    if batch.conditioning_images is not None:
+        parts.append(f'<img alt="conditioning picture" src="{_data_url(picture(batch.conditioning_images[row]))}">')
     text = html.escape(caption) if caption else '<span class="empty">(empty caption)</span>'
     facts = [f"file {width}x{height}", f"cut at {left},{top}", f"loss weight {batch.loss_weights[row].item():g}"]
     if batch.preserve is not None and batch.preserve[row]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import secrets
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -21,13 +22,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from library.errors import UserError
+from library.errors import UserError, is_disk_full
 from library.image_io import content_hash, content_seed
+from library.strategy_base import LATENT_DTYPE, Conditioning, TextEncoderOutputsCachingStrategy
 
 if TYPE_CHECKING:
-    from library.strategy_base import Conditioning, TextEncoderOutputsCachingStrategy
+    from library.cache_formats import LatentFormat
 
 FORMAT_VERSION = "1"
+
+_LONGEST_NAME = 255
+"""Bytes in a file's name, on nearly every file system."""
+
+TEMPORARY = re.compile(r"\.[0-9a-f]{16}\.npz\.tmp")
+"""Names of files that are being written."""
 
 PART_NAMES = {
     "format": "the cache format",
@@ -56,25 +64,42 @@ def cache_path(beside: Path, cache_dir: str | None) -> Path:
     There it lies in a folder named by a hash of its absolute folder, so that equal names from two folders stay apart.
     """
     if not cache_dir:
-        return beside
-    return Path(cache_dir) / short_hash(str(beside.absolute().parent)) / beside.name
+        return _short_enough(beside)
+    return _short_enough(Path(cache_dir) / short_hash(str(beside.absolute().parent)) / beside.name)
 
 
 def own_path(wanted: Path, content: str) -> Path:
     """A name beside `wanted` for another entry (`content` tells which) that would have had the same one."""
-    return wanted.with_name(f"{wanted.stem}_{short_hash(content, 8)}{wanted.suffix}")
+    return _short_enough(wanted.with_name(f"{wanted.stem}_{short_hash(content, 8)}{wanted.suffix}"))
+
+
+def _short_enough(path: Path) -> Path:
+    """`path`; where its name is too long for a file, one that is cut, with a hash of the whole: pictures may have any name."""
+    if len(os.fsencode(path.name)) <= _LONGEST_NAME:
+        return path
+    tail = f"_{short_hash(path.name)}{path.suffix}"
+    head = os.fsencode(path.stem)[: _LONGEST_NAME - len(tail)].decode(errors="ignore")
+    return path.with_name(head + tail)
+
+
+class CacheDiskFull(UserError):
+    """There is no room for a cache file."""
 
 
 def write_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Write the whole file or nothing: a temporary file in the same folder takes its place when it is complete."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    """Write the whole file or nothing: a temporary file in the same folder takes its place when it is complete.
+
+    Raises `UserError`; `CacheDiskFull` where that is why.
+    """
+    temporary = path.with_name(f".{secrets.token_hex(8)}.npz.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
             np.savez(file, **dict(arrays))  # type: ignore[arg-type]
         os.replace(temporary, path)
     except OSError as error:
-        raise UserError(
+        kind = CacheDiskFull if is_disk_full(error) else UserError
+        raise kind(
             f"cannot write the cache file {path}: {error.strerror or error}. "
             "Free some space, or name another folder with --cache_dir."
         ) from error
@@ -186,7 +211,8 @@ class Verdict:
 
 @dataclass(frozen=True)
 class CachedLatents:
-    """One picture's entry: stored latents [C, h, w], those of its mirror image if it needs them, the key of its sample."""
+    """One picture's entry: stored latents [C, h, w] in `LATENT_DTYPE`, those of its mirror image if it needs them, and the key
+    of its sample."""
 
     latents: Tensor
     flipped: Tensor | None
@@ -205,6 +231,7 @@ class LatentFile:
     shape: tuple[int, int, int]
     original: tuple[int, int]
     needs_flipped: bool
+    format: LatentFormat
 
     def _found_suffix(self, arrays: Mapping[str, np.ndarray]) -> str | None:
         """The suffix this entry has in the file: its own, or that of the other layout (sd-scripts has used both)."""
@@ -241,7 +268,7 @@ class LatentFile:
             array = arrays.get(name + suffix)
             if array is None:
                 return "no mirrored latents"
-            if array.shape != self.shape:
+            if self.format.latents(array).shape != self.shape:
                 return f"{name} of another shape"
         size = arrays.get(f"original_size{suffix}")
         if size is not None and tuple(int(side) for side in size) != self.original:
@@ -254,14 +281,14 @@ class LatentFile:
         """Replace this entry; those of other resolutions in the same file are kept."""
         arrays = (read_npz(self.path) or {}) if self.suffix else {}
         entry: dict[str, Any] = {
-            "latents": latents.float().cpu().numpy(),
+            "latents": latents.cpu().numpy(),
             "original_size": np.array(self.original),
             "crop_ltrb": np.array(crop_ltrb),
             "fingerprint": fingerprint.to_array(),
         }
         arrays.pop(f"latents_flipped{self.suffix}", None)
         if flipped is not None:
-            entry["latents_flipped"] = flipped.float().cpu().numpy()
+            entry["latents_flipped"] = flipped.cpu().numpy()
         write_npz(self.path, arrays | {name + self.suffix: array for name, array in entry.items()})
 
     def load(self) -> CachedLatents:
@@ -273,16 +300,19 @@ class LatentFile:
         problem = self._shape_problem(arrays, suffix)
         if problem:
             raise UserError(f"the cache file {self.path} does not fit ({problem}). Remove it, or --skip_cache_check.")
-        latents = torch.from_numpy(arrays[f"latents{suffix}"]).float()
-        flipped = torch.from_numpy(arrays[f"latents_flipped{suffix}"]).float() if self.needs_flipped else None
+        flipped = self._latents(arrays, f"latents_flipped{suffix}") if self.needs_flipped else None
         stored = stored_fingerprint(arrays, suffix) or {}
         crop = arrays.get(f"crop_ltrb{suffix}")
         return CachedLatents(
-            latents,
+            self._latents(arrays, f"latents{suffix}"),
             flipped,
             content_seed(stored["image"]) if stored.get("image") else 0,
             None if crop is None else tuple(float(side) for side in crop),
         )
+
+    def _latents(self, arrays: Mapping[str, np.ndarray], name: str) -> Tensor:
+        """sd-scripts stores float32, and so did we once: rounded now, they are what a new entry would hold."""
+        return torch.from_numpy(self.format.latents(arrays[name])).to(LATENT_DTYPE)
 
 
 @dataclass(frozen=True)
@@ -349,6 +379,7 @@ class TextFile:
         dtypes = {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in tensors.items()}
         keys = self._keys()
         arrays = {keys[name]: self._to_numpy(tensor) for name, tensor in tensors.items() if name in keys}
+        arrays |= self.strategy.foreign_arrays(arrays)
         described = Fingerprint(fingerprint.parts, fingerprint.image, {"dtypes": dtypes})
         write_npz(self.path, arrays | {"fingerprint": described.to_array()})
 

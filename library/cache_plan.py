@@ -17,6 +17,7 @@ from library.caching import (
     text_fingerprints,
 )
 from library.near_duplicates import near_duplicates
+from library.strategy_base import LATENT_DTYPE
 
 if TYPE_CHECKING:
     from library.cache_io import LatentFile, TextFile
@@ -63,7 +64,7 @@ def _latents(prepared: PreparedRun) -> dict[str, Any]:
     spec, sizes = data.latent, {}
     for job in jobs:
         width, height = (side // spec.stride for side in job.record.placement.bucket)
-        sizes[job.key] = 4 * spec.channels * width * height * (2 if job.flipped else 1)
+        sizes[job.key] = LATENT_DTYPE.itemsize * spec.channels * width * height * (2 if job.flipped else 1)
     if not options.cache.cache_latents_to_disk:
         return _in_memory(len(jobs), sum(sizes.values()))
     files = latent_files(jobs, strategies, spec, options)

@@ -12,16 +12,17 @@ import os
 from collections import defaultdict, deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from library.cache_io import (
+    CacheDiskFull,
     CachedLatents,
     Fingerprint,
     LatentCache,
@@ -35,6 +36,7 @@ from library.cache_io import (
     own_path,
     short_hash,
 )
+from library.cache_upkeep import prune_readings, remove_leftovers
 from library.data_sources import Record
 from library.dataset import TrainData, load_fitted, pixels_to_tensor
 from library.errors import UserError
@@ -127,6 +129,36 @@ def needs_making(
     return [key for key, verdict in zip(keys, verdicts, strict=True) if not verdict.usable]
 
 
+class _Room(Generic[T]):
+    """Entries for which there is no room on the disk: this process keeps them in memory, and the run goes on.
+
+    Not where another process would read them, and not with --strict_data.
+    """
+
+    def __init__(self, share: Share, options: TrainOptions) -> None:
+        self.required = share.world > 1 or options.data.strict_data
+        self.unwritten: dict[str, T] = {}
+        self.reason = ""
+
+    @contextmanager
+    def wanted_for(self, key: str, entry: T) -> Iterator[None]:
+        try:
+            yield
+        except CacheDiskFull as error:
+            if self.required:
+                raise
+            self.unwritten[key], self.reason = entry, self.reason or str(error)
+
+    def report(self, what: str) -> None:
+        if self.unwritten:
+            logger.warning(
+                "%d cached %s are kept in memory for this run, and have to be made again by the next: %s",
+                len(self.unwritten),
+                what,
+                self.reason,
+            )
+
+
 # Latents
 
 
@@ -159,12 +191,13 @@ def latent_files(
     taken: dict[tuple[Path, str], str] = {}
     for job in jobs:
         width, height = (side // latent.stride for side in job.record.placement.bucket)
-        suffix = f"_{height}x{width}" if strategy.multi_resolution else ""
-        path = cache_path(strategy.path_for(job.record.path, job.record.size), options.cache.cache_dir)
+        suffix = strategy.format.key_suffix(height, width)
+        path = cache_path(strategy.format.path_for(job.record.path, job.record.size), options.cache.cache_dir)
         if taken.setdefault((path, suffix), job.key) != job.key:
             path = own_path(path, job.record.recipe)
-        file = LatentFile(path, suffix, (latent.channels, height, width), job.record.size, job.flipped)
-        files[job.key] = _nameless(file, job.record.path) if strategy.nameless else file
+        shape = latent.channels, height, width
+        file = LatentFile(path, suffix, shape, job.record.size, job.flipped, strategy.format)
+        files[job.key] = _nameless(file, job.record.path) if strategy.format.nameless else file
     return files
 
 
@@ -267,10 +300,10 @@ def _encode_batch(
 ) -> list[CachedLatents]:
     images = torch.stack([pixels for pixels, _ in loaded]).to(device)
     seeds = [content_seed(stamp.digest) for _, stamp in loaded]
-    encode = strategies.latents_caching.encode
-    latents = encode(bundle.vae, images, seeds).float().cpu()
+    stored = strategies.latents_caching.stored
+    latents = stored(bundle.vae, images, seeds).cpu()
     _check_finite(latents, jobs)
-    flipped = encode(bundle.vae, images.flip(-1), seeds).float().cpu() if jobs[0].flipped else None
+    flipped = stored(bundle.vae, images.flip(-1), seeds).cpu() if jobs[0].flipped else None
     if flipped is not None:
         _check_finite(flipped, jobs)
     mirrored = [None] * len(jobs) if flipped is None else [row.clone() for row in flipped]
@@ -334,8 +367,8 @@ def cache_latents(
         cache = LatentCache(memory={job.key: entry for job, entry, _ in entries})
     else:
         files = latent_files(jobs, strategies, data.latent, options)
-        _fill_latent_files(jobs, files, strategies, bundle, options, device, share, data.train.quarantine)
-        cache = LatentCache(files=files)
+        unwritten = _fill_latent_files(jobs, files, strategies, bundle, options, device, share, data.train.quarantine)
+        cache = LatentCache(unwritten, {key: file for key, file in files.items() if key not in unwritten})
     for dataset in data.image_datasets:
         dataset.latent_cache = cache
 
@@ -349,16 +382,23 @@ def _fill_latent_files(
     device: torch.device,
     share: Share,
     quarantine: Quarantine,
-) -> None:
+) -> dict[str, CachedLatents]:
+    """Make what is missing; gives the entries for which there was no room."""
+    if share.rank == 0:
+        remove_leftovers({file.path.parent for file in files.values()})
     of_share = set(share.of(list(files), {key: file.path for key, file in files.items()}))
     own = [job for job in jobs if job.key in of_share]
     fingerprints = latent_fingerprints(own, strategies, bundle, options)
     missing = set(needs_making({job.key: files[job.key] for job in own}, fingerprints, options, "latents"))
     todo = [job for job in own if job.key in missing]
+    room = _Room[CachedLatents](share, options)
     for job, entry, stamp in _encode(todo, strategies, bundle, options, device, quarantine) if todo else ():
         crop = choose_crop(job.record.placement).stored_ltrb(job.record.placement.bucket)
-        files[job.key].save(entry.latents, entry.flipped, crop, replace(fingerprints[job.key], image=stamp))
+        with room.wanted_for(job.key, entry):
+            files[job.key].save(entry.latents, entry.flipped, crop, replace(fingerprints[job.key], image=stamp))
     logger.info("latents: %d made, %d found on disk%s", len(todo), len(own) - len(todo), share.note)
+    room.report("latents")
+    return room.unwritten
 
 
 # Text encoder outputs
@@ -386,7 +426,7 @@ def text_files(
     taken: set[Path] = set()
     files = {}
     for caption, record in captions.items():
-        wanted = cache_path(strategies.text_caching.path_for((record or first).path), options.cache.cache_dir)
+        wanted = cache_path(strategies.text_caching.format.path_for((record or first).path), options.cache.cache_dir)
         plain = record is not None and record.subset.captions.is_static and wanted not in taken
         path = wanted if plain else own_path(wanted, caption)
         taken.add(path)
@@ -490,10 +530,18 @@ def cache_text_outputs(
         own = {caption: files[caption] for caption in share.of(list(files), {c: file.path for c, file in files.items()})}
         fingerprints = text_fingerprints(captions, strategies, sources, bundle, options)
         missing = needs_making(own, fingerprints, options, "text encoder outputs")
+        room = _Room[Conditioning](share, options)
         for caption, entry in _encode_text(missing, strategies, sources, bundle, options, device) if missing else ():
-            files[caption].save(entry, fingerprints[caption])
+            with room.wanted_for(caption, entry):
+                files[caption].save(entry, fingerprints[caption])
         logger.info("text encoder outputs: %d made, %d found on disk%s", len(missing), len(own) - len(missing), share.note)
-        cache = TextCache(conditioning, complete, files=files)
+        room.report("text encoder outputs")
+        if share.rank == 0:
+            paths = [file.path for file in files.values()]
+            remove_leftovers({path.parent for path in paths})
+            prune_readings(paths, strategies.text_caching.format, options.cache.caption_variants)
+        written = {caption: file for caption, file in files.items() if caption not in room.unwritten}
+        cache = TextCache(conditioning, complete, room.unwritten, written)
     for dataset in data.image_datasets:
         dataset.text_cache = cache
 

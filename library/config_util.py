@@ -35,7 +35,9 @@ class SubsetConfig:
     image_dir: Path | None = None
     metadata_file: Path | None = None
     conditioning_data_dir: Path | None = None
-    """Folder of masks."""
+    """Folder of masks, or of the pictures that a ControlNet is given."""
+    conditioned: bool = False
+    """Whether they are the latter."""
     recursive: bool = False
     is_reg: bool = False
     class_tokens: str | None = None
@@ -320,14 +322,20 @@ def read_document(path: Path) -> Any:
 # From the command line
 
 
-def _command_line_document(options: TrainOptions) -> dict[str, Any]:
-    """The datasets that --train_data_dir, --reg_data_dir and --in_json describe, as a configuration file would."""
+def _command_line_document(options: TrainOptions, conditioned: bool) -> dict[str, Any]:
+    """The datasets that --train_data_dir, --reg_data_dir and --in_json describe, as a configuration file would.
+
+    conditioned: --train_data_dir is one folder of pictures then, as sd-scripts' ControlNet scripts have it.
+    """
     data = options.data
+    folder = {"image_dir": data.train_data_dir} if data.train_data_dir else {}
+    beside = {"conditioning_data_dir": options.loss.conditioning_data_dir} if options.loss.conditioning_data_dir else {}
     if data.in_json:
-        folder = {"image_dir": data.train_data_dir} if data.train_data_dir else {}
-        return {"datasets": [{"subsets": [{"metadata_file": data.in_json, **folder}]}]}
+        return {"datasets": [{"subsets": [{"metadata_file": data.in_json, **folder, **beside}]}]}
     if not data.train_data_dir:
         raise UserError("no training images: give --train_data_dir or --dataset_config.")
+    if conditioned:
+        return {"datasets": [{"subsets": [{**folder, **beside}]}]}
     subsets = _folder_subsets(Path(data.train_data_dir), "--train_data_dir", is_reg=False)
     if data.reg_data_dir:
         subsets += _folder_subsets(Path(data.reg_data_dir), "--reg_data_dir", is_reg=True)
@@ -390,20 +398,22 @@ def _lookup(name: str, *levels: Mapping[str, Any]) -> Any:
     return KEYS[name].default
 
 
-def _check_subset(written: Mapping[str, Any], kind: str, where: str) -> list[str]:
+def _check_subset(written: Mapping[str, Any], kind: str, where: str, conditioned: bool) -> list[str]:
     wrong = [
         f"{where}: '{name}' is only for {'image folders' if KEYS[name].kinds == 'folder' else 'metadata files'}."
         for name in written
         if kind not in KEYS[name].kinds
     ]
-    if written.get("conditioning_data_dir") and written.get("alpha_mask"):
+    if conditioned and not written.get("conditioning_data_dir"):
+        wrong.append(f"{where}: 'conditioning_data_dir' is missing: the pictures that the ControlNet is given.")
+    if written.get("conditioning_data_dir") and written.get("alpha_mask") and not conditioned:
         wrong.append(f"{where}: 'conditioning_data_dir' and 'alpha_mask' are two masks for one image: remove one.")
     if kind == "folder" and not written.get("image_dir"):
         wrong.append(f"{where}: 'image_dir' is missing.")
     return wrong
 
 
-def _make_subset(written: Mapping[str, Any], levels: tuple[Mapping[str, Any], ...]) -> SubsetConfig:
+def _make_subset(written: Mapping[str, Any], levels: tuple[Mapping[str, Any], ...], conditioned: bool) -> SubsetConfig:
     def get(name: str) -> Any:
         return _lookup(name, written, *levels)
 
@@ -412,6 +422,7 @@ def _make_subset(written: Mapping[str, Any], levels: tuple[Mapping[str, Any], ..
         image_dir=Path(written["image_dir"]) if written.get("image_dir") else None,
         metadata_file=Path(written["metadata_file"]) if written.get("metadata_file") else None,
         conditioning_data_dir=Path(written["conditioning_data_dir"]) if written.get("conditioning_data_dir") else None,
+        conditioned=conditioned,
         recursive=get("recursive"),
         is_reg=get("is_reg"),
         class_tokens=get("class_tokens"),
@@ -422,7 +433,7 @@ def _make_subset(written: Mapping[str, Any], levels: tuple[Mapping[str, Any], ..
         flip_aug=get("flip_aug"),
         random_crop=get("random_crop"),
         face_crop_range=get("face_crop_aug_range"),
-        alpha_mask=get("alpha_mask") and not written.get("conditioning_data_dir"),
+        alpha_mask=get("alpha_mask") and (conditioned or not written.get("conditioning_data_dir")),
         loss_weight=get("loss_weight"),
         resize_interpolation=get("resize_interpolation"),
         custom_attributes=get("custom_attributes") or {},
@@ -442,7 +453,7 @@ def _check_kind(subsets: list[dict[str, Any]], where: str) -> list[str]:
 
 
 def _make_dataset(
-    written: Mapping[str, Any], outer: tuple[Mapping[str, Any], ...], model_step: int, where: str
+    written: Mapping[str, Any], outer: tuple[Mapping[str, Any], ...], model_step: int, where: str, conditioned: bool
 ) -> tuple[DatasetConfig | None, list[str]]:
     """The dataset, or None with what is wrong with it."""
     levels = (written, *outer)
@@ -451,7 +462,7 @@ def _make_dataset(
         return None, wrong
     kind = "metadata" if written["subsets"][0].get("metadata_file") else "folder"
     for index, subset in enumerate(written["subsets"], start=1):
-        wrong += _check_subset(subset, kind, f"{where}, [[datasets.subsets]] {index}")
+        wrong += _check_subset(subset, kind, f"{where}, [[datasets.subsets]] {index}", conditioned)
     named = _lookup("buckets", *levels) or ()
     wrong += [
         f"{where}: buckets has {width}x{height}: this model needs multiples of {model_step}."
@@ -479,7 +490,7 @@ def _make_dataset(
         return None, wrong
     config = DatasetConfig(
         rule=rule,
-        subsets=tuple(_make_subset(subset, levels) for subset in written["subsets"]),
+        subsets=tuple(_make_subset(subset, levels, conditioned) for subset in written["subsets"]),
         batch_size=_lookup("batch_size", *levels),
         validation_split=_lookup("validation_split", *levels),
         validation_seed=_lookup("validation_seed", *levels),
@@ -507,21 +518,24 @@ def _per_resolution(written: dict[str, Any], outer: tuple[Mapping[str, Any], ...
     return [{**written, "resolution": size} for size in sizes] if sizes else [written]
 
 
-def load_data_config(options: TrainOptions, model_step: int) -> DataConfig:
+def load_data_config(options: TrainOptions, model_step: int, *, conditioned: bool = False) -> DataConfig:
     """Every dataset `options` asks for. model_step: bucket sides have to be multiples of it (`LatentSpec.bucket_step`).
 
+    conditioned: every picture has one beside it that the model is given (a ControlNet learns), and conditioning_data_dir has
+    those; else it has masks.
     Raises `UserError` listing everything that is wrong; looks at no image yet.
     """
     config_path = options.data.dataset_config
     source = Path(config_path) if config_path else None
-    document = read_document(source) if source else _command_line_document(options)
+    document = read_document(source) if source else _command_line_document(options, conditioned)
     name = str(source) if source else "command line"
     validated = _validate(document, name)
     outer = (validated.get("general", {}), _validated_flags(options))
     datasets, wrong = [], []
     for index, written in enumerate(validated["datasets"], start=1):
         for one in _per_resolution(written, outer):
-            dataset, problems = _make_dataset(one, outer, model_step, f"[[datasets]] {index}" if source else "dataset")
+            where = f"[[datasets]] {index}" if source else "dataset"
+            dataset, problems = _make_dataset(one, outer, model_step, where, conditioned)
             wrong += [problem for problem in problems if problem not in wrong]
             datasets += [dataset] if dataset else []
     if not validated["datasets"]:

@@ -24,7 +24,7 @@ from library.image_io import (
     resolve_interpolation,
     walk_images,
 )
-from library.masks import mask_files
+from library.masks import paired_files
 from library.metadata_file import read_caption_text, read_folder_captions, read_metadata, size_of
 from library.quarantine import BadFile, Quarantine
 from library.validation_split import held_out
@@ -42,7 +42,7 @@ class Found:
     """The text whose tags are counted for `ss_tag_frequency`."""
     size: Size | None = None
     preferred: Size | None = None
-    mask: Path | None = None
+    paired: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,8 @@ class Record:
     subset: SubsetConfig
     repeats: int
     loss_weight: float
-    mask: Path | None = None
-    """The picture that tells where the loss counts."""
+    paired: Path | None = None
+    """Its mask, or (`subset.conditioned`) what a ControlNet is given with it."""
 
     @property
     def recipe(self) -> str:
@@ -219,13 +219,21 @@ class _ImageFinder:
         return None
 
 
-def _text_of(entry: Mapping[str, Any], name: str, subset: SubsetConfig, image: str) -> str | None:
+def _texts_of(entry: Mapping[str, Any], name: str, subset: SubsetConfig, image: str) -> list[str]:
+    """The text or the list of texts that stands there; none where there is nothing."""
     value = entry.get(name)
-    if isinstance(value, list) and all(isinstance(item, str) for item in value):
-        return f"{subset.captions.separator} ".join(value)
-    if value is not None and not isinstance(value, str):
+    texts = [] if value is None else [value] if isinstance(value, str) else value
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         raise UserError(f"{subset.metadata_file}: {name} of {image} is {value!r}; expected a text.")
-    return value
+    return texts
+
+
+def _metadata_captions(entry: Mapping[str, Any], subset: SubsetConfig, image: str) -> tuple[str, str | None]:
+    """(the captions of one entry, a line each; the tags that are counted). A list of captions is several, of tags one."""
+    tags = f"{subset.captions.separator} ".join(_texts_of(entry, "tags", subset, image)) or None
+    captions = _texts_of(entry, "caption", subset, image)
+    both = [_metadata_caption(caption, tags, subset) for caption in captions] or [_metadata_caption(None, tags, subset)]
+    return "\n".join(caption for caption, _ in both), both[0][1]
 
 
 def _metadata_caption(caption: str | None, tags: str | None, subset: SubsetConfig) -> tuple[str, str | None]:
@@ -243,24 +251,28 @@ def _metadata_caption(caption: str | None, tags: str | None, subset: SubsetConfi
 def metadata_source(subset: SubsetConfig, bad: list[BadFile]) -> list[Found]:
     """The pictures a metadata file names. `image_size` saves reading a header; `train_resolution` proposes a bucket.
 
-    Pictures that do not exist go to `bad`, unless none does: then the folder is wrong.
+    A picture that is named again has several captions. Those that do not exist go to `bad`, unless none does: then the folder
+    is wrong.
     """
     path = subset.metadata_file
     assert path is not None
     if subset.image_dir and not subset.image_dir.is_dir():
         raise UserError(f"image_dir: the folder {subset.image_dir} does not exist.")
     finder = _ImageFinder(subset.image_dir)
-    found, missing = [], []
+    found: dict[Path, Found] = {}
+    missing = []
     for image, entry in read_metadata(path):
         file = finder.find(image)
         if file is None:
             missing.append(image)
             continue
         where = f"{path}, {image}"
-        tags = _text_of(entry, "tags", subset, image)
-        caption, counted = _metadata_caption(_text_of(entry, "caption", subset, image), tags, subset)
+        caption, counted = _metadata_captions(entry, subset, image)
+        if file in found:
+            found[file] = replace(found[file], caption=f"{found[file].caption}\n{caption}")
+            continue
         size, preferred = size_of(entry, "image_size", where), size_of(entry, "train_resolution", where)
-        found.append(Found(file, caption, counted, size, preferred))
+        found[file] = Found(file, caption, counted, size, preferred)
     bad += [BadFile((subset.image_dir or Path()) / image, f"{path} names it, but it does not exist") for image in missing]
     if missing and not found:
         looked = (
@@ -270,7 +282,7 @@ def metadata_source(subset: SubsetConfig, bad: list[BadFile]) -> list[Found]:
             f"{path} names {len(missing)} images that do not exist in {looked}, of {len(found) + len(missing)}: "
             f"{', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}. Correct image_dir or the file."
         )
-    return found
+    return list(found.values())
 
 
 # Records
@@ -339,7 +351,7 @@ def collect(
                     subset=subset,
                     repeats=subset.num_repeats,
                     loss_weight=subset.loss_weight * (prior_loss_weight if subset.is_reg else 1.0),
-                    mask=item.mask,
+                    paired=item.paired,
                 )
                 for item, placement in placed
             ]
@@ -362,11 +374,12 @@ def _is_used(subset: SubsetConfig) -> bool:
 
 
 def _find(subset: SubsetConfig, bad: list[BadFile]) -> Source:
-    """The subset with its pictures, their captions and masks."""
+    """The subset with its pictures, their captions and what belongs to them."""
     found = metadata_source(subset, bad) if subset.metadata_file else folder_source(subset, bad)
     if subset.conditioning_data_dir is not None:
-        masks = mask_files(subset.conditioning_data_dir, [item.path for item in found], subset.image_dir)
-        found = [replace(item, mask=mask) for item, mask in zip(found, masks, strict=True)]
+        what = "conditioning picture" if subset.conditioned else "mask"
+        paired = paired_files(subset.conditioning_data_dir, [item.path for item in found], subset.image_dir, what)
+        found = [replace(item, paired=other) for item, other in zip(found, paired, strict=True)]
     several = any("\n" in item.caption for item in found) and not subset.captions.wildcard
     return replace(subset, captions=replace(subset.captions, several=True)) if several else subset, found
 

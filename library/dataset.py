@@ -6,6 +6,7 @@ crop, mirroring, caption) is keyed, so batches are the same with any number of w
 
 from __future__ import annotations
 
+import importlib
 import logging
 import math
 import os
@@ -14,7 +15,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,7 +31,7 @@ from library.errors import UserError
 from library.family_base import LatentSpec
 from library.image_io import Crop, choose_crop, content_seed, listed
 from library.masks import latent_mask
-from library.picture_views import choose_view, load_view, view_mask
+from library.picture_views import choose_view, load_view, view_beside
 from library.quarantine import BadFile, Quarantine
 from library.rng import keyed_random
 from library.strategy_base import Strategies, TokenizeStrategy
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from library.option_groups import TrainOptions
+    from library.picture_views import Beside
 
 logger = logging.getLogger(__name__)
 
@@ -83,6 +85,16 @@ class Part:
         return sum(math.ceil(len(items) / self.batch_size) for items in self.buckets.values())
 
 
+class Paired(NamedTuple):
+    """What belongs to a picture, as its batch has it."""
+
+    mask: Tensor | None = None  # [h, w] of the latents; None: the loss counts everywhere
+    condition: Tensor | None = None  # [3, H, W]
+
+    def mirrored(self) -> Paired:
+        return Paired(*(None if tensor is None else tensor.flip(-1) for tensor in self))
+
+
 @dataclass(frozen=True)
 class Row:
     """One picture of a batch, as it is seen this time."""
@@ -91,7 +103,7 @@ class Row:
     seed: int
     crop: Crop
     caption: str
-    mask: Tensor | None = None  # [h, w] of the latents; None: the loss counts everywhere
+    paired: Paired = Paired()
 
 
 @dataclass(eq=False)
@@ -118,7 +130,7 @@ class ImageDataset(Dataset[TrainBatch]):
     quarantine: Quarantine = field(default_factory=lambda: Quarantine(strict=True))
     latent_cache: LatentCache | None = None
     text_cache: TextCache | None = None
-    _masks: dict[str, Tensor | None] = field(default_factory=dict, init=False, repr=False)
+    _masks: dict[str, Paired] = field(default_factory=dict, init=False, repr=False)
     """Of pictures whose latents are kept in memory."""
     _planned: tuple[int, list[Batch]] | None = field(default=None, init=False, repr=False)
 
@@ -198,18 +210,19 @@ class ImageDataset(Dataset[TrainBatch]):
             entry = self._cached(self.latent_cache, record)
             recorded = entry.crop_ltrb
             crop = choose_crop(record.placement) if recorded is None else Crop.of_stored(recorded, record.placement.bucket)
-            pixels, seed, mask = _choose(entry, flipped), entry.seed, self._mask(record)
+            pixels, seed, paired = _choose(entry, flipped).float(), entry.seed, self._cached_pair(record)
         else:
             placement, crop = record.placement, choose_crop(record.placement)
             if not self.evaluating:
                 placement, crop = choose_view(record, draw)
             view = load_view(record, placement, crop, draw if record.subset.color_aug and not self.evaluating else None)
             pixels = pixels_to_tensor(view.pixels[:, ::-1] if flipped else view.pixels)
-            seed, mask = content_seed(view.digest), _shrunk(view.mask, self.mask_stride)
-        mask = mask.flip(-1) if mask is not None and flipped else mask
+            seed, paired = content_seed(view.digest), self._pair(view.beside)
         dropped = not self.evaluating and is_dropped(record.subset.captions, moment, key)
         caption = "" if dropped else self._reading(record, repeat, moment)
-        return Row(pixels, seed, crop.mirrored() if flipped else crop, caption, mask)
+        if flipped:
+            crop, paired = crop.mirrored(), paired.mirrored()
+        return Row(pixels, seed, crop, caption, paired)
 
     def _cached(self, cache: LatentCache, record: Record) -> CachedLatents:
         key = entry_key(record.path, record.recipe)
@@ -217,14 +230,18 @@ class ImageDataset(Dataset[TrainBatch]):
             raise BadFile(record.path, "it could not be read when latents were cached")
         return cache.get(key)
 
-    def _mask(self, record: Record) -> Tensor | None:
-        """Kept in memory where the latents are."""
-        if record.mask is None and not record.subset.alpha_mask:
-            return None
-        if self.latent_cache is None or not self.latent_cache.in_memory:
-            return _shrunk(view_mask(record), self.mask_stride)
+    def _pair(self, beside: Beside) -> Paired:
+        mask = None if beside.mask is None else latent_mask(beside.mask, self.mask_stride)
+        return Paired(mask, None if beside.condition is None else pixels_to_tensor(beside.condition))
+
+    def _cached_pair(self, record: Record) -> Paired:
+        """What belongs to a picture whose latents are cached. A mask is kept in memory where they are."""
+        if record.paired is None and not record.subset.alpha_mask:
+            return Paired()
+        if self.latent_cache is None or not self.latent_cache.in_memory or record.subset.conditioned:
+            return self._pair(view_beside(record))
         if record.key not in self._masks:
-            self._masks[record.key] = _shrunk(view_mask(record), self.mask_stride)
+            self._masks[record.key] = self._pair(view_beside(record))
         return self._masks[record.key]
 
     def _reading(self, record: Record, repeat: int, moment: CaptionMoment) -> str:
@@ -250,8 +267,9 @@ class ImageDataset(Dataset[TrainBatch]):
         needs_tokens = self.text_cache is None or not self.text_cache.complete
         preserve = [record.subset.preserves for record in records]
         whole = torch.ones([side // self.mask_stride for side in records[0].placement.bucket[::-1]])
-        masks = [whole if row.mask is None else row.mask for row in rows]
-        masked = any(row.mask is not None for row in rows)
+        masks = [whole if row.paired.mask is None else row.paired.mask for row in rows]
+        masked = any(row.paired.mask is not None for row in rows)
+        conditions = [row.paired.condition for row in rows if row.paired.condition is not None]
         return TrainBatch(
             captions=captions,
             images=stacked if self.latent_cache is None else None,
@@ -260,6 +278,7 @@ class ImageDataset(Dataset[TrainBatch]):
             conditioning=cached,
             loss_weights=torch.tensor([record.loss_weight for record in records], dtype=torch.float32),
             mask=torch.stack(masks)[:, None] if masked else None,
+            conditioning_images=torch.stack(conditions) if conditions else None,
             original_sizes=torch.tensor([record.size[::-1] for record in records]),
             crop_top_lefts=torch.tensor([(row.crop.top, row.crop.left) for row in rows]),
             target_sizes=torch.tensor([record.placement.bucket[::-1] for record in records]),
@@ -267,10 +286,6 @@ class ImageDataset(Dataset[TrainBatch]):
             latent_seeds=tuple(row.seed for row in rows),
             multiplier=multiplier,
         )
-
-
-def _shrunk(mask: np.ndarray | None, stride: int) -> Tensor | None:
-    return None if mask is None else latent_mask(mask, stride)
 
 
 def _choose(entry: CachedLatents, flipped: bool) -> Tensor:
@@ -356,14 +371,16 @@ def make_loader(
 ) -> BatchLoader:
     """This process's batches from its own batch `start` of `epoch` to the end of epoch `epochs` - 1 (of `epoch` when None).
 
-    Latents in memory leave nothing for workers to do that is worth sending batches between processes, so none are started.
+    Latents in memory leave nothing for workers to do that is worth sending batches between processes, so none are started,
+    unless pictures are read beside them.
     """
     dataset.batches_per_step = options.training.gradient_accumulation_steps * world
     keys = EpochKeys(
         dataset.num_batches, epoch=epoch, epochs=epochs or epoch + 1, start=start, rank=rank, world=world
     )  # fmt: skip
     in_memory = dataset.latent_cache is not None and dataset.latent_cache.in_memory
-    workers = 0 if in_memory else min(options.training.max_data_loader_n_workers, os.cpu_count() or 1)
+    conditioned = any(record.subset.conditioned for record in dataset.records)
+    workers = 0 if in_memory and not conditioned else min(options.training.max_data_loader_n_workers, os.cpu_count() or 1)
     return BatchLoader(
         _Guarded(dataset),
         sampler=keys,
@@ -406,12 +423,33 @@ class TrainData:
         return data_summary(self)
 
 
-def build_train_data(options: TrainOptions, latent: LatentSpec, strategies: Strategies, *, mode: Mode) -> TrainData:
+def dataset_class(path: str | None) -> type[ImageDataset]:
+    """The class of a dotted path, or ours. Raises `UserError` where it is not one that can stand in for ours."""
+    if path is None:
+        return ImageDataset
+    module, _, name = path.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module), name) if module else None
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"--dataset_class {path}: {error}. Expected package.module.ClassName, importable from here.") from error
+    if not (isinstance(found, type) and issubclass(found, ImageDataset)):
+        raise UserError(
+            f"--dataset_class {path}: is not a class derived from library.dataset.ImageDataset. sd-scripts' dataset classes "
+            "make batches of another form: derive from ours, and change what has to be different."
+        )
+    return found
+
+
+def build_train_data(
+    options: TrainOptions, latent: LatentSpec, strategies: Strategies, *, mode: Mode, conditioned: bool = False
+) -> TrainData:
     """Read the dataset configuration and look at every picture's header. Raises `UserError`; loads no model.
 
-    `options.training.seed` has to be set (`with_seed`); None counts as 0.
+    `options.training.seed` has to be set (`with_seed`); None counts as 0. conditioned: batches carry the pictures that a
+    ControlNet is given (`TrainBatch.conditioning_images`).
     """
-    config = load_data_config(options, latent.bucket_step)
+    kind = dataset_class(options.data.dataset_class)
+    config = load_data_config(options, latent.bucket_step, conditioned=conditioned)
     rejects_preservation(config, mode)
     seed = options.training.seed or 0
     quarantine = Quarantine(Path(options.output.output_dir) if options.output.output_dir else None, options.data.strict_data)
@@ -423,7 +461,7 @@ def build_train_data(options: TrainOptions, latent: LatentSpec, strategies: Stra
     train = [Part.of(d.train, d.config.batch_size, d.config.network_multiplier) for d in datasets if d.train]
     held_out = [Part.of(d.validation, d.config.batch_size, d.config.network_multiplier) for d in datasets if d.validation]
     training = options.training
-    dataset = ImageDataset(
+    dataset = kind(
         tuple(train),
         seed,
         strategies.tokenize,
@@ -445,7 +483,7 @@ def build_train_data(options: TrainOptions, latent: LatentSpec, strategies: Stra
 def _check_masks(datasets: Sequence[DatasetRecords], options: TrainOptions) -> None:
     """Raise `UserError` for masks that would not be used; warn where there is none to use."""
     subsets = [count.config for dataset in datasets for count in dataset.counts]
-    unasked = [subset.name for subset in subsets if subset.conditioning_data_dir is not None]
+    unasked = [subset.name for subset in subsets if subset.conditioning_data_dir is not None and not subset.conditioned]
     if unasked and not options.loss.masked_loss:
         raise UserError(
             f"conditioning_data_dir ({', '.join(unasked)}) names masks, which --masked_loss uses. Add it, or remove the folder."

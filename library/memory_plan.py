@@ -41,7 +41,7 @@ from library.memory_tracker import MemoryTracker, Peak, Work, simulated
 from library.offload_plan import RingPlan
 from library.offload_transport import ALIGNMENT, round_up
 from library.optimizers import group_rates
-from library.strategy_base import Conditioning
+from library.strategy_base import LATENT_DTYPE, Conditioning
 
 if TYPE_CHECKING:
     from library.train_util import PreparedRun, Trainer
@@ -152,12 +152,13 @@ def _training_batch(data: TrainData) -> TrainBatch:
 
 
 def _latent_cache_bytes(data: TrainData) -> int:
-    """In memory: float32, and the mirror image beside it where it is asked for."""
+    """In memory, with the mirror image where it is asked for."""
     spec, found = data.latent, {}
     for record in (record for dataset in data.image_datasets for record in dataset.records):
         width, height = record.placement.bucket
         copies = 2 if record.subset.flip_aug else 1
-        found[record.path, record.recipe] = copies * 4 * spec.channels * (height // spec.stride) * (width // spec.stride)
+        values = spec.channels * (height // spec.stride) * (width // spec.stride)
+        found[record.path, record.recipe] = copies * LATENT_DTYPE.itemsize * values
     return sum(found.values())
 
 
@@ -351,7 +352,7 @@ class _Simulation:
         _, size = largest_batch(prepared.data.train)
         images = torch.empty(options.memory.vae_batch_size, 3, size.height, size.width).to(self.device)
         with torch.no_grad():
-            prepared.strategies.latents_caching.encode(bundle.vae, images, [0] * len(images)).float().cpu()
+            prepared.strategies.latents_caching.stored(bundle.vae, images, [0] * len(images)).cpu()
         self._end_phase("caching latents")
         for dataset in prepared.data.image_datasets:
             dataset.latent_cache = LatentCache()

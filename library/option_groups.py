@@ -339,6 +339,11 @@ class TrainOptions:
     """Names of the flags that were set, on the command line or in a file."""
 
     @property
+    def batches_shown(self) -> int | None:
+        """Batches that are shown instead of trained."""
+        return self.run.show_batches or (10 if self.data.debug_dataset else None)
+
+    @property
     def attention_modes(self) -> frozenset[str]:
         """The attention back ends that flags name; more than one is a contradiction."""
         return self.attention.chosen

@@ -39,8 +39,8 @@ class DataOptions:
     reg_data_dir: str | None = opt(None, "the same for regularization pictures")
     in_json: str | None = opt(None, "metadata file with captions and sizes, for training without folder names")
     dataset_repeats: int = opt(1, "how often each picture of --in_json counts in an epoch", minimum=1)
-    dataset_class: str | None = opt(None, "dotted path to a dataset class", planned=True)
-    debug_dataset: bool = opt(False, "show the pictures instead of training", planned=True)
+    dataset_class: str | None = opt(None, "dotted path to a class of yours derived from library.dataset.ImageDataset")
+    debug_dataset: bool = opt(False, "the same as --show_batches 10")
     cache_info: bool = opt(
         False,
         "keep captions and sizes in a file beside the pictures",

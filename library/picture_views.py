@@ -1,8 +1,8 @@
-"""One picture as it is seen once: resized, cut, its colours varied, with its mask."""
+"""One picture as it is seen once: resized, cut, its colours varied, with what belongs to it."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 from typing import TYPE_CHECKING
 
@@ -10,7 +10,7 @@ from library.buckets import Placement
 from library.data_sources import Record
 from library.face_crop import face_of, face_view
 from library.image_io import Crop, choose_crop, decode, fit, vary_color
-from library.masks import read_mask
+from library.masks import read_paired
 from library.quarantine import BadFile
 
 if TYPE_CHECKING:
@@ -18,11 +18,19 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class Beside:
+    """What belongs to a picture, cut as it is."""
+
+    mask: np.ndarray | None = None  # uint8 [bucket height, bucket width]
+    condition: np.ndarray | None = None  # uint8 [bucket height, bucket width, 3]
+
+
+@dataclass(frozen=True)
 class View:
     """What is shown, not yet mirrored."""
 
     pixels: np.ndarray  # uint8 [bucket height, bucket width, 3]
-    mask: np.ndarray | None  # uint8 [bucket height, bucket width]
+    beside: Beside
     crop: Crop
     digest: str
     """Content hash of the file."""
@@ -50,16 +58,22 @@ def load_view(record: Record, placement: Placement, crop: Crop, color: Random | 
             f"{record.size[0]}x{record.size[1]}",
         )
     fitted = fit(image, placement, crop, subset.resize_interpolation)
-    mask = fitted[..., 3] if subset.alpha_mask else None
-    if record.mask is not None:
-        mask = read_mask(record.mask, record.size, placement, crop, subset.resize_interpolation)
+    beside = _paired(record, placement, crop)
+    if subset.alpha_mask:
+        beside = replace(beside, mask=fitted[..., 3])
     pixels = fitted[..., :3]
-    return View(pixels if color is None else vary_color(pixels.copy(), color), mask, crop, digest)
+    return View(pixels if color is None else vary_color(pixels.copy(), color), beside, crop, digest)
 
 
-def view_mask(record: Record) -> np.ndarray | None:
-    """The mask of a picture whose latents are cached, which are those of its middle."""
+def _paired(record: Record, placement: Placement, crop: Crop) -> Beside:
+    """The file that belongs to the picture, if there is one. A mask is its red channel, as in sd-scripts."""
+    if record.paired is None:
+        return Beside()
+    pixels = read_paired(record.paired, record.size, placement, crop, record.subset.resize_interpolation)
+    return Beside(condition=pixels) if record.subset.conditioned else Beside(mask=pixels[..., 0])
+
+
+def view_beside(record: Record) -> Beside:
+    """What belongs to a picture whose latents are cached, which are those of its middle."""
     placement, crop = record.placement, choose_crop(record.placement)
-    if record.mask is not None:
-        return read_mask(record.mask, record.size, placement, crop, record.subset.resize_interpolation)
-    return load_view(record, placement, crop).mask if record.subset.alpha_mask else None
+    return load_view(record, placement, crop).beside if record.subset.alpha_mask else _paired(record, placement, crop)

@@ -12,17 +12,22 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields, replace
-from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from library.cache_formats import LatentFormat, TextFormat
+
 Tokens = Mapping[str, Tensor]
 """Token ids by encoder name, each [B, N, M]; `<encoder>.weights` beside them when prompts are weighted."""
 
 ConditioningT = TypeVar("ConditioningT", bound="Conditioning")
+
+LATENT_DTYPE = torch.float16
+"""Of stored latents: half of float32, with a rounding error of at most 2^-11 of each value (bfloat16: 2^-8), read by numpy and
+so by sd-scripts. Latents lie far within its range (65504); one that does not is reported as not finite."""
 
 
 def tensor_field(*, source: str, pad: bool = False) -> Any:
@@ -123,12 +128,7 @@ class TextEncodingStrategy(ABC):
 class LatentsCachingStrategy(ABC):
     """Images to latents as sd-scripts stores them, and the names of its cache files."""
 
-    suffix: ClassVar[str]
-    """Family part of the cache file's name: `{stem}_{W:04d}x{H:04d}_{suffix}.npz`, W x H the size of the original image."""
-    multi_resolution: ClassVar[bool]
-    """Whether sd-scripts appends `_{latH}x{latW}` to every key, so that one file holds several resolutions."""
-    nameless: ClassVar[bool] = False
-    """Whether sd-scripts once named the file `{stem}.npz`, and still reads it."""
+    format: ClassVar[LatentFormat]
 
     @abstractmethod
     def encode(self, vae: nn.Module, images: Tensor, seeds: Sequence[int]) -> Tensor:
@@ -142,23 +142,24 @@ class LatentsCachingStrategy(ABC):
     def fingerprint(self) -> str:
         """Changes whenever the stored latents of an image could, beyond the VAE's own weights."""
 
-    def path_for(self, image: Path, size: tuple[int, int]) -> Path:
-        """sd-scripts' file name beside the image. size: (width, height) of the original image."""
-        return image.with_name(f"{image.stem}_{size[0]:04d}x{size[1]:04d}_{self.suffix}.npz")
+    def stored(self, vae: nn.Module, images: Tensor, seeds: Sequence[int]) -> Tensor:
+        """What `encode` gives, rounded to `LATENT_DTYPE`: what a cache keeps and, so that it is the same, what is trained
+        without one."""
+        return self.encode(vae, images, seeds).to(LATENT_DTYPE)
 
 
 @dataclass(frozen=True)
 class TextEncoderOutputsCachingStrategy(ABC):
     """Which conditioning is cached, and under which names. Loading and saving are generic over the tagged fields."""
 
-    suffix: ClassVar[str]
-    """Cache file name: `{stem}{suffix}`, for example `_te_outputs.npz`."""
+    format: ClassVar[TextFormat]
     conditioning: type[Conditioning]
     legacy_keys: ClassVar[Mapping[str, str]] = {}
     """Field name -> key in sd-scripts' npz, where the two differ."""
 
-    def path_for(self, image: Path) -> Path:
-        return image.with_name(f"{image.stem}{self.suffix}")
+    def foreign_arrays(self, arrays: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+        """What sd-scripts looks for in a file beside `arrays`, which stand in it: it makes files without it again."""
+        return {}
 
     def foreign_problem(self, arrays: Mapping[str, np.ndarray]) -> str:
         """Why sd-scripts' file, which has all keys, cannot be used ("" if it can): it has no fingerprint that would say."""

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from library.cache_formats import LATENT_FORMATS, TEXT_FORMATS, LatentFormat, TextFormat
 from library.clip_tokenizer import ClipTokenizer
 from library.strategy_base import (
     Conditioning,
@@ -28,6 +29,7 @@ from library.vae_parts import encode_images
 
 CLIP_L, T5XXL = "clip_l", "t5xxl"
 CLIP_LENGTH = 77
+_NO_CLIP = np.zeros((CLIP_LENGTH, 1), np.float32)  # what sd-scripts' stand-in for CLIP-L gives: Chroma has none
 
 
 @dataclass(frozen=True)
@@ -110,8 +112,7 @@ def _on(encoder: nn.Module, ids: Tensor) -> Tensor:
 class FluxLatentsCachingStrategy(LatentsCachingStrategy):
     """A sample of the autoencoder's posterior, scaled: (z - shift) * scale."""
 
-    suffix: ClassVar[str] = "flux"
-    multi_resolution: ClassVar[bool] = True
+    format: ClassVar[LatentFormat] = LATENT_FORMATS["flux"]
     scale: float
     shift: float
 
@@ -126,10 +127,17 @@ class FluxLatentsCachingStrategy(LatentsCachingStrategy):
 class FluxTextEncoderOutputsCachingStrategy(TextEncoderOutputsCachingStrategy):
     """length and mask_t5: what sd-scripts' files have to agree with."""
 
-    suffix: ClassVar[str] = "_flux_te.npz"
+    format: ClassVar[TextFormat] = TEXT_FORMATS["flux"]
     legacy_keys: ClassVar[Mapping[str, str]] = {"pooled": "l_pooled", "context": "t5_out", "mask": "t5_attn_mask"}
     length: int
     mask_t5: bool
+
+    def foreign_arrays(self, arrays: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+        stand_in = {} if "pooled" in {f.name for f in self.conditioning.tensor_fields()} else {"l_pooled": _NO_CLIP}
+        if "t5_out" not in arrays:
+            return stand_in
+        txt_ids = np.zeros((len(arrays["t5_out"]), 3), np.float32)
+        return {"txt_ids": txt_ids, "apply_t5_attn_mask": np.array(self.mask_t5), **stand_in}
 
     def foreign_problem(self, arrays: Mapping[str, np.ndarray]) -> str:
         if len(arrays["t5_out"]) != self.length:

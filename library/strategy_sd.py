@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from library.cache_formats import LATENT_FORMATS, TEXT_FORMATS, LatentFormat, TextFormat
 from library.clip_text import ClipCaptions, join_chunks, weigh
 from library.strategy_base import (
     Conditioning,
@@ -85,9 +86,7 @@ class SdTextEncodingStrategy(TextEncodingStrategy):
 class SdLatentsCachingStrategy(LatentsCachingStrategy):
     """A sample of the VAE's posterior, not yet scaled."""
 
-    suffix: ClassVar[str] = "sd"
-    multi_resolution: ClassVar[bool] = False
-    nameless: ClassVar[bool] = True
+    format: ClassVar[LatentFormat] = LATENT_FORMATS["sd"]
 
     def encode(self, vae: nn.Module, images: Tensor, seeds: Sequence[int]) -> Tensor:
         return encode_images(vae, images, seeds)
@@ -100,5 +99,5 @@ class SdLatentsCachingStrategy(LatentsCachingStrategy):
 class SdTextEncoderOutputsCachingStrategy(TextEncoderOutputsCachingStrategy):
     """sd-scripts has no such cache for Stable Diffusion 1.x/2.x; the name is ours."""
 
-    suffix: ClassVar[str] = "_sd_te.npz"
+    format: ClassVar[TextFormat] = TEXT_FORMATS["sd"]
     conditioning: type[Conditioning] = SdConditioning

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import numpy as np
 from torch import Tensor, nn
 
+from library.cache_formats import LATENT_FORMATS, TEXT_FORMATS, LatentFormat, TextFormat
 from library.clip_text import ClipCaptions, join_chunks, weigh
 from library.strategy_base import (
     Conditioning,
@@ -107,9 +108,7 @@ def _joined(states: Tensor, tokens: Tokens, name: str) -> Tensor:
 class SdxlLatentsCachingStrategy(LatentsCachingStrategy):
     """A sample of the VAE's posterior, not yet scaled."""
 
-    suffix: ClassVar[str] = "sdxl"
-    multi_resolution: ClassVar[bool] = False
-    nameless: ClassVar[bool] = True
+    format: ClassVar[LatentFormat] = LATENT_FORMATS["sdxl"]
 
     def encode(self, vae: nn.Module, images: Tensor, seeds: Sequence[int]) -> Tensor:
         return encode_images(vae, images, seeds)
@@ -122,7 +121,7 @@ class SdxlLatentsCachingStrategy(LatentsCachingStrategy):
 class SdxlTextEncoderOutputsCachingStrategy(TextEncoderOutputsCachingStrategy):
     """sd-scripts' file. length: tokens of a caption's conditioning."""
 
-    suffix: ClassVar[str] = "_te_outputs.npz"
+    format: ClassVar[TextFormat] = TEXT_FORMATS["sdxl"]
     conditioning: type[Conditioning] = SdxlConditioning
     length: int = 77
 

@@ -124,12 +124,12 @@ class Trainer:
         return torch.where(batch.preserve.view(-1, 1, 1, 1), prior.float(), noised.target)
 
     def latents(self, batch: TrainBatch) -> Tensor:
-        """Stored latents, cached or encoded now: the same either way."""
+        """Stored latents in float32, cached or encoded now: the same either way."""
         if batch.latents is not None:
             return batch.latents
         assert batch.images is not None
         with torch.no_grad():
-            return self.strategies.latents_caching.encode(self.bundle.vae, batch.images, batch.latent_seeds)
+            return self.strategies.latents_caching.stored(self.bundle.vae, batch.images, batch.latent_seeds).float()
 
     def conditioning(self, batch: TrainBatch) -> Conditioning:
         """Cached fields as they are; the others from their encoders, with gradient where an encoder learns."""
@@ -389,10 +389,10 @@ def run(family: ModelFamily, options: TrainOptions, mode: Mode) -> None:
 
         write_plan(prepared)
         return
-    if options.run.show_batches is not None:
+    if options.batches_shown is not None:
         from library.batch_page import write_page
 
-        write_page(prepared, options.run.show_batches)
+        write_page(prepared, options.batches_shown)
         return
     trainer = finish_building(prepared)
     trainer.fit(RunWriter(trainer))

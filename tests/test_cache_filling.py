@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import signal
+import sys
 import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from data_tools import CPU, Case, make_bundle, make_strategies, write_folder, write_picture
@@ -16,6 +21,7 @@ from library.cache_io import read_npz
 from library.caching import Share, cache_latents, cache_text_outputs
 from library.errors import UserError
 from library.strategy_base import Strategies
+from library.strategy_sd import SdLatentsCachingStrategy
 
 SHUFFLED = "shuffle_caption = true\n"
 
@@ -38,32 +44,33 @@ def case(tmp_path: Path, strategies: Strategies) -> Case:
     return Case(tmp_path, strategies)
 
 
-def count_encoded(monkeypatch: pytest.MonkeyPatch, case: Case) -> list[int]:
-    """Pictures that the VAE is given from now on, batch by batch."""
-    seen: list[int] = []
-    kind = type(case.strategies.latents_caching)
-    original = kind.encode
+@dataclass(frozen=True)
+class Watched(SdLatentsCachingStrategy):
+    """Tells `on_encode` how many pictures the VAE is given, batch by batch."""
 
-    def encode(self: object, vae: torch.nn.Module, images: torch.Tensor, seeds: list[int]) -> torch.Tensor:
-        seen.append(len(images))
-        return original(self, vae, images, seeds)  # type: ignore[arg-type]
+    on_encode: Callable[[int], object] = field(kw_only=True, compare=False)
 
-    monkeypatch.setattr(kind, "encode", encode)
-    return seen
+    def encode(self, vae: torch.nn.Module, images: torch.Tensor, seeds: Sequence[int]) -> torch.Tensor:
+        self.on_encode(len(images))
+        return super().encode(vae, images, seeds)
+
+
+def watched(case: Case, on_encode: Callable[[int], object]) -> Strategies:
+    return replace(case.strategies, latents_caching=Watched(on_encode=on_encode))
 
 
 # ---- pictures --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("where", ["cache_latents", "cache_latents_to_disk"])
-def test_a_picture_that_lies_in_two_folders_is_encoded_once(where: str, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_picture_that_lies_in_two_folders_is_encoded_once(where: str, case: Case) -> None:
     (case.folder / "copies").mkdir()
     for name in ("p0", "p2"):
         (case.folder / "copies" / f"{name}-again.png").write_bytes((case.folder / "img" / f"{name}.png").read_bytes())
     write_picture(case.folder / "copies" / "p9.png", (64, 64), key=9)
     data = case.data(more=f"[[datasets.subsets]]\nimage_dir = '{case.folder / 'copies'}'\n", **{where: True})
-    seen = count_encoded(monkeypatch, case)
-    case.latents(data)
+    seen: list[int] = []
+    case.latents(data, strategies=watched(case, seen.append))
     assert len(data.train.records) == 7 and sum(seen) == 5
     cache = data.train.latent_cache
     assert cache is not None
@@ -90,29 +97,23 @@ def test_one_unreadable_picture_is_told_when_all_others_are_in_the_cache(case: C
 
 
 def test_a_picture_that_changes_after_it_was_read_is_not_taken_for_the_cached_one(
-    case: Case, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    case: Case, caplog: pytest.LogCaptureFixture
 ) -> None:
-    kind = type(case.strategies.latents_caching)
-    original = kind.encode
-
-    def encode(self: object, *arguments: object) -> torch.Tensor:
+    def change(_: int) -> None:
         write_picture(case.folder / "img" / "p0.png", (64, 64), key=77)  # while it is encoded
-        return original(self, *arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(kind, "encode", encode)
-    case.latents(case.data(cache_latents_to_disk=True))
-    monkeypatch.undo()
+    case.latents(case.data(cache_latents_to_disk=True), strategies=watched(case, change))
     caplog.set_level(logging.INFO)
     assert case.latents(case.data(cache_latents_to_disk=True)) == ["vae"]
     assert "1 cached latents are made again, because of the image's content" in caplog.text
 
 
-def test_processes_share_the_files_and_together_make_each_once(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = count_encoded(monkeypatch, case)
+def test_processes_share_the_files_and_together_make_each_once(case: Case) -> None:
+    seen: list[int] = []
     files = []
     for rank in range(2):
         data = case.data(cache_latents_to_disk=True, cache_text_encoder_outputs_to_disk=True)
-        cache_latents(data, case.strategies, make_bundle(), data.options, CPU, Share(rank, 2))
+        cache_latents(data, watched(case, seen.append), make_bundle(), data.options, CPU, Share(rank, 2))
         cache_text_outputs(data, case.strategies, make_bundle(), data.options, CPU, None, Share(rank, 2))
         files.append(len(list((case.folder / "img").glob("*.npz"))))
     assert sum(seen) == 4 and 0 < files[0] < files[1] == 4 + 5
@@ -142,6 +143,103 @@ def test_caching_that_is_killed_goes_on_where_it_was(case: Case, caplog: pytest.
     assert f"{40 - len(whole)} made, {len(whole)} found on disk" in caplog.text
     assert {path: path.read_bytes() for path in whole} == whole
     assert len(list((case.folder / "img").glob("*.npz"))) == 40
+
+
+# ---- what a cache may do to folders ----------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize(("flags", "goes_on"), [({}, True), ({"strict_data": True}, False)], ids=["goes on", "strict"])
+def test_a_disk_that_fills_costs_the_files_and_not_the_run(flags: dict[str, bool], goes_on: bool, case: Case) -> None:
+    """A limit on the size of files stands for a full disk; it holds for the whole process, so this is one of its own."""
+    live = case.data()
+    expected = case.strategies.latents_caching.stored(
+        make_bundle().vae, live.train[(0, 0)].images, live.train[(0, 0)].latent_seeds
+    )  # type: ignore[arg-type]
+
+    def full() -> None:
+        import resource
+
+        data = case.data(cache_latents_to_disk=True, cache_text_encoder_outputs_to_disk=True, **flags)
+        case.latents(data)  # there is room for these
+        for path in list((case.folder / "img").glob("p[01]*.npz")):
+            path.unlink()
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, -1))
+        case.latents(data)
+        case.text(data)
+        batch = data.train[(0, 0)]
+        assert torch.allclose(batch.latents, expected.float(), rtol=2**-10) and batch.conditioning is not None  # type: ignore[arg-type]
+        assert sum(len(data.train[(0, index)]) for index in range(data.train.num_batches)) == 4
+
+    assert _in_a_process(full) == goes_on
+    assert sorted(path.name[:2] for path in (case.folder / "img").glob("*.npz")) == ["p2", "p3"]
+    assert not list((case.folder / "img").glob(".*"))
+
+
+def _in_a_process(function: Callable[[], None]) -> bool:
+    """Whether it goes well; `UserError` is its only way to go wrong."""
+    child = os.fork()
+    if child == 0:
+        sys.stdout = sys.stderr = io.StringIO()  # what pytest has there are files, too
+        try:
+            function()
+            os._exit(0)
+        except UserError:
+            os._exit(3)
+        except BaseException:
+            os._exit(1)
+    _, status = os.waitpid(child, 0)
+    code = os.waitstatus_to_exitcode(status)
+    assert code in (0, 3), "it ended in another error"
+    return code == 0
+
+
+def test_a_picture_may_have_the_longest_name_there_can_be(case: Case) -> None:
+    for number, stem in enumerate(("x" * 251, "x" * 250 + "y", "日本" * 41)):
+        write_picture(case.folder / "img" / f"{stem}.png", key=20 + number, caption=f"long {number}")
+    flags = {"cache_latents_to_disk": True, "cache_text_encoder_outputs_to_disk": True}
+    data = case.data(subset="shuffle_caption = true\n", **flags)
+    assert case.latents(data) == ["vae"] and case.text(data) == ["text_encoder"]
+    assert sum(len(data.train[(0, index)]) for index in range(data.train.num_batches)) == 7
+    again = case.data(subset="shuffle_caption = true\n", **flags)
+    assert case.latents(again) == [] == case.text(again)
+    assert len(list((case.folder / "img").glob("*_sd.npz")) + list((case.folder / "img").glob("x*_[0-9a-f]*.npz"))) >= 6
+
+
+def test_what_a_killed_writer_left_is_removed_when_it_is_old(case: Case) -> None:
+    old, young, other = (case.folder / "img" / name for name in (f".{'0' * 16}.npz.tmp", f".{'1' * 16}.npz.tmp", ".notes.tmp"))
+    for path in (old, young, other):
+        path.write_bytes(b"half")
+    for path in (old, other):
+        os.utime(path, (1, 1))
+    case.latents(case.data(cache_latents_to_disk=True))
+    assert not old.exists() and young.exists() and other.exists()
+
+
+def test_readings_of_captions_are_bounded_on_the_disk(case: Case) -> None:
+    """Each seed shuffles anew. A picture keeps what this run needs, and as many of the others: those used last."""
+    flags = {"cache_text_encoder_outputs_to_disk": True, "caption_variants": 3}
+    folder = case.folder / "img"
+    (folder / "p9_sd_te_01234567.npz").write_bytes(b"the user's own")
+    np.savez(folder / "p0_sd_te_01234567.npz", context=np.zeros(3))  # sd-scripts could have written it: no fingerprint
+    foreign = {path: path.read_bytes() for path in folder.glob("*_01234567.npz")}
+
+    def of_p0(seed: int) -> tuple[set[Path], set[Path]]:
+        before = set(folder.glob("p0_sd_te_*.npz"))
+        data = case.data(subset=SHUFFLED, seed=seed, **flags)
+        case.text(data)
+        after = set(folder.glob("p0_sd_te_*.npz"))
+        cache = data.train.text_cache
+        assert cache is not None and all(file.path.exists() for file in cache.files.values())
+        return after - before, after - foreign.keys()
+
+    first, _ = of_p0(1)
+    second, kept = of_p0(2)
+    assert len(first) == 4 and len(second) == 3 and kept == first | second  # the empty caption is the fourth
+    _, kept = of_p0(1)  # finds its own again, which makes them the youngest
+    third, kept = of_p0(3)
+    assert len(third) == 3 and kept == first | third
+    assert {path: path.read_bytes() for path in foreign} == foreign
 
 
 # ---- captions that vary ----------------------------------------------------------------------------------------------

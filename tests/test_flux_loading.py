@@ -265,7 +265,7 @@ def test_text_caches_of_sd_scripts_are_used_where_they_fit(
     from library.cache_io import Fingerprint, TextFile
 
     strategy = FAMILY.strategies(options(files["dev"], files["dev"].parent)).text_caching
-    path = strategy.path_for(tmp_path / "picture.png")
+    path = strategy.format.path_for(tmp_path / "picture.png")
     assert path.name == "picture_flux_te.npz"
     sd_scripts_cache(path, length, masked)
     file = TextFile(path, strategy, frozenset({"clip_l", "t5xxl"}))
@@ -282,8 +282,8 @@ def test_text_caches_of_sd_scripts_are_used_where_they_fit(
 
 def test_latent_caches_have_sd_scripts_name_and_keys(files: dict[str, Path]) -> None:
     strategy = FAMILY.strategies(options(files["dev"], files["dev"].parent)).latents_caching
-    assert strategy.path_for(Path("a/picture.png"), (640, 480)).name == "picture_0640x0480_flux.npz"
-    assert strategy.multi_resolution
+    assert strategy.format.path_for(Path("a/picture.png"), (640, 480)).name == "picture_0640x0480_flux.npz"
+    assert strategy.format.by_resolution
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------------

@@ -132,7 +132,7 @@ def test_masks_that_are_missing_of_another_shape_or_unused_are_told(
     data = data_of(tmp_path, strategies, subset, masked_loss=True)
     assert {caption for index in range(2) for caption in data.train[(0, index)].captions} == {"picture 0, tag"}
     ((path, reason),) = data.train.quarantine.found.items()
-    assert path == masks / "p1.png" and "the mask is 64x32, its picture 64x64" in reason
+    assert path == masks / "p1.png" and "it is 64x32, and the picture it belongs to 64x64" in reason
     data_of(tmp_path, strategies, masked_loss=True)
     assert "--masked_loss has no effect" in caplog.text
 

@@ -253,8 +253,8 @@ def test_caches_by_sd_scripts_are_used_where_their_length_fits(workspace: Worksp
 
 def test_cache_files_are_named_as_sd_scripts_names_them() -> None:
     image = Path("data/10_cat/a.b.png")
-    assert SdxlLatentsCachingStrategy().path_for(image, (640, 480)) == Path("data/10_cat/a.b_0640x0480_sdxl.npz")
-    assert SdxlTextEncoderOutputsCachingStrategy().path_for(image) == Path("data/10_cat/a.b_te_outputs.npz")
+    assert SdxlLatentsCachingStrategy().format.path_for(image, (640, 480)) == Path("data/10_cat/a.b_0640x0480_sdxl.npz")
+    assert SdxlTextEncoderOutputsCachingStrategy().format.path_for(image) == Path("data/10_cat/a.b_te_outputs.npz")
     assert [field.name for field in SdxlConditioning.tensor_fields()] == ["hidden_state1", "hidden_state2", "pool2"]
 
 

@@ -150,8 +150,8 @@ def test_fingerprints_change_with_what_they_stand_for(v1: ClipTokenizer, v2: Cli
 
 def test_cache_files_are_named_as_sd_scripts_names_them():
     image = Path("data/10_cat/a.b.png")
-    assert SdLatentsCachingStrategy().path_for(image, (640, 480)) == Path("data/10_cat/a.b_0640x0480_sd.npz")
-    assert SdTextEncoderOutputsCachingStrategy().path_for(image) == Path("data/10_cat/a.b_sd_te.npz")
+    assert SdLatentsCachingStrategy().format.path_for(image, (640, 480)) == Path("data/10_cat/a.b_0640x0480_sd.npz")
+    assert SdTextEncoderOutputsCachingStrategy().format.path_for(image) == Path("data/10_cat/a.b_sd_te.npz")
 
 
 def test_joined_chunks_keep_the_first_bos_the_bodies_and_the_last_token():
