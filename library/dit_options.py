@@ -65,6 +65,12 @@ FLOW_RULES: tuple[Rule, ...] = (
         warning=True,
     ),
     Rule(
+        lambda o: o.family.swapped_blocks and o.precision.mixed_precision == "fp16",
+        "--blocks_to_swap cannot be used with --mixed_precision fp16 in full fine-tuning: gradients lie on two devices when "
+        "their scale is taken off. Use --mixed_precision bf16.",
+        scope=FullTrainOptions,
+    ),
+    Rule(
         lambda o: o.loss.weighted_captions,
         "--weighted_captions is for CLIP's hidden states, which this model does not use. Remove it.",
     ),

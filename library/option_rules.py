@@ -111,14 +111,8 @@ _FUSED = (
         "did is known after the weights were stepped. Use --mixed_precision bf16.",
     ),
     Rule(
-        lambda o: o.family.swapped_blocks and o.precision.mixed_precision == "fp16",
-        "--blocks_to_swap cannot be used with --mixed_precision fp16 in full fine-tuning: gradients lie on two devices when "
-        "their scale is taken off. Use --mixed_precision bf16.",
-        scope=FullTrainOptions,
-    ),
-    Rule(
         lambda o: o.fused_backward and any(text.startswith("ggpo_") for text in o.network.network_args or ()),
-        "--fused_backward_pass: ggpo needs the gradients of a whole step. Remove one of them.",
+        "--fused_backward_pass: ggpo_sigma and ggpo_beta need the gradients of a whole step. Remove them, or the flag.",
         scope=NetworkTrainOptions,
     ),
     Rule(

@@ -169,11 +169,6 @@ BAD = [
         ("--torch_compile", "compiler fails on nf4"),
     ),
     Bad(
-        "perturbations in a fused backward pass",
-        lambda f, w: ["--fused_backward_pass", "--max_grad_norm=0", "--network_args", "ggpo_sigma=0.1", "ggpo_beta=0.1"],
-        ("--fused_backward_pass", "ggpo"),
-    ),
-    Bad(
         "unknown dataset key",
         lambda f, w: dataset(f, w, subset="num_repeat = 2"),
         ("data.toml", "num_repeat", "Did you mean 'num_repeats'"),
