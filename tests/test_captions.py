@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+
 from library.captions import CaptionMoment, CaptionOptions, final_caption, is_dropped, read_lines, static_caption
 
 
@@ -116,3 +123,47 @@ def test_the_static_caption_is_what_is_trained_when_nothing_is_dropped() -> None
     options = CaptionOptions(prefix="P", secondary_separator=";", dropout_rate=0.5)
     assert static_caption("a;b", options) == "P a,b"
     assert set(readings("a;b", options)) == {"", "P a,b"}
+
+
+# ---- every option, as recorded ---------------------------------------------------------------------------------------
+
+GOLDEN = Path(__file__).parent / "golden" / "captions.json"
+CAPTION = "1girl, {red|blue} hair ||| smiling, a;b, under a tree, looking at viewer ||| masterpiece\nsecond line, x, y"
+RECORDED: dict[str, dict[str, Any]] = {
+    "nothing": {},
+    "shuffle_caption": {"shuffle": True},
+    "keep_tokens": {"shuffle": True, "keep_tokens": 2},
+    "keep_tokens_separator": {"shuffle": True, "keep_tokens_separator": "|||"},
+    "keep_tokens_separator alone": {"keep_tokens_separator": "|||"},
+    "caption_separator": {"shuffle": True, "separator": ";"},
+    "secondary_separator": {"shuffle": True, "secondary_separator": ";"},
+    "enable_wildcard": {"wildcard": True},
+    "several captions": {"several": True},
+    "caption_prefix and caption_suffix": {"prefix": "photo of", "suffix": "by me"},
+    "token_warmup": {"token_warmup_min": 1, "token_warmup_step": 6},
+    "token_warmup as a share": {"token_warmup_min": 2, "token_warmup_step": 0.5},
+    "caption_dropout_rate": {"dropout_rate": 0.5},
+    "caption_dropout_every_n_epochs": {"dropout_every_n_epochs": 2},
+    "caption_tag_dropout_rate": {"tag_dropout_rate": 0.5},
+    "all of it": {
+        "shuffle": True, "keep_tokens_separator": "|||", "secondary_separator": ";", "wildcard": True, "prefix": "photo of",
+        "suffix": "by me", "token_warmup_min": 1, "token_warmup_step": 6, "dropout_rate": 0.2, "tag_dropout_rate": 0.3,
+    },
+}  # fmt: skip
+
+
+def test_every_option_reads_as_recorded(request: pytest.FixtureRequest) -> None:
+    """Two pictures over four epochs of two steps each. Caches and resumed runs rely on these very texts."""
+    found = {
+        name: [
+            final_caption(CAPTION, CaptionOptions(**options), CaptionMoment(7, epoch, 2 * epoch, 8), key)
+            for epoch in range(4)
+            for key in ("0/0/a.png#0", "0/0/b.png#0")
+        ]
+        for name, options in RECORDED.items()
+    }
+    if request.config.getoption("--rewrite-golden"):
+        GOLDEN.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    assert found == json.loads(GOLDEN.read_text(encoding="utf-8"))
+    tried = {name for options in RECORDED.values() for name in options}
+    assert tried == {f.name for f in fields(CaptionOptions)}

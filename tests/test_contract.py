@@ -68,8 +68,9 @@ def test_caches_change_nothing(family: str, mode: Mode, where: str, workspaces: 
     for one, other in zip(runs.first_batches(cached, 3), runs.first_batches(live, 3), strict=True):
         assert one.images is None
         assert other.images is not None
-        # encoded in other batches, so sums run in another order
-        torch.testing.assert_close(cached.latents(one), live.latents(other), atol=1e-4, rtol=1e-4)
+        # encoded in other batches, so sums run in another order; a few values are then rounded to the neighbour
+        torch.testing.assert_close(cached.latents(one), live.latents(other), atol=1e-4, rtol=2**-10)
+        assert (cached.latents(one) != live.latents(other)).float().mean() < 0.03
         with torch.no_grad():
             torch.testing.assert_close(cached.loss(one), live.loss(other), atol=0, rtol=1e-4)
 
