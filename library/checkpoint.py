@@ -374,12 +374,12 @@ def _explained(path: Path) -> Iterator[None]:
 
 # ---- which options a state depends on ----------------------------------------------------------------------------------
 
-NEUTRAL_GROUPS = frozenset({"output", "state", "hub", "logging", "sampling", "metadata", "run", "validation"})
-"""Option groups that do not change what is learned."""
+NEUTRAL_GROUPS = frozenset({"output", "state", "hub", "logging", "sampling", "metadata", "run", "validation", "cache"})
+"""Option groups that do not change what is learned; a state says by itself how many readings of captions a cache keeps."""
 
 NEUTRAL_OPTIONS = frozenset({
-    "cache.cache_dir", "cache.skip_cache_check", "cache.text_encoder_batch_size", "family.blocks_to_swap", "family.split_mode",
-    "full.max_shard_size", "memory.vae_batch_size", "memory.lowram", "memory.highvram", "memory.pinned_memory_limit",
+    "data.debug_dataset", "data.strict_data", "family.blocks_to_swap", "family.split_mode", "full.max_shard_size",
+    "memory.vae_batch_size", "memory.lowram", "memory.highvram", "memory.pinned_memory_limit",
     "model.tokenizer_cache_dir", "training.max_data_loader_n_workers",
     "training.persistent_data_loader_workers", "training.ddp_timeout", "training.ddp_gradient_as_bucket_view",
 })  # fmt: skip

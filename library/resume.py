@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from library.bf16_updates import drop_compensation
 from library.checkpoint import SavedState, changed_options, result_options
-from library.dataset import ImageDataset
+from library.config_util import SubsetConfig
+from library.dataset import ImageDataset, Part
 from library.errors import UserError
 from library.optimizers import find_optimizer, load_exactly
 from library.rng import key_to_seed
@@ -32,6 +34,15 @@ REMEDIES = {
 }
 """What cannot differ -> what the user has to put back."""
 
+WARNED = {
+    "pictures": "the pictures are not those of the saved run",
+    "captions": "the captions are not those of the saved run",
+    "settings": "the settings of the data sets are not those of the saved run",
+    "readings": "cached text encoder outputs keep another number of readings of a caption than in the saved run "
+    "(--caption_variants)",
+}
+"""What makes it another run from here on, where it differs -> how that is said."""
+
 KEPT_OPTIONS = ("optimizer.optimizer_args", "schedule.lr_scheduler_args")
 """Options whose saved values hold, as they are part of the optimizer's or the schedule's own state."""
 
@@ -41,6 +52,8 @@ def run_record(options: TrainOptions, length: RunLength, world: int, data: Image
     pictures = [
         (part.batch_size, [(record.key, record.size, record.repeats) for record in part.records]) for part in data.parts
     ]
+    settings = [(part.batch_size, part.multiplier, [_setting(subset) for subset in _subsets(part)]) for part in data.parts]
+    varies = any(not record.subset.captions.is_static for record in data.records)
     optimizer = find_optimizer(options.optimizer.name)
     return {
         "seed": options.training.seed,
@@ -50,8 +63,20 @@ def run_record(options: TrainOptions, length: RunLength, world: int, data: Image
         "optimizer": f"{optimizer.module}.{optimizer.attribute}",
         "schedule_class": options.schedule.lr_scheduler_type,
         "pictures": key_to_seed(pictures),
+        "captions": key_to_seed([record.caption for record in data.records]),
+        "settings": key_to_seed(settings),
+        "readings": data.caption_variants if varies else 0,
         "options": result_options(options),
     }
+
+
+def _subsets(part: Part) -> list[SubsetConfig]:
+    return list({id(record.subset): record.subset for record in part.records}.values())
+
+
+def _setting(subset: SubsetConfig) -> SubsetConfig:
+    """All that tells how its pictures and captions are used, and not where they lie, which may change."""
+    return replace(subset, image_dir=None, metadata_file=None, conditioning_data_dir=None)
 
 
 def check_resumable(saved: SavedState, now: dict[str, Any], length: RunLength, options: TrainOptions) -> None:
@@ -68,8 +93,9 @@ def check_resumable(saved: SavedState, now: dict[str, Any], length: RunLength, o
             f"nothing is left to train: {saved.folder} was saved after step {then['step']}, and this run ends at step "
             f"{length.total_updates}. To go on, raise --max_train_steps (or --max_train_epochs)."
         )
-    if then.get("pictures", now["pictures"]) != now["pictures"]:
-        logger.warning("the pictures are not those of the saved run: from here on it is another run than it would have been")
+    for key, difference in WARNED.items():
+        if then.get(key, now[key]) != now[key]:
+            logger.warning("%s: from here on it is another run than it would have been", difference)
     for key, change in changed_options(then, options).items():
         holds = "as saved, since it is part of the saved state" if key in KEPT_OPTIONS else "with the new value"
         logger.warning("not the run that was saved: %s; it goes on %s", change, holds)

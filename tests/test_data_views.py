@@ -82,6 +82,12 @@ def test_the_page_has_the_batches_that_training_sees_pixel_by_pixel(workspace: W
         assert f"{len(batch)} of {width}x{height}" in title
 
 
+def test_debugging_the_data_set_is_the_page_of_ten_batches(workspace: Workspace, tmp_path: Path) -> None:
+    workspace.train("network", tmp_path, "--debug_dataset")
+    assert [path.name for path in tmp_path.iterdir()] == [PAGE_FILE]
+    assert len(Page((tmp_path / PAGE_FILE).read_text(encoding="utf-8")).titles) == 10
+
+
 def test_a_page_picture_is_what_was_decoded() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (8, 5, 3), dtype=np.uint8)
     assert np.array_equal(picture(pixels_to_tensor(pixels)), pixels)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import pickle
 from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,8 @@ from PIL import Image
 
 from library.batch import TrainBatch
 from library.buckets import Placement
-from library.dataset import ImageDataset, TrainData, batches_per_rank, make_loader
+from library.data_sources import Record
+from library.dataset import ImageDataset, Row, TrainData, batches_per_rank, make_loader
 from library.errors import UserError
 from library.image_io import Crop, choose_crop, fit, list_images, resize, vary_color
 from library.rng import keyed_random
@@ -149,6 +152,40 @@ def test_subsets_of_one_dataset_mix_in_a_batch(tmp_path: Path, strategies: Strat
         subsets += f"[[datasets.subsets]]\nimage_dir = '{tmp_path / name}'\n"
     (batch,) = epoch_of(from_toml(tmp_path, strategies, f"[[datasets]]\nresolution = 64\nbatch_size = 2\n{subsets}").train, 0)
     assert set(batch.captions) == {"a", "b"}
+
+
+class Louder(ImageDataset):
+    """What a user might put in the place of ours."""
+
+    def collate(self, records: Sequence[Record], rows: Sequence[Row], multiplier: float) -> TrainBatch:
+        shouted = [replace(row, caption=row.caption.upper()) for row in rows]
+        return super().collate(records, shouted, multiplier)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_class_of_the_users_can_make_the_batches(workers: int, tmp_path: Path, strategies: Strategies) -> None:
+    write_folder(tmp_path / "img", [(64, 64)] * 4)
+    flags = {"dataset_class": f"{__name__}.Louder", "max_data_loader_n_workers": workers}
+    text = "[[datasets]]\nresolution = 64\nvalidation_split = 0.25\n[[datasets.subsets]]\n"
+    data = from_toml(tmp_path, strategies, f"{text}image_dir = '{tmp_path / 'img'}'\n", **flags)
+    loader = make_loader(data.train, epoch=0, start=0, rank=0, world=1, options=data.options, pin=False)
+    seen = [caption for batch in loader for caption in batch.captions]
+    assert len(seen) == 3 and all(caption.startswith("PICTURE ") for caption in seen)
+    assert data.validation is not None and data.validation[(0, 0)].captions[0].startswith("PICTURE ")
+
+
+@pytest.mark.parametrize(
+    ("path", "says"),
+    [
+        ("Louder", "is not a class derived from library.dataset.ImageDataset"),
+        ("nowhere.Louder", "No module named 'nowhere'"),
+        (f"{__name__}.Quieter", "has no attribute 'Quieter'"),
+        ("library.batch.TrainBatch", "sd-scripts' dataset classes make batches of another form"),
+    ],
+)
+def test_a_class_that_cannot_is_told(path: str, says: str, tmp_path: Path, strategies: Strategies) -> None:
+    with pytest.raises(UserError, match=says):
+        from_toml(tmp_path, strategies, folder_toml(tmp_path / "img"), dataset_class=path)
 
 
 # ---- augmentation and weights ----------------------------------------------------------------------------------------
@@ -341,6 +378,19 @@ def test_buckets_that_a_metadata_file_lists_whole_stand_in_for_a_resolution(tmp_
         placed({**listed, "b": {"caption": "two"}})
     with pytest.raises(UserError, match="train_resolution 97x32 in the metadata file: this model needs multiples of 8"):
         placed({**listed, "a": {"train_resolution": [97, 32]}})
+
+
+def test_a_metadata_file_may_give_a_picture_several_captions(tmp_path: Path, strategies: Strategies) -> None:
+    """As a list, or by naming it again; each reading picks one, and each has the tags behind it. A list of tags is one text."""
+    lines: list[dict[str, Any]] = [
+        {"image_path": "a.png", "caption": ["one", "two"], "tags": ["t", "u"]},
+        {"image_path": "b.jpg", "caption": "three", "image_size": [64, 64]},
+        {"image_path": "b.jpg", "caption": "four"},
+    ]
+    data = metadata_data(tmp_path, strategies, "meta.jsonl", "\n".join(map(json.dumps, lines)))
+    assert captions_of(data) == {"a.png": "one,t, u\ntwo,t, u", "b.jpg": "three\nfour"}
+    seen = {caption for epoch in range(12) for batch in epoch_of(data.train, epoch) for caption in batch.captions}
+    assert seen == {"one,t, u", "two,t, u", "three", "four"} and data.train.num_images == 2
 
 
 def test_tags_follow_every_line_of_a_caption_when_wildcards_are_on(tmp_path: Path, strategies: Strategies) -> None:
