@@ -25,8 +25,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-STATE_FORMAT = 1
+STATE_FORMAT = 2
 TENSORS_FILE, OPTIMIZER_FILE, TRAIN_STATE_FILE = "trainable.safetensors", "optimizer.pt", "train_state.json"
+AVERAGES_FILE = "averages.safetensors"
+"""Beside them with `--ema`."""
 STATE_FILES = (TENSORS_FILE, OPTIMIZER_FILE, TRAIN_STATE_FILE)
 FOREIGN_STATE_FILES = ("random_states_0.pkl", "optimizer.bin", "scheduler.bin")
 """What accelerate writes, and sd-scripts through it."""
@@ -189,6 +191,10 @@ class CheckpointPolicy:
     def last_name(self) -> str:
         return self.output_name or "last"
 
+    @property
+    def best_name(self) -> str:
+        return f"{self.last_name}-best"
+
     def stale_at_epoch(self, epoch: int, *, state: bool = False) -> str | None:
         """The stem that saving `epoch` makes superfluous; state: among the state folders, which may be kept longer."""
         kept = self.last_n_epochs_state if state else self.last_n_epochs
@@ -209,6 +215,11 @@ class CheckpointPolicy:
 
 def state_name(stem: str) -> str:
     return f"{stem}-state"
+
+
+def average_name(stem: str) -> str:
+    """Of the averaged weights (`--ema`) beside the file called `stem`."""
+    return f"{stem}-ema"
 
 
 @dataclass(frozen=True)
@@ -237,6 +248,8 @@ class CheckpointWriter:
         if stem is None:
             return None
         path = self.folder / (state_name(stem) if state else f"{stem}{self.suffix}")
+        if not state and _remove(self.folder / f"{average_name(stem)}{self.suffix}"):
+            logger.info("removed the averages beside %s", path)
         if not _remove(path):
             return None
         logger.info("removed %s", path)
@@ -252,6 +265,8 @@ class SavedState:
 
     folder: Path
     trainable: dict[str, Tensor]
+    averages: dict[str, Tensor]
+    """Of `--ema`; empty without."""
     optimizer: dict[str, Any]
     scheduler: dict[str, Any]
     scaler: dict[str, Any] | None
@@ -262,6 +277,7 @@ def save_state(
     folder: Path,
     *,
     trainable: Mapping[str, Tensor],
+    averages: Mapping[str, Tensor],
     optimizer: Mapping[str, Any],
     scheduler: Mapping[str, Any],
     scaler: Mapping[str, Any] | None,
@@ -286,6 +302,8 @@ def save_state(
     def write(temporary: Path) -> None:
         temporary.mkdir()
         save_file(_storable(trainable), temporary / TENSORS_FILE)
+        if averages:
+            save_file(_storable(averages), temporary / AVERAGES_FILE)
         with (temporary / OPTIMIZER_FILE).open("wb") as file:
             torch.save(states, file)
         (temporary / TRAIN_STATE_FILE).write_text(json.dumps(record, indent=1), encoding="utf-8")
@@ -327,9 +345,13 @@ def load_state(folder: Path | str) -> SavedState:
 
     with _explained(folder / TENSORS_FILE):
         tensors = load_file(folder / TENSORS_FILE)
+    averages = {}
+    if (folder / AVERAGES_FILE).is_file():
+        with _explained(folder / AVERAGES_FILE):
+            averages = load_file(folder / AVERAGES_FILE)
     with _explained(folder / OPTIMIZER_FILE):
         states = torch.load(folder / OPTIMIZER_FILE, map_location="cpu", weights_only=True)
-    return SavedState(folder, tensors, states["optimizer"], states["scheduler"], states["scaler"], record)
+    return SavedState(folder, tensors, averages, states["optimizer"], states["scheduler"], states["scaler"], record)
 
 
 def read_train_state(folder: Path) -> dict[str, Any]:

@@ -255,6 +255,18 @@ def load_exactly(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
                 loaded[key] = value.to(loaded[key].device, copy=True)
 
 
+@contextmanager
+def weights_put_back(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Afterwards the parameters are what they were, bit for bit. The copies are in main memory."""
+    before = [parameter.detach().to("cpu", copy=True) for parameter in parameters]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter, value in zip(parameters, before, strict=True):
+                parameter.copy_(value)
+
+
 class UpdateRule(ABC):
     """When and how weights are stepped. The loop calls these in the order they stand here."""
 
@@ -292,16 +304,12 @@ class UpdateRule(ABC):
         if not hasattr(inner, "eval"):
             yield
             return
-        parameters = [parameter for group in inner.param_groups for parameter in group["params"]]
-        before = [parameter.detach().to("cpu", copy=True) for parameter in parameters]
-        inner.eval()
-        try:
-            yield
-        finally:
-            inner.train()
-            with torch.no_grad():
-                for parameter, value in zip(parameters, before, strict=True):
-                    parameter.copy_(value)
+        with weights_put_back([parameter for group in inner.param_groups for parameter in group["params"]]):
+            inner.eval()
+            try:
+                yield
+            finally:
+                inner.train()
 
 
 @dataclass

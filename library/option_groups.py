@@ -24,11 +24,11 @@ from library.option_groups_output import (
 from library.options import NoFamilyOptions, group, opt
 
 __all__ = [
-    "AttentionOptions", "CacheOptions", "DataOptions", "DeepSpeedOptions", "DreamBoothOptions", "DreamBoothPartOptions",
-    "FineTuneOptions", "FullOptions", "FullTrainOptions", "HubOptions", "LoggingOptions", "LossOptions", "MemoryOptions",
-    "MetadataOptions", "ModelOptions", "NetworkOptions", "NetworkTrainOptions", "NoiseOptions", "OptimizerOptions",
-    "OutputOptions", "PrecisionOptions", "RunOptions", "SamplingOptions", "ScheduleOptions", "StateOptions", "TrainOptions",
-    "TrainingOptions", "ValidationOptions", "steps_or_ratio",
+    "AttentionOptions", "AverageOptions", "CacheOptions", "DataOptions", "DeepSpeedOptions", "DreamBoothOptions",
+    "DreamBoothPartOptions", "FineTuneOptions", "FullOptions", "FullTrainOptions", "HubOptions", "LoggingOptions",
+    "LossOptions", "MemoryOptions", "MetadataOptions", "ModelOptions", "NetworkOptions", "NetworkTrainOptions",
+    "NoiseOptions", "OptimizerOptions", "OutputOptions", "PrecisionOptions", "RunOptions", "SamplingOptions",
+    "ScheduleOptions", "StateOptions", "TrainOptions", "TrainingOptions", "ValidationOptions", "steps_or_ratio",
 ]  # fmt: skip
 
 
@@ -304,9 +304,30 @@ class ValidationOptions:
 
     validation_split: float = opt(0.0, "share of the pictures kept for validation", minimum=0, maximum=1)
     validation_seed: int | None = opt(None, "seed that chooses them; --seed unless given")
-    validate_every_n_steps: int | None = opt(None, "validate every so many steps", minimum=1, planned=True)
-    validate_every_n_epochs: int | None = opt(None, "validate every so many epochs", minimum=1, planned=True)
-    max_validation_steps: int | None = opt(None, "most batches of one validation", minimum=1, planned=True)
+    validate_every_n_steps: int | None = opt(None, "validate every so many steps", minimum=1)
+    validate_every_n_epochs: int | None = opt(
+        None, "validate every so many epochs; every one unless given, or --validate_every_n_steps is", minimum=1
+    )
+    max_validation_steps: int | None = opt(None, "most batches of one validation, spread over all", minimum=1)
+    validation_quantiles: int = opt(
+        9, "times at which each picture is validated, spread over those that are trained", minimum=1
+    )
+    save_best: bool = opt(False, "keep the model with the lowest validation loss, as NAME-best")
+    early_stopping_patience: int | None = opt(None, "stop when so many validations in a row found no lower loss", minimum=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AverageOptions:
+    """An average of what learns, over the run."""
+
+    ema: bool = opt(False, "keep an exponential moving average of what learns, saved beside it as NAME-ema")
+    ema_decay: float = opt(
+        0.999, "share of the average that a step leaves; 0.999 remembers about 1000 steps", minimum=0, maximum=1
+    )
+    ema_no_warmup: bool = opt(False, "use that share from the first step on, and not smaller ones at first")
+    ema_update_every: int = opt(1, "take up the weights every so many steps only, with the share to that power", minimum=1)
+    ema_on_cpu: bool = opt(False, "keep the average in main memory; raise --ema_update_every with it, as each update is a copy")
+    ema_evaluate: bool = opt(False, "validate and make previews with the average")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -330,6 +351,7 @@ class TrainOptions:
     logging: LoggingOptions = group(LoggingOptions)
     metadata: MetadataOptions = group(MetadataOptions)
     validation: ValidationOptions = group(ValidationOptions)
+    average: AverageOptions = group(AverageOptions)
     hub: HubOptions = group(HubOptions)
     deepspeed: DeepSpeedOptions = group(DeepSpeedOptions)
     family: Any = group(NoFamilyOptions)

@@ -289,6 +289,20 @@ _ATTENTION = (
     ),
 )
 
+_VALIDATION = (
+    Rule(
+        lambda o: (
+            {"ema_decay", "ema_no_warmup", "ema_update_every", "ema_on_cpu", "ema_evaluate"} & o.explicit and not o.average.ema
+        ),
+        "--ema_decay, --ema_no_warmup, --ema_update_every, --ema_on_cpu and --ema_evaluate have no effect without --ema.",
+        warning=True,
+    ),
+    Rule(
+        lambda o: o.average.ema_evaluate and not o.average.ema,
+        "--ema_evaluate needs --ema, the average it uses.",
+    ),
+)
+
 _NETWORK = (
     Rule(
         lambda o: o.network.network_module is None,
@@ -354,6 +368,7 @@ RULES: tuple[Rule, ...] = (
     *_NOISE_AND_LOSS,
     *_DATA,
     *_RUN,
+    *_VALIDATION,
     *_NETWORK,
     *_FULL,
 )

@@ -25,6 +25,7 @@ class Processes:
 
     def __init__(self, accelerator: Accelerator) -> None:
         self.count = accelerator.num_processes
+        self.rank = accelerator.process_index
         self.device = accelerator.device
         self._answers = LossLog()
         self._stop = False
@@ -53,6 +54,11 @@ class Processes:
         for row in self._answers.push(0, 0, {"asked": facts[2]}):
             self._stop = row.values["asked"] > 0
         return facts[0] / facts[1]
+
+    def add_up(self, values: Tensor) -> None:
+        """Sum `values` over all processes, in place."""
+        if self.count > 1:
+            torch.distributed.all_reduce(values)
 
     @property
     def agreed_to_stop(self) -> bool:

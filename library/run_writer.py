@@ -6,7 +6,6 @@ import logging
 import secrets
 import time
 from collections.abc import Mapping
-from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -15,6 +14,7 @@ from torch import Tensor
 from library.checkpoint import (
     CheckpointPolicy,
     CheckpointWriter,
+    average_name,
     result_options,
     save_state,
     state_name,
@@ -24,6 +24,7 @@ from library.optimizers import describe_optimizer
 from library.run_setup import save_dtype
 from library.tracking import Tracker
 from library.trainable import split_pairs
+from library.validation import Validation
 
 if TYPE_CHECKING:
     from library.option_groups import NetworkTrainOptions
@@ -86,6 +87,7 @@ class RunWriter:
         self.files = CheckpointWriter(self.folder, self.policy, trainer.trainable.suffix)
         self.metadata = FileMetadata(trainer)
         self.previews = trainer.previews
+        self.validation = Validation.of(trainer)
         self.tracker = Tracker(
             options.logging,
             self.folder,
@@ -119,6 +121,7 @@ class RunWriter:
         epoch = state.epoch if epoch_done else None
         if epoch is not None:
             self.tracker.end_epoch(state.step, epoch)
+        self._validate(epoch=epoch)
         if self.policy.due_at_step(state.step):
             self._save(self.policy.step_name(state.step), with_state=self.policy.save_state)
             self._prune(step=state.step)
@@ -127,7 +130,16 @@ class RunWriter:
             self._prune(epoch=epoch)
         self._preview(epoch=epoch)
 
+    @property
+    def learned_enough(self) -> bool:
+        """Whether the validation loss has not fallen for `--early_stopping_patience` rounds."""
+        patience = self.trainer.options.validation.early_stopping_patience
+        return patience is not None and self.trainer.best.rounds_since >= patience
+
     def finish(self) -> None:
+        best = self.trainer.best
+        if self.learned_enough:
+            logger.info("stopped early: the validation loss was lowest after step %d, %.5f", best.step, best.loss)
         self._save(self.policy.last_name, with_state=self.policy.save_state_at_end)
         self.tracker.close()
 
@@ -147,8 +159,12 @@ class RunWriter:
         self.tracker.flush()
         metadata = self.metadata.of_file()
         dtype = save_dtype(trainer.options.precision)
-        with trainer.evaluating():
-            self.files.save_model(stem, lambda path: trainer.trainable.save(path, dtype=dtype, metadata=metadata))
+        for averaged in (False, True) if trainer.average is not None else (False,):
+            with trainer.evaluating(averaged=averaged):
+                self.files.save_model(
+                    average_name(stem) if averaged else stem,
+                    lambda path: trainer.trainable.save(path, dtype=dtype, metadata=metadata),
+                )
         if with_state:
             self._save_state(stem)
 
@@ -161,6 +177,7 @@ class RunWriter:
             save_state(
                 folder,
                 trainable=trainer.trainable.state_dict(),
+                averages={} if trainer.average is None else trainer.average.state_dict(),
                 optimizer=trainer.optimizer.state_dict(),
                 scheduler=trainer.scheduler.state_dict(),
                 scaler=None if scaler is None else scaler.state_dict(),
@@ -177,8 +194,28 @@ class RunWriter:
         trainer = self.trainer
         if not self.previews.due(trainer.state.step, epoch):
             return
-        with ExitStack() as stack:
-            stack.enter_context(trainer.evaluating())
-            trainer.trainable.train(False)  # an adapter's dropout is not in the denoiser's modules
-            stack.callback(trainer.trainable.train)
+        with trainer.looking():
             self.previews.write(trainer.bundle, trainer.trainable.denoiser, step=trainer.state.step, epoch=epoch)
+
+    def _validate(self, *, epoch: int | None) -> None:
+        trainer = self.trainer
+        unit = self.validation.due(trainer.state.step, epoch) if self.validation is not None else None
+        if self.validation is None or unit is None:
+            return
+        with trainer.looking():
+            found = self.validation.measure()
+        lowest = trainer.best.take(found.mean, trainer.state.step)
+        if not self.is_main:
+            return
+        self.tracker.flush()
+        training = self.tracker.average.mean
+        self.tracker.add(trainer.state.step, trainer.state.epoch, found.logs(unit, training))
+        logger.info(
+            "validation after step %d: %.5f (training: %.5f), %s",
+            trainer.state.step,
+            found.mean,
+            training,
+            "the lowest so far" if lowest else f"lowest {trainer.best.loss:.5f} after step {trainer.best.step}",
+        )
+        if lowest and trainer.options.validation.save_best:
+            self._save(self.policy.best_name, with_state=False)

@@ -41,6 +41,8 @@ from library.schedulers import create_scheduler
 from library.strategy_base import Conditioning, Strategies
 from library.tracking import check_trackers
 from library.trainable import DENOISER, Trainable
+from library.validation import BestLoss, check_validation
+from library.weight_average import WeightAverage, check_average
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -79,6 +81,7 @@ class Trainer:
         self.objective = family.objective(options)
         self.memory = trainable.memory
         self.state = TrainState()
+        self.best = BestLoss()
         self.recent_losses: list[float] = []
         """Those `loss/average` goes on from, of the state that is resumed."""
         self.rng = StepRng(options.training.seed or 0, rank=accelerator.process_index)
@@ -93,6 +96,8 @@ class Trainer:
         self.update_rule = make_update(options, self.optimizer, accelerator, self.processes)
         if trainable.on_gradients is not None:
             self.update_rule.watch(trainable.on_gradients)
+        with self.memory.updating():
+            self.average = WeightAverage(options.average, self.parameters) if options.average.ema else None
 
     # ---- one micro-batch -------------------------------------------------------------------------------------------
 
@@ -164,6 +169,8 @@ class Trainer:
             left = self.update_rule.after_backward(self.parameters)
             total = self.processes.average(left, total, images, stop=self.interrupt.requested)
             stepped = self.update_rule.step(self.parameters)
+            if stepped and self.average is not None:
+                self.average.update(self.parameters, self.state.step + 1)
         if stepped:
             self.scheduler.step()
         return {"loss": total, **self.trainable.after_step()}
@@ -201,13 +208,18 @@ class Trainer:
                 writer.after_update(logs, rates, epoch_done=epoch_done)
                 if self.processes.agreed_to_stop:
                     raise Interrupted(writer.interrupted())
+                if writer.learned_enough:
+                    break
         writer.finish()
 
     @contextmanager
-    def evaluating(self) -> Iterator[None]:
-        """The weights to save and preview with: see `UpdateRule.evaluating`."""
+    def evaluating(self, *, averaged: bool = False) -> Iterator[None]:
+        """The weights to save and preview with: see `UpdateRule.evaluating`. averaged: those of `--ema`."""
         with self.memory.updating(), ExitStack() as stack:
             stack.enter_context(self.update_rule.evaluating())
+            if averaged:
+                assert self.average is not None
+                stack.enter_context(self.average.applied(self.parameters))
             back = stack.pop_all()
         try:
             yield
@@ -215,9 +227,20 @@ class Trainer:
             with self.memory.updating():
                 back.close()
 
+    @contextmanager
+    def looking(self) -> Iterator[None]:
+        """What learns as it is validated and shown: in evaluation mode, averaged on request. Afterwards all is as before."""
+        with self.evaluating(averaged=self.options.average.ema_evaluate):
+            self.trainable.train(False)  # an adapter's dropout is not in the denoiser's modules
+            try:
+                yield
+            finally:
+                self.trainable.train()
+
     def train_state(self) -> dict[str, Any]:
         """What `restore` needs beside the tensors, and what has to be the same when it is used."""
-        return {**self.record, **asdict(self.state)}
+        updates = None if self.average is None else self.average.updates
+        return {**self.record, **asdict(self.state), "best": asdict(self.best), "ema_updates": updates}
 
     def restore(self, saved: SavedState) -> None:
         """Continue from `saved`, which `check_resumable` has let pass. Raises `UserError` where its tensors do not fit."""
@@ -228,7 +251,18 @@ class Trainer:
         if self.accelerator.scaler is not None and saved.scaler is not None:
             self.accelerator.scaler.load_state_dict(saved.scaler)
         self.state = TrainState(**{key: saved.train_state[key] for key in asdict(self.state)})
+        self.best = BestLoss(**saved.train_state["best"])
         self.recent_losses = saved.train_state.get("recent_losses", [])
+        if self.average is not None:
+            self._restore_average(self.average, saved)
+
+    def _restore_average(self, average: WeightAverage, saved: SavedState) -> None:
+        if saved.averages:
+            average.load_state_dict(saved.averages, saved.train_state["ema_updates"])
+            return
+        logger.warning("--ema: the state has no averages, so they begin with its weights")
+        with self.memory.updating():
+            self.average = WeightAverage(self.options.average, self.parameters)
 
 
 # ---- wiring ----------------------------------------------------------------------------------------------------------
@@ -297,6 +331,7 @@ def prepare_run(family: ModelFamily, options: TrainOptions, mode: Mode) -> Prepa
     plan_of(options, mode).check(family)
     describe_optimizer(options.optimizer)
     check_update(options)
+    check_average(options)
     check_output(options.output)
     check_trackers(options.logging)
     PreviewWriter.check(options.sampling)
@@ -309,6 +344,7 @@ def prepare_run(family: ModelFamily, options: TrainOptions, mode: Mode) -> Prepa
     options = with_seed(options, saved.train_state["seed"] if saved is not None and options.training.seed is None else None)
     strategies = family.strategies(options)
     data = build_train_data(options, family.latent(options), strategies, mode=mode)
+    check_validation(options, data)
     prepared = PreparedRun(family, options, mode, memory, compute, saved, accelerator, strategies, data)
     if saved is not None:
         record = run_record(options, prepared.length, accelerator.num_processes, data.train)

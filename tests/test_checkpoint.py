@@ -241,6 +241,7 @@ def write_state(folder: Path, **changes: object) -> None:
     model, optimizer, scheduler = trained()
     parts = {
         "trainable": model.state_dict(),
+        "averages": {},
         "optimizer": optimizer.state_dict(),
         "scheduler": scheduler.state_dict(),
         "scaler": None,
@@ -329,7 +330,7 @@ def test_a_state_of_another_format_says_both_versions(tmp_path):
     write_state(tmp_path / "s")
     record = tmp_path / "s" / "train_state.json"
     record.write_text(json.dumps({**json.loads(record.read_text()), "format": 99}))
-    with pytest.raises(UserError, match="format 99, and this program reads 1"):
+    with pytest.raises(UserError, match="format 99, and this program reads 2"):
         load_state(tmp_path / "s")
 
 
