@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import struct
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ import torch
 from data_tools import build, make_bundle, make_options, make_strategies, write_folder, write_picture, write_toml
 from PIL import Image
 
-from library.caching import cache_latents
+from library.caching import cache_latents, cache_text_outputs
 from library.dataset import TrainData, make_loader
 from library.errors import UserError
 from library.image_io import decode, read_size
@@ -73,6 +75,131 @@ def test_bad_files_are_left_out_and_listed_and_the_rest_is_trained(
     assert data.train.quarantine.total() == 5
     with pytest.raises(UserError, match=r"5 files cannot be used \(--strict_data\)"):
         data_of(tmp_path, strategies, strict_data=True)
+
+
+# ---- everything at once ----------------------------------------------------------------------------------------------
+
+PIXELS = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+PLAIN = Image.fromarray(PIXELS)
+
+
+def saved(image: Image.Image, kind: str, **settings: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **settings)
+    return buffer.getvalue()
+
+
+def chunk(name: bytes, body: bytes) -> bytes:
+    return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+
+
+def png_with(name: bytes, body: bytes) -> bytes:
+    """The plain picture with one more chunk behind its header."""
+    whole = saved(PLAIN, "PNG")
+    return whole[:33] + chunk(name, body) + whole[33:]
+
+
+def turned() -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = 8
+    return saved(PLAIN, "JPEG", exif=exif)
+
+
+def damaged() -> bytes:
+    """A byte in the middle of the pixels is another, as on a failing disk."""
+    whole = bytearray(saved(PLAIN, "PNG"))
+    whole[len(whole) // 2] ^= 0xFF
+    return bytes(whole)
+
+
+GOOD: dict[str, Callable[[], bytes]] = {
+    "plain.png": lambda: saved(PLAIN, "PNG"),
+    "UPPER.JPG": lambda: saved(PLAIN, "JPEG"),
+    "a png by name.jpg": lambda: saved(PLAIN, "PNG"),
+    "a gif by name.png": lambda: saved(PLAIN, "GIF"),
+    "cmyk.jpg": lambda: saved(PLAIN.convert("CMYK"), "JPEG"),
+    "deep grey.png": lambda: saved(Image.fromarray(PIXELS[..., 0].astype(np.uint16) * 257), "PNG"),
+    "grey.png": lambda: saved(PLAIN.convert("L"), "PNG"),
+    "grey and clear.png": lambda: saved(PLAIN.convert("LA"), "PNG"),
+    "two colours.png": lambda: saved(PLAIN.convert("1"), "PNG"),
+    "clear palette.png": lambda: saved(PLAIN.convert("P"), "PNG", transparency=3),
+    "clear bytes in a palette.png": lambda: saved(PLAIN.convert("P"), "PNG", transparency=bytes(range(256))),
+    "clear.webp": lambda: saved(PLAIN.convert("RGBA"), "WEBP"),
+    "moving.png": lambda: saved(PLAIN, "PNG", save_all=True, append_images=[PLAIN.convert("L").convert("RGB")]),
+    "animated.webp": lambda: saved(PLAIN, "WEBP", save_all=True, append_images=[PLAIN.rotate(90)]),
+    "turned.jpg": turned,
+    "strange exif.jpg": lambda: saved(PLAIN, "JPEG", exif=b"Exif\0\0not at all"),
+    "windows.bmp": lambda: saved(PLAIN, "BMP"),
+    "größe 日本 🐈.png": lambda: saved(PLAIN, "PNG"),
+    "'quotes' and, commas #1.png": lambda: saved(PLAIN, "PNG"),
+    f"{'long' * 62}.png": lambda: saved(PLAIN, "PNG"),
+}
+BAD: dict[str, tuple[Callable[[], bytes], str]] = {
+    "nothing.png": (lambda: b"", "not a readable image"),
+    "text.jpg": (lambda: b"<html>404 not found</html>", "not a readable image"),
+    "zeros.webp": (lambda: bytes(5000), "not a readable image"),
+    "cut.png": (lambda: saved(PLAIN, "PNG")[:3000], "not a readable image"),
+    "cut.jpg": (lambda: saved(PLAIN, "JPEG")[:1500], "not a readable image"),
+    "cut.webp": (lambda: saved(PLAIN, "WEBP", lossless=True)[:1500], "not a readable image"),
+    "damaged.png": (damaged, "not a readable image"),
+    "bomb.png": (lambda: png_header(60_000, 60_000), "exceeds limit"),
+    "text bomb.png": (lambda: png_with(b"zTXt", b"a\0\0" + zlib.compress(bytes(200_000_000), 1)), "not a readable image"),
+}
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every file of the two tables with its name as its caption, links that lead nowhere, and captions that are none."""
+    folder = tmp_path_factory.mktemp("corpus") / "img"
+    folder.mkdir()
+    for name, make in {**GOOD, **{name: make for name, (make, _) in BAD.items()}}.items():
+        (folder / name).write_bytes(make())
+        (folder / name).with_suffix(".txt").write_text(name, encoding="utf-8")
+    (folder / "no caption.png").write_bytes(saved(PLAIN, "PNG"))
+    (folder / "no caption.txt").mkdir()
+    (folder / "a folder.png").mkdir()
+    for name, target in (("loop.png", "loop.png"), ("gone.png", "nowhere.png"), ("round", ".")):
+        (folder / name).symlink_to(folder / target)
+    return folder
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file() and path.suffix != ".npz"}
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links need rights there")
+@pytest.mark.parametrize(
+    ("cached", "recursive"), [("", False), ("", True), ("cache_latents", False), ("cache_latents_to_disk", True)]
+)
+def test_the_whole_corpus_is_trained_but_for_what_cannot_be(
+    cached: str, recursive: bool, corpus: Path, tmp_path: Path, strategies: Strategies, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = contents(corpus)
+    (tmp_path / "img").symlink_to(corpus)
+    flags = {cached: True, "cache_text_encoder_outputs": True} if cached else {}
+    subset = f"recursive = {str(recursive).lower()}\n"
+    data = data_of(tmp_path, strategies, subset, cache_dir=str(tmp_path / "cache"), **flags)
+    if cached:
+        cache_latents(data, strategies, make_bundle(), data.options, torch.device("cpu"))
+        cache_text_outputs(data, strategies, make_bundle(), data.options, torch.device("cpu"))
+    seen = captions_seen(data)
+    assert set(seen) == set(GOOD)
+    found = listed(tmp_path)
+    assert found.keys() == {*BAD, "loop.png", "gone.png", "no caption.png"}
+    for name, (_, reason) in BAD.items():
+        assert reason in found[name], f"{name}: {found[name]}"
+    assert "the caption cannot be read" in found["no caption.png"] and "leads nowhere" in found["loop.png"]
+    caplog.clear()
+    data.train.quarantine.report()
+    assert f"{len(found)} files cannot be used and are left out" in caplog.text
+    assert contents(corpus) == before, "nothing of the user's changes"
+
+
+def test_strictly_the_corpus_trains_nothing(corpus: Path, tmp_path: Path, strategies: Strategies) -> None:
+    (tmp_path / "img").symlink_to(corpus)
+    with pytest.raises(UserError, match=r"files cannot be used \(--strict_data\)") as caught:
+        data_of(tmp_path, strategies, strict_data=True)
+    assert all(name in str(caught.value) for name in ("nothing.png", "bomb.png", "loop.png", "no caption.png"))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
