@@ -47,13 +47,17 @@ class OutputOptions:
     training_comment: str | None = opt(None, "text written into the metadata")
 
 
+NEWEST_STATE = "auto"
+"""`--resume auto`: the newest whole state in the output folder."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class StateOptions:
     """Saving and resuming the whole state of a run."""
 
     save_state: bool = opt(False, "save a state with every saved model, to resume from")
     save_state_on_train_end: bool = opt(False, "save a state at the end")
-    resume: str | None = opt(None, "state folder to go on from, exactly")
+    resume: str | None = opt(None, "state folder to go on from, exactly; auto: the newest whole one in --output_dir, or none")
     initial_step: int | None = opt(None, "count steps from here; goes before --initial_epoch", minimum=0, planned=True)
     initial_epoch: int | None = opt(None, "count epochs from here, 1 the first", minimum=1, planned=True)
     skip_until_initial_step: bool = opt(False, "skip the data before --initial_step", planned=True)

@@ -19,6 +19,7 @@ from library.option_groups import (
     TrainOptions,
 )
 from library.option_groups_attention import ATTENTION_BACKENDS, BackendNeeds
+from library.option_groups_output import NEWEST_STATE
 from library.options import flags_of, flat
 
 logger = logging.getLogger(__name__)
@@ -413,7 +414,7 @@ def _path_problems(values: dict[str, Any]) -> Iterator[str]:
     for name, kind in [(name, "file") for name in FILES] + [(name, "folder") for name in FOLDERS]:
         value = values.get(name)
         for path in value if isinstance(value, tuple) else (value,):
-            if path is None or name in ignored:
+            if path is None or name in ignored or (name, path) == ("resume", NEWEST_STATE):
                 continue
             if not (Path(path).is_file() if kind == "file" else Path(path).is_dir()):
                 yield f"--{name} {path}: {_missing(Path(path), kind)}"

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from library.run_requests import REQUESTS
 from library.tracking import LossLog
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ class Processes:
         self.rank = accelerator.process_index
         self.device = accelerator.device
         self._answers = LossLog()
-        self._stop = False
+        self._agreed: frozenset[str] = frozenset()
 
     def share(self, num_images: int) -> Tensor | None:
         """This process's share of the images of all, a 0-d tensor; None on a single process."""
@@ -39,20 +40,21 @@ class Processes:
         torch.distributed.all_reduce(everybody)
         return images / everybody
 
-    def average(self, parameters: Sequence[nn.Parameter], loss: Tensor, num_images: int, *, stop: bool) -> Tensor:
+    def average(self, parameters: Sequence[nn.Parameter], loss: Tensor, num_images: int, asked: Sequence[bool]) -> Tensor:
         """Average the gradients in place; returns the loss, a 0-d tensor, over the images of all processes.
 
-        `loss` and the gradients are means over this process's `num_images`. `stop`: this process was asked to stop.
+        `loss` and the gradients are means over this process's `num_images`. asked: which of `REQUESTS` this process has.
         """
         if self.count == 1:
-            self._stop = stop
+            self._agreed = frozenset(name for name, value in zip(REQUESTS, asked, strict=True) if value)
             return loss
-        images, asked = (torch.full((), float(value), device=self.device) for value in (num_images, stop))
-        facts = torch.stack([loss.float() * images, images, asked])
+        images, *wanted = (torch.full((), float(value), device=self.device) for value in (num_images, *asked))
+        facts = torch.stack([loss.float() * images, images, *wanted])
         torch.distributed.all_reduce(facts)
         average_gradients(parameters, images / facts[1])
-        for row in self._answers.push(0, 0, {"asked": facts[2]}):
-            self._stop = row.values["asked"] > 0
+        self._agreed = frozenset()
+        for row in self._answers.push(0, 0, dict(zip(REQUESTS, facts[2:].unbind(), strict=True))):
+            self._agreed |= {name for name, value in row.values.items() if value > 0}
         return facts[0] / facts[1]
 
     def add_up(self, values: Tensor) -> None:
@@ -61,10 +63,10 @@ class Processes:
             torch.distributed.all_reduce(values)
 
     @property
-    def agreed_to_stop(self) -> bool:
-        """Whether any process asked to stop. All of them learn it after the same update: had one gone on alone, it would wait
-        for the others for ever. On a GPU that is an update late, so that no step waits for the answer."""
-        return self._stop
+    def agreed(self) -> frozenset[str]:
+        """What any process was asked for. All of them learn it after the same update: had one stopped alone, the others would
+        wait for it for ever. On a GPU that is an update late, so that no step waits for the answer."""
+        return self._agreed
 
 
 def average_gradients(parameters: Sequence[nn.Parameter], share: Tensor) -> None:

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from library.bf16_updates import drop_compensation
-from library.checkpoint import SavedState, changed_options, result_options
 from library.config_util import SubsetConfig
 from library.dataset import ImageDataset, Part
 from library.errors import UserError
 from library.optimizers import find_optimizer, load_exactly
+from library.option_groups_output import NEWEST_STATE
 from library.rng import key_to_seed
 from library.run_setup import RunLength
+from library.saved_state import SavedState, changed_options, load_state, newest_state, result_options
 
 if TYPE_CHECKING:
     from accelerate.optimizer import AcceleratedOptimizer
@@ -45,6 +47,14 @@ WARNED = {
 
 KEPT_OPTIONS = ("optimizer.optimizer_args", "schedule.lr_scheduler_args")
 """Options whose saved values hold, as they are part of the optimizer's or the schedule's own state."""
+
+
+def find_state(options: TrainOptions) -> SavedState | None:
+    """What `--resume` names, read; None where the run starts afresh. Raises `UserError` for a state that cannot be used."""
+    folder: Path | str | None = options.state.resume
+    if folder == NEWEST_STATE:
+        folder = newest_state(Path(options.output.output_dir or "."), options.output.output_name)
+    return None if folder is None else load_state(folder)
 
 
 def run_record(options: TrainOptions, length: RunLength, world: int, data: ImageDataset) -> dict[str, Any]:

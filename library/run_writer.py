@@ -15,13 +15,13 @@ from library.checkpoint import (
     CheckpointPolicy,
     CheckpointWriter,
     average_name,
-    result_options,
-    save_state,
     state_name,
 )
 from library.metadata import BaseHashes, RunFacts, at_save, modelspec_metadata, network_metadata
 from library.optimizers import describe_optimizer
+from library.run_requests import SAMPLE, SAVE
 from library.run_setup import save_dtype
+from library.saved_state import result_options, save_state
 from library.tracking import Tracker
 from library.trainable import split_pairs
 from library.validation import Validation
@@ -93,7 +93,7 @@ class RunWriter:
             self.folder,
             total_steps=trainer.length.total_updates,
             steps_per_epoch=trainer.length.updates_per_epoch,
-            resume_step=trainer.state.step if options.state.resume else None,
+            resume_step=trainer.state.step if trainer.resumed else None,
             recent_losses=trainer.recent_losses,
             name=options.log_name,
             config=result_options(options),
@@ -122,8 +122,10 @@ class RunWriter:
         if epoch is not None:
             self.tracker.end_epoch(state.step, epoch)
         self._validate(epoch=epoch)
+        agreed = self.trainer.processes.agreed
+        if self.policy.due_at_step(state.step) or SAVE in agreed:
+            self._save(self.policy.step_name(state.step), with_state=self.policy.save_state or SAVE in agreed)
         if self.policy.due_at_step(state.step):
-            self._save(self.policy.step_name(state.step), with_state=self.policy.save_state)
             self._prune(step=state.step)
         if epoch is not None and self.policy.due_at_epoch(epoch):
             self._save(self.policy.epoch_name(epoch), with_state=self.policy.save_state)
@@ -192,7 +194,7 @@ class RunWriter:
 
     def _preview(self, *, epoch: int | None) -> None:
         trainer = self.trainer
-        if not self.previews.due(trainer.state.step, epoch):
+        if not self.previews.due(trainer.state.step, epoch) and SAMPLE not in trainer.processes.agreed:
             return
         with trainer.looking():
             self.previews.write(trainer.bundle, trainer.trainable.denoiser, step=trainer.state.step, epoch=epoch)

@@ -11,6 +11,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,25 +19,26 @@ from torch import Tensor
 
 from library.batch import TrainBatch
 from library.caching import Share, cache_latents, cache_text_outputs
-from library.checkpoint import SavedState, check_output, load_state
+from library.checkpoint import check_output
 from library.compiling import ComputePlan
 from library.dataset import TrainData, batches_per_rank, build_train_data, make_loader
 from library.errors import Interrupted, UserError
 from library.family_base import ModelBundle, ModelFamily
 from library.fused_update import check_update, make_update
-from library.interrupts import InterruptFlag
 from library.losses import element_loss, reduce_loss
 from library.memory_policy import MemoryPlan
 from library.noise import make_noise, perturb
 from library.objectives import Noised
 from library.optimizers import LearningRates, create_optimizer, describe_optimizer, group_rates
 from library.processes import Processes
-from library.resume import check_resumable, restore_optimizer, restore_schedule, run_record
+from library.resume import check_resumable, find_state, restore_optimizer, restore_schedule, run_record
 from library.rng import StepRng, key_to_seed
 from library.run_plan import Mode, RunPlan, plan_of
+from library.run_requests import STOP, RunRequests
 from library.run_setup import RunLength, TrainState, make_accelerator, seed_default_generators, with_seed
 from library.run_writer import RunWriter
 from library.sampling import PreviewWriter
+from library.saved_state import SavedState
 from library.schedulers import create_scheduler
 from library.strategy_base import Conditioning, Strategies
 from library.tracking import check_trackers
@@ -75,12 +77,13 @@ class Trainer:
         self.device = accelerator.device
         self.previews = previews
         self.processes = Processes(accelerator)
-        self.interrupt = InterruptFlag()
+        self.requests = RunRequests(Path(options.output.output_dir or ".") if accelerator.is_main_process else None)
         self.bundle = trainable.bundle
         self.latent = family.latent(options)
         self.objective = family.objective(options)
         self.memory = trainable.memory
         self.state = TrainState()
+        self.resumed = False
         self.best = BestLoss()
         self.recent_losses: list[float] = []
         """Those `loss/average` goes on from, of the state that is resumed."""
@@ -167,7 +170,7 @@ class Trainer:
             total += loss.detach()
         with self.memory.updating():
             left = self.update_rule.after_backward(self.parameters)
-            total = self.processes.average(left, total, images, stop=self.interrupt.requested)
+            total = self.processes.average(left, total, images, self.requests.poll())
             stepped = self.update_rule.step(self.parameters)
             if stepped and self.average is not None:
                 self.average.update(self.parameters, self.state.step + 1)
@@ -199,14 +202,14 @@ class Trainer:
         """Train from `state` to the end. Ctrl-C saves the state after the running step and raises `Interrupted`."""
         self.trainable.train()
         writer.start()
-        with self.interrupt:
+        with self.requests.heard():
             for group in self.groups():
                 rates = group_rates(self.optimizer)
                 self.trainable.before_step(self.state.step)
                 logs = self.update(group)
                 epoch_done = self.state.advance(len(group), self.length)
                 writer.after_update(logs, rates, epoch_done=epoch_done)
-                if self.processes.agreed_to_stop:
+                if STOP in self.processes.agreed:
                     raise Interrupted(writer.interrupted())
                 if writer.learned_enough:
                     break
@@ -251,6 +254,7 @@ class Trainer:
         if self.accelerator.scaler is not None and saved.scaler is not None:
             self.accelerator.scaler.load_state_dict(saved.scaler)
         self.state = TrainState(**{key: saved.train_state[key] for key in asdict(self.state)})
+        self.resumed = True
         self.best = BestLoss(**saved.train_state["best"])
         self.recent_losses = saved.train_state.get("recent_losses", [])
         if self.average is not None:
@@ -336,7 +340,7 @@ def prepare_run(family: ModelFamily, options: TrainOptions, mode: Mode) -> Prepa
     check_trackers(options.logging)
     PreviewWriter.check(options.sampling)
     family.check(options)
-    saved = load_state(options.state.resume) if options.state.resume else None
+    saved = find_state(options)
     accelerator = make_accelerator(options)
     memory = MemoryPlan.of(family, options, accelerator.device)
     compute = ComputePlan.of(family, options, accelerator.device)

@@ -18,11 +18,7 @@ from library.checkpoint import (
     CheckpointPolicy,
     CheckpointWriter,
     atomic_write,
-    changed_options,
     check_output,
-    load_state,
-    result_options,
-    save_state,
 )
 from library.errors import UserError
 from library.optimizers import ParamGroup, create_optimizer
@@ -35,6 +31,7 @@ from library.option_groups import (
     StateOptions,
     TrainingOptions,
 )
+from library.saved_state import changed_options, load_state, newest_state, result_options, save_state
 from library.schedulers import create_scheduler
 
 
@@ -293,21 +290,43 @@ def test_reading_a_state_runs_no_code_in_it(tmp_path):
 
     write_state(tmp_path / "s")
     torch.save({"optimizer": Evil()}, tmp_path / "s" / "optimizer.pt")
+    manifest = tmp_path / "s" / "manifest.json"
+    manifest.write_text("{}")  # whoever wrote the one could write the other
     with pytest.raises(UserError, match="damaged or incomplete"):
         load_state(tmp_path / "s")
     assert not Path("ran").exists()
 
 
-@pytest.mark.parametrize("name", ["trainable.safetensors", "optimizer.pt", "train_state.json"])
+@pytest.mark.parametrize("name", ["trainable.safetensors", "optimizer.pt", "train_state.json", "manifest.json"])
 def test_a_half_written_or_missing_part_is_named(tmp_path, name):
     write_state(tmp_path / "s")
     file = tmp_path / "s" / name
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-    with pytest.raises(UserError, match=f"{name} is damaged or incomplete"):
+    with pytest.raises(UserError, match=f"{name} is damaged"):
         load_state(tmp_path / "s")
     file.unlink()
     with pytest.raises(UserError, match=f"{name} is missing"):
         load_state(tmp_path / "s")
+
+
+def test_one_flipped_bit_is_found(tmp_path):
+    write_state(tmp_path / "s")
+    file = tmp_path / "s" / "trainable.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(UserError, match="trainable.safetensors is damaged: it is not what was saved"):
+        load_state(tmp_path / "s")
+
+
+def test_the_newest_whole_state_is_found_and_others_are_named(tmp_path, caplog):
+    for step, stem in ((3, "cat-000001"), (9, "cat"), (6, "cat-step00000006"), (99, "dog-000002")):
+        write_state(tmp_path / f"{stem}-state", train_state={"step": step, "epoch": 1})
+    assert newest_state(tmp_path, "cat") == tmp_path / "cat-state"
+    (tmp_path / "cat-state" / "optimizer.pt").write_bytes(b"cut")
+    assert newest_state(tmp_path, "cat") == tmp_path / "cat-step00000006-state"
+    assert "passes over" in caplog.text and "optimizer.pt is damaged" in caplog.text
+    assert newest_state(tmp_path, "bird") is None
 
 
 def test_a_missing_folder_lists_the_states_beside_it(tmp_path):

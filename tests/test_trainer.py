@@ -12,9 +12,10 @@ import runs
 import torch
 from runs import CASES, Workspace
 
-from library import interrupts
-from library.errors import UserError
+from library import interrupts, run_requests
+from library.errors import Interrupted, UserError
 from library.interrupts import InterruptFlag
+from library.run_writer import RunWriter
 from library.train_util import Trainer
 
 CACHED = ["--cache_latents", "--cache_text_encoder_outputs", "--network_train_unet_only"]
@@ -114,6 +115,27 @@ def test_two_signals_at_once_are_one_request_and_a_later_one_acts(monkeypatch: p
             time.sleep(0.1)
         pytest.fail("the third signal did nothing")
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_files_in_the_output_folder_ask_a_running_run(
+    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each acts once, after the step that saw it; what lay there before the start does nothing."""
+    monkeypatch.setattr(run_requests, "SECONDS_BETWEEN_LOOKS", 0.0)
+    (tmp_path / "stop").touch()
+    trainer = workspace.trainer("network", tmp_path)
+    take = trainer.trainable.before_step
+
+    def before_step(step: int) -> None:
+        if step in (1, 2):
+            (tmp_path / {1: "save_now", 2: "stop"}[step]).touch()
+        take(step)
+
+    trainer.trainable.before_step = before_step  # type: ignore[method-assign]
+    with pytest.raises(Interrupted, match="stopped after step 3"):
+        trainer.fit(RunWriter(trainer))
+    saved = {path.name for path in tmp_path.iterdir()}
+    assert saved == {"tiny-step00000002.safetensors", "tiny-step00000002-state", "tiny-step00000003-state", "metrics.csv"}
 
 
 def test_what_the_launcher_asks_for_and_is_not_there_is_refused(
