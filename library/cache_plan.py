@@ -60,7 +60,7 @@ def _in_memory(count: int, total: int) -> dict[str, Any]:
 
 def _latents(prepared: PreparedRun) -> dict[str, Any]:
     data, options, strategies = prepared.data, prepared.options, prepared.strategies
-    jobs = latent_jobs([record for dataset in data.image_datasets for record in dataset.records])
+    jobs = latent_jobs(data.records)
     spec, sizes = data.latent, {}
     for job in jobs:
         width, height = (side // spec.stride for side in job.record.placement.bucket)

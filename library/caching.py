@@ -37,12 +37,12 @@ from library.cache_io import (
     short_hash,
 )
 from library.cache_upkeep import prune_readings, remove_leftovers
-from library.data_sources import Record
 from library.dataset import TrainData, load_fitted, pixels_to_tensor
 from library.errors import UserError
 from library.family_base import LatentSpec, ModelBundle
 from library.image_io import choose_crop, content_seed, listed
 from library.quarantine import BadFile, Quarantine
+from library.records import Record
 from library.strategy_base import Conditioning, Strategies
 
 if TYPE_CHECKING:
@@ -361,7 +361,7 @@ def cache_latents(
     """
     if not options.cache.latents:
         return
-    jobs = latent_jobs([record for dataset in data.image_datasets for record in dataset.records])
+    jobs = latent_jobs(data.records)
     if not options.cache.cache_latents_to_disk:
         entries = _encode(jobs, strategies, bundle, options, device, data.train.quarantine)
         cache = LatentCache(memory={job.key: entry for job, entry, _ in entries})

@@ -6,6 +6,8 @@ import json
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from library.buckets import Size
 from library.data_sources import DatasetRecords, SubsetCount
 
@@ -15,26 +17,21 @@ if TYPE_CHECKING:
 
 def _bucket_counts(dataset: DatasetRecords) -> dict[Size, int]:
     """Images by bucket, counting repeats."""
-    counts: Counter[Size] = Counter()
-    for record in dataset.train:
-        counts[record.placement.bucket] += record.repeats
-    return dict(sorted(counts.items()))
+    repeats = dataset.train.rows["repeats"]
+    return {bucket: int(repeats[numbers].sum()) for bucket, numbers in dataset.train.by_bucket()}
 
 
 def bucket_info(dataset: DatasetRecords) -> dict[str, Any] | None:
     """`ss_bucket_info`: counts by bucket, and how far the buckets' aspect ratios are from the images'; None without buckets."""
     if not dataset.config.rule.enabled:
         return None
-    errors = [abs(_ratio(record.placement.bucket) - _ratio(record.size)) for record in dataset.train]
+    ratios = [dataset.train.rows[name][:, 0] / dataset.train.rows[name][:, 1] for name in ("bucket", "size")]
+    errors = np.abs(ratios[0] - ratios[1]).tolist()
     buckets = {
         str(index): {"resolution": list(size), "count": count}
         for index, (size, count) in enumerate(_bucket_counts(dataset).items())
     }
     return {"buckets": buckets, "mean_img_ar_error": sum(errors) / len(errors) if errors else 0}
-
-
-def _ratio(size: Size) -> float:
-    return size[0] / size[1]
 
 
 def _tag_frequency(datasets: tuple[DatasetRecords, ...]) -> dict[str, dict[str, int]]:
@@ -43,7 +40,7 @@ def _tag_frequency(datasets: tuple[DatasetRecords, ...]) -> dict[str, dict[str, 
     for dataset in datasets:
         of_dataset: dict[str, Counter[str]] = {}
         for count in dataset.counts:
-            of_dataset.setdefault(count.config.name, Counter()).update(count.tags)
+            of_dataset.setdefault(count.config.name, Counter()).update(dataset.tags(count.config))
         for name, tags in of_dataset.items():
             frequency.setdefault(name, dict(tags))
     return frequency

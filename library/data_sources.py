@@ -3,36 +3,34 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import numpy as np
 
 from library.buckets import Placement, Size
 from library.captions import read_lines
 from library.config_util import DataConfig, DatasetConfig, SubsetConfig
 from library.errors import UserError
-from library.image_io import (
-    broken_links,
-    choose_crop,
-    content_hashes,
-    image_extensions,
-    list_images,
-    listed,
-    read_sizes,
-    resolve_interpolation,
-    walk_images,
-)
+from library.file_index import KnownFiles, in_threads
+from library.image_io import image_extensions, list_folder, list_images, listed
 from library.masks import paired_files
-from library.metadata_file import read_caption_text, read_folder_captions, read_metadata, size_of
+from library.metadata_file import read_folder_captions, read_metadata, size_of
 from library.quarantine import BadFile, Quarantine
+from library.records import Record, RecordTable
 from library.validation_split import held_out
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, slots=True)
 class Found:
     """One picture as its source names it. `size` and `preferred` (a bucket) where the source knows them."""
 
@@ -46,40 +44,11 @@ class Found:
 
 
 @dataclass(frozen=True)
-class Record:
-    """One picture of a dataset, and everything about it that does not change between epochs."""
-
-    key: str
-    """Names the record in random draws: where it stands in the configuration, not where its folder lies."""
-    path: Path
-    size: Size
-    caption: str
-    placement: Placement
-    subset: SubsetConfig
-    repeats: int
-    loss_weight: float
-    paired: Path | None = None
-    """Its mask, or (`subset.conditioned`) what a ControlNet is given with it."""
-
-    @property
-    def recipe(self) -> str:
-        """What the pixels given to the VAE depend on, beyond the file: equal recipes share a cache entry."""
-        left_top = choose_crop(self.placement)
-        how = resolve_interpolation(self.size, self.placement.resized, self.subset.resize_interpolation)
-        if self.size == self.placement.resized:
-            how = "none"
-        (width, height), (full_width, full_height) = self.placement.bucket, self.placement.resized
-        alpha = " with alpha" if self.subset.alpha_mask else ""  # weighs the pixels when they are resized; is kept with them
-        return f"{width}x{height} from {full_width}x{full_height} at {left_top.left},{left_top.top} by {how}{alpha}"
-
-
-@dataclass(frozen=True)
 class SubsetCount:
     """What metadata and the summary say about one subset."""
 
     config: SubsetConfig
     num_images: int
-    tags: Mapping[str, int]
 
 
 @dataclass(frozen=True)
@@ -87,19 +56,25 @@ class DatasetRecords:
     """One [[datasets]] with its pictures found."""
 
     config: DatasetConfig
-    train: tuple[Record, ...]
-    validation: tuple[Record, ...]
+    found: RecordTable
+    """All that can be used; the other two are made of them."""
+    train: RecordTable
+    validation: RecordTable
     counts: tuple[SubsetCount, ...]
 
     @property
     def num_train_images(self) -> int:
         """Counting repeats, without regularisation images."""
-        return sum(record.repeats for record in self.train if not record.subset.is_reg)
+        return int(self.train.rows["repeats"][self.train.where(lambda subset: not subset.is_reg)].sum())
 
     @property
     def num_reg_images(self) -> int:
         """Counting the repeats they were configured with, not those that balance them."""
         return sum(count.num_images * count.config.num_repeats for count in self.counts if count.config.is_reg)
+
+    def tags(self, subset: SubsetConfig) -> dict[str, int]:
+        """`tag_counts` of one of its subsets. Not kept: where captions are sentences, nearly every part is another."""
+        return tag_counts(self.found[number].counted or "" for number in self.found.numbers_of(subset))
 
 
 def tag_counts(captions: Iterable[str]) -> dict[str, int]:
@@ -110,76 +85,93 @@ def tag_counts(captions: Iterable[str]) -> dict[str, int]:
 # Image folders
 
 
-def _caption_paths(image: Path, extensions: Sequence[str]) -> list[Path]:
+def _caption_paths(image: Path, extensions: Sequence[str]) -> list[str]:
     """Where the caption of `image` may be. `a_1_2_3_4.png` (cut out by face detection) also has that of `a`."""
     stems = [image.stem]
     parts = image.stem.split("_")
     if len(parts) >= 5:
         stems.append("_".join(parts[:-4]))
-    return [image.with_name(stem + extension) for stem in stems for extension in extensions]
+    return [os.path.join(image.parent, stem + extension) for stem in stems for extension in extensions]
 
 
-def folder_source(subset: SubsetConfig, bad: list[BadFile]) -> list[Found]:
+def folder_source(subset: SubsetConfig, bad: list[BadFile], files: KnownFiles) -> list[Found]:
     """The pictures of an image folder, with the captions that lie beside them; what cannot be used goes to `bad`."""
     folder = subset.image_dir
     assert folder is not None
     if not folder.is_dir():
         raise UserError(f"image_dir: the folder {folder} does not exist.")
-    images = walk_images(folder) if subset.recursive else list_images(folder)
-    if not images:
+    listing = list_folder(folder, recursive=subset.recursive)
+    if not listing.images:
         below = sorted(path.name for path in folder.iterdir() if path.is_dir())
         hint = f" Its subfolders ({', '.join(below[:3])}, ...) are not searched: set recursive = true." if below else ""
         raise UserError(f"image_dir: {folder} has no image ({', '.join(image_extensions())}).{hint}")
-    folders = dict.fromkeys([folder, *(image.parent for image in images)])
-    bad += [BadFile(path, "the link leads nowhere") for each in folders for path in broken_links(each)]
-    beside = {path for each in folders for path in each.iterdir()}
-    reader = _CaptionReader(subset, folder, beside)
-    found = []
-    for image in images:
-        try:
-            caption = reader.read(image)
-        except BadFile as error:
-            bad.append(BadFile(image, error.reason))
-            continue
-        found.append(Found(image, caption, counted=caption))
-    reader.warn(len(images))
-    return found
+    bad += [BadFile(path, "the link leads nowhere") for path in listing.broken]
+    files.open(folder)
+    reader = _CaptionReader(subset, folder, listing.others)
+    texts = in_threads(partial(_attempt, files.caption), [path for image in listing.images if (path := reader.find(image))])
+    return reader.read(listing.images, iter(texts), bad)
+
+
+def _attempt(function: Callable[[Path], T], path: Path) -> T | BadFile:
+    try:
+        return function(path)
+    except BadFile as error:
+        return error
 
 
 class _CaptionReader:
     """Captions of the pictures of one folder, and what is to be said about them when all are read."""
 
-    def __init__(self, subset: SubsetConfig, folder: Path, beside: set[Path]) -> None:
+    def __init__(self, subset: SubsetConfig, folder: Path, beside: set[str]) -> None:
         self.subset, self.folder, self.beside = subset, folder, beside
         self.extensions = (subset.caption_extension,) if subset.caption_extension else (".txt", ".caption")
         self.listed = read_folder_captions(folder)
-        self.missing: list[Path] = []
-        self.guessed: list[Path] = []
 
-    def read(self, image: Path) -> str:
+    def _listed(self, image: Path) -> str | None:
+        if not self.listed:
+            return None
         inside = image.relative_to(self.folder)
         for name in (inside.as_posix(), inside.with_suffix("").as_posix()):
             if name in self.listed:
                 return "\n".join(line for text in self.listed[name] for line in text.split("\n") if line.strip())
-        for path in _caption_paths(image, self.extensions):
-            if path in self.beside:
-                text, guessed = read_caption_text(path)
-                self.guessed += [path] if guessed else []
-                return read_lines(text, self.subset.captions)
-        self.missing.append(image)
-        return self.subset.class_tokens or ""
+        return None
 
-    def warn(self, total: int) -> None:
-        if self.guessed:
+    def find(self, image: Path) -> Path | None:
+        """The file that has the caption of `image`, if there is one and it is needed."""
+        if self._listed(image) is not None:
+            return None
+        return next((Path(path) for path in _caption_paths(image, self.extensions) if path in self.beside), None)
+
+    def read(self, images: Sequence[Path], texts: Iterator[tuple[str, bool] | BadFile], bad: list[BadFile]) -> list[Found]:
+        """The pictures with their captions. texts: those of the files that `find` names, in this order."""
+        found, missing, guessed = [], [], []
+        for image in images:
+            caption, path = self._listed(image), self.find(image)
+            if path is not None:
+                text = next(texts)
+                if isinstance(text, BadFile):
+                    bad.append(BadFile(image, text.reason))
+                    continue
+                caption = read_lines(text[0], self.subset.captions)
+                guessed += [path] if text[1] else []
+            elif caption is None:
+                missing.append(image)
+                caption = self.subset.class_tokens or ""
+            found.append(Found(image, caption, counted=caption))
+        self._warn(len(images), missing, guessed)
+        return found
+
+    def _warn(self, total: int, missing: list[Path], guessed: list[Path]) -> None:
+        if guessed:
             logger.warning(
                 "%s: %d caption files are not UTF-8 and were read as Latin-1. First: %s. Save them as UTF-8.",
                 self.folder,
-                len(self.guessed),
-                self.guessed[0].name,
+                len(guessed),
+                guessed[0].name,
             )
-        if self.missing and self.subset.class_tokens is None:
-            beside = {path.name for path in self.beside}
-            _warn_missing_captions(self.folder, self.missing, total, self.extensions, beside)
+        if missing and self.subset.class_tokens is None:
+            beside = {os.path.basename(path) for path in self.beside}
+            _warn_missing_captions(self.folder, missing, total, self.extensions, beside)
 
 
 def _warn_missing_captions(folder: Path, missing: list[Path], total: int, extensions: Sequence[str], beside: set[str]) -> None:
@@ -248,7 +240,7 @@ def _metadata_caption(caption: str | None, tags: str | None, subset: SubsetConfi
     return "\n".join(f"{line}{options.separator}{tags}" for line in lines) or tags, tags
 
 
-def metadata_source(subset: SubsetConfig, bad: list[BadFile]) -> list[Found]:
+def metadata_source(subset: SubsetConfig, bad: list[BadFile], files: KnownFiles) -> list[Found]:
     """The pictures a metadata file names. `image_size` saves reading a header; `train_resolution` proposes a bucket.
 
     A picture that is named again has several captions. Those that do not exist go to `bad`, unless none does: then the folder
@@ -273,6 +265,7 @@ def metadata_source(subset: SubsetConfig, bad: list[BadFile]) -> list[Found]:
             continue
         size, preferred = size_of(entry, "image_size", where), size_of(entry, "train_resolution", where)
         found[file] = Found(file, caption, counted, size, preferred)
+    files.open_common(list(found))
     bad += [BadFile((subset.image_dir or Path()) / image, f"{path} names it, but it does not exist") for image in missing]
     if missing and not found:
         looked = (
@@ -318,46 +311,62 @@ Source = tuple[SubsetConfig, list[Found]]
 
 
 def collect(
-    config: DataConfig, *, prior_loss_weight: float, seed: int, quarantine: Quarantine | None = None
+    config: DataConfig,
+    *,
+    prior_loss_weight: float,
+    seed: int,
+    quarantine: Quarantine | None = None,
+    files: KnownFiles | None = None,
 ) -> tuple[DatasetRecords, ...]:
     """Every picture of every dataset that can be used: it exists, its header can be read, it has a bucket.
 
-    The others go to `quarantine`. Raises `UserError` where a configuration is wrong.
+    The others go to `quarantine`. files: what is known of them. Raises `UserError` where a configuration is wrong.
     """
-    quarantine = quarantine or Quarantine(strict=True)
+    quarantine, files = quarantine or Quarantine(strict=True), files or KnownFiles()
     bad: list[BadFile] = []
-    sources = [[_find(subset, bad) for subset in dataset.subsets if _is_used(subset)] for dataset in config.datasets]
-    sizes = _sizes(sources, bad)
-    apart = _held_out(config, sources, seed, bad)
-    unusable = {one.path for one in bad}
+    sources = [[_find(subset, bad, files) for subset in dataset.subsets if _is_used(subset)] for dataset in config.datasets]
+    sizes = _sizes(sources, bad, files)
+    apart = _held_out(config, sources, seed, bad, files)
+    files.save()
+    for one in bad:
+        sizes.pop(one.path, None)
     results = []
     for index, (dataset, subsets) in enumerate(zip(config.datasets, sources, strict=True)):
-        records, counts = [], []
-        for number, (subset, items) in enumerate(subsets):
-            usable = [item for item in items if item.path not in unusable]
-            placements = [_place(item, sizes[item.path], dataset, subset) for item in usable]
-            bad += [placement for placement in placements if isinstance(placement, BadFile)]
-            both = zip(usable, placements, strict=True)
-            placed = [(item, placement) for item, placement in both if isinstance(placement, Placement)]
-            counted = tag_counts(item.counted for item, _ in placed if item.counted)
-            counts.append(SubsetCount(subset, len(placed), counted))
-            records += [
-                Record(
-                    key=f"{index}/{number}/{_place_in_folder(item, subset)}",
-                    path=item.path,
-                    size=sizes[item.path],
-                    caption=item.caption,
-                    placement=placement,
-                    subset=subset,
-                    repeats=subset.num_repeats,
-                    loss_weight=subset.loss_weight * (prior_loss_weight if subset.is_reg else 1.0),
-                    paired=item.paired,
-                )
-                for item, placement in placed
-            ]
-        results.append(_split(dataset, records, tuple(counts), apart))
+        table = RecordTable.of(_records(f"{index}", dataset, subsets, sizes, bad, prior_loss_weight))
+        results.append(_split(dataset, table, [subset for subset, _ in subsets], apart))
     quarantine.collect(list({one.path: one for one in bad}.values()))
     return tuple(results)
+
+
+def _records(
+    index: str,
+    dataset: DatasetConfig,
+    subsets: Sequence[Source],
+    sizes: Mapping[Path, Size],
+    bad: list[BadFile],
+    prior_loss_weight: float,
+) -> Iterator[Record]:
+    """Those that are in `sizes`, one by one; those that have no bucket go to `bad`."""
+    for number, (subset, items) in enumerate(subsets):
+        for item in items:
+            if item.path not in sizes:
+                continue
+            placement = _place(item, sizes[item.path], dataset, subset)
+            if isinstance(placement, BadFile):
+                bad.append(placement)
+                continue
+            yield Record(
+                key=f"{index}/{number}/{_place_in_folder(item, subset)}",
+                path=item.path,
+                size=sizes[item.path],
+                caption=item.caption,
+                placement=placement,
+                subset=subset,
+                repeats=subset.num_repeats,
+                loss_weight=subset.loss_weight * (prior_loss_weight if subset.is_reg else 1.0),
+                paired=item.paired,
+                counted=item.counted,
+            )
 
 
 def _place_in_folder(item: Found, subset: SubsetConfig) -> str:
@@ -373,9 +382,9 @@ def _is_used(subset: SubsetConfig) -> bool:
     return subset.num_repeats > 0
 
 
-def _find(subset: SubsetConfig, bad: list[BadFile]) -> Source:
+def _find(subset: SubsetConfig, bad: list[BadFile], files: KnownFiles) -> Source:
     """The subset with its pictures, their captions and what belongs to them."""
-    found = metadata_source(subset, bad) if subset.metadata_file else folder_source(subset, bad)
+    found = metadata_source(subset, bad, files) if subset.metadata_file else folder_source(subset, bad, files)
     if subset.conditioning_data_dir is not None:
         what = "conditioning picture" if subset.conditioned else "mask"
         paired = paired_files(subset.conditioning_data_dir, [item.path for item in found], subset.image_dir, what)
@@ -384,12 +393,12 @@ def _find(subset: SubsetConfig, bad: list[BadFile]) -> Source:
     return replace(subset, captions=replace(subset.captions, several=True)) if several else subset, found
 
 
-def _sizes(sources: Sequence[Sequence[Source]], bad: list[BadFile]) -> dict[Path, Size]:
+def _sizes(sources: Sequence[Sequence[Source]], bad: list[BadFile], files: KnownFiles) -> dict[Path, Size]:
     """Sizes of all pictures; those whose header cannot be read go to `bad`."""
     items = [item for subsets in sources for _, found in subsets for item in found]
     unknown = list(dict.fromkeys(item.path for item in items if item.size is None))
     sizes: dict[Path, Size] = {}
-    for path, size in zip(unknown, read_sizes(unknown), strict=True):
+    for path, size in zip(unknown, in_threads(partial(_attempt, files.size), unknown), strict=True):
         if isinstance(size, BadFile):
             bad.append(size)
         else:
@@ -397,15 +406,17 @@ def _sizes(sources: Sequence[Sequence[Source]], bad: list[BadFile]) -> dict[Path
     return sizes | {item.path: item.size for item in items if item.size is not None}
 
 
-def _held_out(config: DataConfig, sources: Sequence[Sequence[Source]], seed: int, bad: list[BadFile]) -> frozenset[Path]:
-    """Every path whose picture some dataset holds out for validation. Reads all files, if any dataset does."""
+def _held_out(
+    config: DataConfig, sources: Sequence[Sequence[Source]], seed: int, bad: list[BadFile], files: KnownFiles
+) -> frozenset[Path]:
+    """Every path whose picture some dataset holds out for validation. If any does, every file is read once and remembered."""
     if not any(dataset.validation_split for dataset in config.datasets):
         return frozenset()
     unusable = {one.path for one in bad}
     everything = dict.fromkeys(item.path for subsets in sources for _, found in subsets for item in found)
     paths = [path for path in everything if path not in unusable]
     digests: dict[Path, str] = {}
-    for path, digest in zip(paths, content_hashes(paths), strict=True):
+    for path, digest in zip(paths, in_threads(partial(_attempt, files.digest), paths), strict=True):
         if isinstance(digest, BadFile):
             bad.append(digest)
         else:
@@ -421,23 +432,26 @@ def _held_out(config: DataConfig, sources: Sequence[Sequence[Source]], seed: int
 
 
 def _split(
-    config: DatasetConfig, records: list[Record], counts: tuple[SubsetCount, ...], apart: frozenset[Path]
+    config: DatasetConfig, found: RecordTable, subsets: Sequence[SubsetConfig], apart: frozenset[Path]
 ) -> DatasetRecords:
     """Held-out pictures to validation; regularisation images balanced against the training images that are left."""
-    train = [record for record in records if not record.subset.is_reg and record.path not in apart]
-    validation = [
-        replace(record, repeats=1, loss_weight=1.0)
-        for record in records
-        if config.validation_split and not record.subset.is_reg and record.path in apart
-    ]
-    regular = [record for record in records if record.subset.is_reg and record.path not in apart]
-    wanted = sum(record.repeats for record in train)
-    repeats = _balanced_repeats([record.repeats for record in regular], wanted)
-    if 0 in repeats:
+    none = np.zeros(len(found), bool)
+    is_reg, held = found.where(lambda subset: subset.is_reg), found.among(apart) if apart else none
+    train, regular = found.take(~is_reg & ~held), found.take(is_reg & ~held)
+    validated = ~is_reg & held if config.validation_split else none
+    repeats = np.array(_balanced_repeats(regular.rows["repeats"].tolist(), int(train.rows["repeats"].sum())), np.int32)
+    unused = int((repeats == 0).sum())
+    if unused:
         logger.warning("%d of %d regularisation images are not used: there are more than training images, counting repeats",
-                       repeats.count(0), len(repeats))  # fmt: skip
-    balanced = [replace(record, repeats=count) for record, count in zip(regular, repeats, strict=True) if count]
-    return DatasetRecords(config, tuple(train + balanced), tuple(validation), counts)
+                       unused, len(repeats))  # fmt: skip
+    balanced = regular.take(repeats > 0, {"repeats": repeats[repeats > 0]})
+    return DatasetRecords(
+        config,
+        found,
+        train.joined(balanced),
+        found.take(validated, {"repeats": 1, "loss_weight": 1.0}),
+        tuple(SubsetCount(subset, len(found.numbers_of(subset))) for subset in subsets),
+    )
 
 
 def check_not_empty(datasets: Sequence[DatasetRecords]) -> None:

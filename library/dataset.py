@@ -12,43 +12,40 @@ import math
 import os
 import signal
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from library.batch import TrainBatch
-from library.buckets import Size
 from library.cache_io import CachedLatents, LatentCache, TextCache, entry_key
 from library.captions import CaptionMoment, final_caption, is_dropped
+from library.compact import Chained
 from library.config_util import Mode, load_data_config, rejects_preservation
-from library.data_sources import DatasetRecords, Record, check_not_empty, collect
+from library.data_sources import DatasetRecords, check_not_empty, collect
+from library.epoch_plan import EpochPlan, Part
 from library.errors import UserError
 from library.family_base import LatentSpec
+from library.file_index import KnownFiles
 from library.image_io import Crop, choose_crop, content_seed, listed
 from library.masks import latent_mask
 from library.picture_views import choose_view, load_view, view_beside
 from library.quarantine import BadFile, Quarantine
+from library.records import Record
 from library.rng import keyed_random
 from library.strategy_base import Strategies, TokenizeStrategy
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from library.option_groups import TrainOptions
     from library.picture_views import Beside
 
 logger = logging.getLogger(__name__)
-
-Item = tuple[int, int]
-"""(index of a record in its part, which of its repeats)."""
-
-Batch = tuple[int, tuple[Item, ...]]
-"""(which part, its items)."""
 
 
 def pixels_to_tensor(pixels: Any) -> Tensor:
@@ -61,28 +58,6 @@ def load_fitted(record: Record, crop: Crop) -> tuple[np.ndarray, str]:
     """Pixels as they are trained, uint8 [bucket height, bucket width, 3], and the content hash of the file."""
     view = load_view(record, record.placement, crop)
     return view.pixels, view.digest
-
-
-@dataclass(frozen=True)
-class Part:
-    """The pictures of one [[datasets]] that are trained together: one batch size, and batches of one bucket."""
-
-    records: tuple[Record, ...]
-    buckets: Mapping[Size, tuple[Item, ...]]
-    batch_size: int
-    multiplier: float
-
-    @classmethod
-    def of(cls, records: Sequence[Record], batch_size: int, multiplier: float) -> Part:
-        buckets: dict[Size, list[Item]] = {}
-        for index, record in enumerate(records):
-            items = buckets.setdefault(record.placement.bucket, [])
-            items += [(index, repeat) for repeat in range(record.repeats)]
-        return cls(tuple(records), {size: tuple(buckets[size]) for size in sorted(buckets)}, batch_size, multiplier)
-
-    def num_batches(self) -> int:
-        """The last batch of a bucket may be short; it is trained like the others."""
-        return sum(math.ceil(len(items) / self.batch_size) for items in self.buckets.values())
 
 
 class Paired(NamedTuple):
@@ -132,7 +107,7 @@ class ImageDataset(Dataset[TrainBatch]):
     text_cache: TextCache | None = None
     _masks: dict[str, Paired] = field(default_factory=dict, init=False, repr=False)
     """Of pictures whose latents are kept in memory."""
-    _planned: tuple[int, list[Batch]] | None = field(default=None, init=False, repr=False)
+    _planned: tuple[int, EpochPlan] | None = field(default=None, init=False, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_planned": None}  # a worker makes its own, which is cheaper than sending it
@@ -147,30 +122,25 @@ class ImageDataset(Dataset[TrainBatch]):
         return sum(len(items) for part in self.parts for items in part.buckets.values())
 
     @property
-    def records(self) -> list[Record]:
-        return [record for part in self.parts for record in part.records]
+    def records(self) -> Sequence[Record]:
+        return Chained(*(part.records for part in self.parts))
 
     def __len__(self) -> int:
         return self.num_batches
 
     # Order
 
-    def plan(self, epoch: int) -> list[Batch]:
+    def plan(self, epoch: int) -> EpochPlan:
         """The batches of an epoch. Pictures are shuffled within buckets, batches over everything."""
-        if self._planned is not None and self._planned[0] == epoch:
-            return self._planned[1]
-        batches: list[Batch] = []
-        for number, part in enumerate(self.parts):
-            for size, bucket in part.buckets.items():
-                items = list(bucket)
-                if not self.evaluating:
-                    keyed_random(self.seed, epoch, "bucket", number, size).shuffle(items)
-                starts = range(0, len(items), part.batch_size)
-                batches += [(number, tuple(items[start : start + part.batch_size])) for start in starts]
+        if self._planned is None or self._planned[0] != epoch:
+            self._planned = epoch, EpochPlan(self.parts, partial(self._order, epoch))
+        return self._planned[1]
+
+    def _order(self, epoch: int, count: int, *key: object) -> list[int]:
+        order = list(range(count))
         if not self.evaluating:
-            keyed_random(self.seed, epoch, "batches").shuffle(batches)
-        self._planned = epoch, batches
-        return batches
+            keyed_random(self.seed, epoch, *key).shuffle(order)
+        return order
 
     def __getitem__(self, key: tuple[int, int]) -> TrainBatch:
         """The batch, without pictures that turn out to be unreadable; the next one, where none of its pictures is left."""
@@ -379,7 +349,7 @@ def make_loader(
         dataset.num_batches, epoch=epoch, epochs=epochs or epoch + 1, start=start, rank=rank, world=world
     )  # fmt: skip
     in_memory = dataset.latent_cache is not None and dataset.latent_cache.in_memory
-    conditioned = any(record.subset.conditioned for record in dataset.records)
+    conditioned = any(subset.conditioned for part in dataset.parts for subset in part.records.subsets)
     workers = 0 if in_memory and not conditioned else min(options.training.max_data_loader_n_workers, os.cpu_count() or 1)
     return BatchLoader(
         _Guarded(dataset),
@@ -403,12 +373,19 @@ class TrainData:
     datasets: tuple[DatasetRecords, ...]
     latent: LatentSpec
     options: TrainOptions
+    files: KnownFiles
+    """What is known of the pictures."""
     from_file: bool
     """Whether the datasets came from a configuration file, which changes the form of the metadata."""
 
     @property
     def image_datasets(self) -> list[ImageDataset]:
         return [self.train] + ([self.validation] if self.validation else [])
+
+    @property
+    def records(self) -> Sequence[Record]:
+        """Those of `image_datasets`."""
+        return Chained(*(dataset.records for dataset in self.image_datasets))
 
     def metadata(self, world: int = 1) -> dict[str, str]:
         """The `ss_` keys about data, in sd-scripts' form. world: number of processes, for the totals."""
@@ -453,7 +430,8 @@ def build_train_data(
     rejects_preservation(config, mode)
     seed = options.training.seed or 0
     quarantine = Quarantine(Path(options.output.output_dir) if options.output.output_dir else None, options.data.strict_data)
-    datasets = collect(config, prior_loss_weight=options.loss.prior_loss_weight, seed=seed, quarantine=quarantine)
+    files, prior = KnownFiles.of_user(options.cache.cache_dir), options.loss.prior_loss_weight
+    datasets = collect(config, prior_loss_weight=prior, seed=seed, quarantine=quarantine, files=files)
     check_not_empty(datasets)
     quarantine.begin()
     _check_cacheable(datasets, options)
@@ -475,7 +453,7 @@ def build_train_data(
     validation = replace(dataset, parts=tuple(held_out), evaluating=True, caption_variants=0) if held_out else None
     if validation is not None and options.cache.text_outputs:
         validation.caption_variants = 1
-    data = TrainData(dataset, validation, datasets, latent, options, config.source is not None)
+    data = TrainData(dataset, validation, datasets, latent, options, files, config.source is not None)
     logger.info("%s", data.summary())
     return data
 

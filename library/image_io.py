@@ -9,8 +9,7 @@ from __future__ import annotations
 import io
 import os
 import struct
-from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -25,7 +24,6 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 _EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-_HEADER_THREADS = 16
 
 INTERPOLATIONS = ("lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic", "area", "box")
 """Values of `resize_interpolation`."""
@@ -39,18 +37,51 @@ def image_extensions() -> tuple[str, ...]:
     return _EXTENSIONS + tuple(ext for ext in (".avif", ".jxl") if ext in Image.EXTENSION)
 
 
-def list_images(folder: Path) -> list[Path]:
-    """The pictures that lie directly in `folder`, sorted by name, so that the order is the same on every machine."""
+@dataclass(frozen=True)
+class Listing:
+    """The files of a folder. Sorted by name, so that the order is the same on every machine."""
+
+    images: list[Path]
+    broken: list[Path]
+    """Pictures by their names that are links to nothing, or to each other."""
+    others: set[str]
+    """All other files, as text."""
+
+
+def _scan(folder: Path, extensions: tuple[str, ...]) -> Listing:
+    """What lies directly in `folder`. Only links need asking the system what they are."""
+    found = Listing([], [], set())
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if os.path.splitext(entry.name)[1].lower() not in extensions:
+                found.others.add(os.path.join(folder, entry.name))
+            elif not entry.is_symlink():
+                found.images.extend([folder / entry.name] if entry.is_file() else [])
+            elif os.path.isfile(entry.path):
+                found.images.append(folder / entry.name)
+            elif not os.path.exists(entry.path):
+                found.broken.append(folder / entry.name)
+    return found
+
+
+def list_folder(folder: Path, *, recursive: bool = False) -> Listing:
+    """What is in `folder`; recursive: and in all folders below it.
+
+    A folder that is met again, as in a loop of links, is not entered twice; hidden folders are not entered.
+    """
     extensions = image_extensions()
-    found = [path for path in folder.iterdir() if path.suffix.lower() in extensions and path.is_file()]
-    return sorted(found, key=lambda path: path.name)  # Windows compares paths without regard to case
+    listings = [_scan(each, extensions) for each in (_folders(folder) if recursive else [folder])]
+
+    def place(path: Path) -> str:  # not the path: Windows compares those without regard to case
+        return path.relative_to(folder).as_posix() if recursive else path.name
+
+    images, links = ([p for one in listings for p in getattr(one, kind)] for kind in ("images", "broken"))
+    others = listings[0].others.union(*(one.others for one in listings[1:]))
+    return Listing(sorted(images, key=place), sorted(links, key=place), others)
 
 
-def walk_images(folder: Path) -> list[Path]:
-    """The pictures in `folder` and all folders below it, sorted by their place there. A folder that is met again, as in a
-    loop of links, is not entered twice; hidden folders are not entered."""
+def _folders(folder: Path) -> Iterator[Path]:
     seen: set[str] = set()
-    found: list[Path] = []
     for root, folders, _ in os.walk(folder, followlinks=True):
         real = os.path.realpath(root)
         if real in seen:
@@ -58,18 +89,16 @@ def walk_images(folder: Path) -> list[Path]:
             continue
         seen.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        found += list_images(Path(root))
-    return sorted(found, key=lambda path: path.relative_to(folder).as_posix())
+        yield Path(root)
 
 
-def broken_links(folder: Path) -> list[Path]:
-    """Pictures by their names that are links to nothing, or to each other."""
-    extensions = image_extensions()
-    links = [path for path in folder.iterdir() if path.suffix.lower() in extensions and path.is_symlink()]
-    return sorted((path for path in links if not os.path.exists(path)), key=lambda path: path.name)
+def list_images(folder: Path, *, recursive: bool = False) -> list[Path]:
+    """The pictures of `list_folder`."""
+    return list_folder(folder, recursive=recursive).images
 
 
-def _broken(path: Path, error: Exception) -> BadFile:
+def broken(path: Path, error: Exception) -> BadFile:
+    """What is to be said of a picture that cannot be read because of `error`."""
     detail = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return BadFile(path, f"not a readable image: {detail or type(error).__name__}".replace(f" {str(path)!r}", ""))
 
@@ -111,20 +140,7 @@ def read_size(path: Path) -> Size:
             width, height = image.size
             return (height, width) if _orientation(image) >= 5 else (width, height)
     except _pillow_errors() as error:
-        raise _broken(path, error) from error
-
-
-def read_sizes(paths: Sequence[Path]) -> list[Size | BadFile]:
-    """`read_size` of many files, in threads."""
-
-    def attempt(path: Path) -> Size | BadFile:
-        try:
-            return read_size(path)
-        except BadFile as error:
-            return error
-
-    with ThreadPoolExecutor(_HEADER_THREADS) as pool:
-        return list(pool.map(attempt, paths))
+        raise broken(path, error) from error
 
 
 def listed(lines: Iterable[str], what: str, shown: int = 5) -> str:
@@ -174,21 +190,8 @@ def decode(path: Path, *, alpha: bool = False) -> tuple[np.ndarray, str]:
                 upright = upright.transpose(Image.Transpose[_TURNED[orientation]])
             pixels = np.array(upright if upright.mode == mode else upright.convert(mode))
     except _pillow_errors() as error:
-        raise _broken(path, error) from error
+        raise broken(path, error) from error
     return pixels, content_hash(data)
-
-
-def content_hashes(paths: Sequence[Path]) -> list[str | BadFile]:
-    """`content_hash` of many files, in threads."""
-
-    def attempt(path: Path) -> str | BadFile:
-        try:
-            return content_hash(path.read_bytes())
-        except OSError as error:
-            return _broken(path, error)
-
-    with ThreadPoolExecutor(_HEADER_THREADS) as pool:
-        return list(pool.map(attempt, paths))
 
 
 def resolve_interpolation(size: Size, resized: Size, chosen: str | None) -> str:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from library.buckets import Placement, Size
 from library.errors import UserError
-from library.image_io import Crop, decode, fit, listed, walk_images
+from library.image_io import Crop, decode, fit, list_images, listed
 from library.quarantine import BadFile
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def paired_files(folder: Path, images: Sequence[Path], root: Path | None, what: 
     the extensions. Raises `UserError` with those that have none. what: `mask`, or another word for messages."""
     if not folder.is_dir():
         raise UserError(f"conditioning_data_dir: the folder {folder} does not exist.")
-    there = {path.relative_to(folder).with_suffix("").as_posix(): path for path in walk_images(folder)}
+    there = {path.relative_to(folder).with_suffix("").as_posix(): path for path in list_images(folder, recursive=True)}
     used, missing = [], []
     for image in images:
         inside = image.relative_to(root) if root is not None and image.is_relative_to(root) else Path(image.name)

@@ -31,8 +31,8 @@ from library.batch import TrainBatch
 from library.cache_io import LatentCache, TextCache
 from library.caching import distinct_captions, encode_captions, encoder_autocast, text_batch_size
 from library.custom_offloading_utils import tensors_of
-from library.data_sources import Record
-from library.dataset import ImageDataset, Part, Row, TrainData
+from library.dataset import ImageDataset, Row, TrainData
+from library.epoch_plan import Part
 from library.errors import UserError
 from library.family_base import ModelBundle
 from library.image_io import choose_crop
@@ -41,6 +41,7 @@ from library.memory_tracker import MemoryTracker, Peak, Work, simulated
 from library.offload_plan import RingPlan
 from library.offload_transport import ALIGNMENT, round_up
 from library.optimizers import group_rates
+from library.records import Record
 from library.strategy_base import LATENT_DTYPE, Conditioning
 
 if TYPE_CHECKING:
@@ -135,7 +136,7 @@ def largest_batch(dataset: ImageDataset) -> tuple[Part, LargestBatch]:
 def _records(part: Part, batch: LargestBatch) -> list[Record]:
     """Of the bucket, those with the longest captions."""
     items = part.buckets[batch.width, batch.height]
-    found = sorted((part.records[index] for index, _ in items), key=lambda record: -len(record.caption))
+    found = sorted((part.records[index] for index, _ in items.values.tolist()), key=lambda record: -len(record.caption))
     return found[: batch.images]
 
 

@@ -7,11 +7,11 @@ from random import Random
 from typing import TYPE_CHECKING
 
 from library.buckets import Placement
-from library.data_sources import Record
 from library.face_crop import face_of, face_view
 from library.image_io import Crop, choose_crop, decode, fit, vary_color
 from library.masks import read_paired
 from library.quarantine import BadFile
+from library.records import Record
 
 if TYPE_CHECKING:
     import numpy as np

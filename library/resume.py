@@ -11,7 +11,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from library.bf16_updates import drop_compensation
 from library.config_util import SubsetConfig
-from library.dataset import ImageDataset, Part
+from library.dataset import ImageDataset
 from library.errors import UserError
 from library.optimizers import find_optimizer, load_exactly
 from library.option_groups_output import NEWEST_STATE
@@ -62,8 +62,12 @@ def run_record(options: TrainOptions, length: RunLength, world: int, data: Image
     pictures = [
         (part.batch_size, [(record.key, record.size, record.repeats) for record in part.records]) for part in data.parts
     ]
-    settings = [(part.batch_size, part.multiplier, [_setting(subset) for subset in _subsets(part)]) for part in data.parts]
-    varies = any(not record.subset.captions.is_static for record in data.records)
+    subsets = [part.records.used_subsets() for part in data.parts]
+    settings = [
+        (part.batch_size, part.multiplier, [_setting(subset) for subset in used])
+        for part, used in zip(data.parts, subsets, strict=True)
+    ]
+    varies = any(not subset.captions.is_static for used in subsets for subset in used)
     optimizer = find_optimizer(options.optimizer.name)
     return {
         "seed": options.training.seed,
@@ -78,10 +82,6 @@ def run_record(options: TrainOptions, length: RunLength, world: int, data: Image
         "readings": data.caption_variants if varies else 0,
         "options": result_options(options),
     }
-
-
-def _subsets(part: Part) -> list[SubsetConfig]:
-    return list({id(record.subset): record.subset for record in part.records}.values())
 
 
 def _setting(subset: SubsetConfig) -> SubsetConfig:

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from library.buckets import BucketRule, bucket_sizes, nearest_by_ratio
 from library.captions import CaptionMoment, CaptionOptions, final_caption, is_dropped
 from library.config_util import KEYS, DatasetConfig, SubsetConfig, load_data_config
-from library.data_sources import Record
 from library.dataset import EpochKeys, ImageDataset, Part
 from library.errors import UserError
+from library.records import Record
 
 laws = settings(max_examples=80, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 

@@ -1,0 +1,166 @@
+"""The index of data files: what it saves reading, and that it is never believed against the files."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from data_tools import write_picture
+
+from library.cache_io import read_npz
+from library.file_index import INDEX_FILE, KnownFiles, in_threads
+from library.image_io import content_hash
+from library.quarantine import BadFile
+
+HOUR = 3600 * 10**9
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Three pictures of an hour ago, with captions."""
+    for key in range(3):
+        settle(write_picture(tmp_path / "img" / f"p{key}.png", (40 + key, 30), key, caption=f"caption {key}"))
+        settle(tmp_path / "img" / f"p{key}.txt")
+    return tmp_path / "img"
+
+
+def settle(path: Path, at: int | None = None) -> Path:
+    """Its time an hour ago, or `at`."""
+    at = time.time_ns() - HOUR if at is None else at
+    os.utime(path, ns=(at, at))
+    return path
+
+
+def spoil(path: Path) -> None:
+    """Other content, and nothing shows it: whoever does not tell has not read it."""
+    status = path.stat()
+    path.write_bytes(b"?" * status.st_size)
+    settle(path, status.st_mtime_ns)
+
+
+def known(folder: Path) -> KnownFiles:
+    files = KnownFiles(folder.parent / "cache")
+    files.open(folder)
+    return files
+
+
+def ask(folder: Path) -> dict[str, object]:
+    """Everything that can be asked, as a run asks it; kept for the next one."""
+    files = known(folder)
+    found: dict[str, object] = {}
+    for path in sorted(folder.iterdir()):
+        found[path.name] = files.caption(path) if path.suffix == ".txt" else (files.size(path), files.digest(path))
+    files.save()
+    return found
+
+
+def index_of(folder: Path) -> Path:
+    (path,) = (folder.parent / "cache").glob(f"*/{INDEX_FILE}")
+    return path
+
+
+def test_a_second_run_reads_no_file_that_has_not_changed(folder: Path) -> None:
+    first = ask(folder)
+    assert first["p1.png"] == ((41, 30), content_hash((folder / "p1.png").read_bytes()))
+    assert first["p1.txt"] == ("caption 1", False)
+    for path in folder.iterdir():
+        spoil(path)
+    assert ask(folder) == first
+    index_of(folder).unlink()
+    with pytest.raises(BadFile):
+        ask(folder)
+
+
+@pytest.mark.parametrize("by", ["time", "length"])
+def test_a_file_that_has_changed_is_read_again(by: str, folder: Path) -> None:
+    ask(folder)
+    text = folder / "p0.txt"
+    before = text.stat().st_mtime_ns
+    text.write_text("caption X" if by == "time" else "another one")
+    settle(text, before + (1 if by == "time" else 0))
+    write_picture(folder / "p0.png", (64, 64))
+    again = ask(folder)
+    assert again["p0.txt"] == (text.read_text(), False)
+    assert again["p0.png"] == ((64, 64), content_hash((folder / "p0.png").read_bytes()))
+    assert again["p1.png"] == ask(folder)["p1.png"]
+
+
+def test_a_file_that_was_changed_just_now_is_not_kept(folder: Path) -> None:
+    """Another change within the same tick of the clock would not show."""
+    settle(folder / "p0.txt", time.time_ns())
+    ask(folder)
+    spoil(folder / "p0.txt")
+    spoil(folder / "p1.txt")
+    again = ask(folder)
+    assert again["p0.txt"] == ("?" * 9, False)
+    assert again["p1.txt"] == ("caption 1", False)
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "emptied", "version"])
+def test_a_damaged_index_is_made_anew_and_said_so(damage: str, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    first = ask(folder)
+    path = index_of(folder)
+    data = bytearray(path.read_bytes())
+    if damage == "version":
+        arrays = read_npz(path)
+        assert arrays is not None
+        np.savez(path, **{**arrays, "version": np.array(0)})  # type: ignore[arg-type]
+    else:
+        place = data.index(b"caption 1")
+        data[place] ^= 1
+        path.write_bytes({"cut": bytes(data[: len(data) // 2]), "flipped": bytes(data), "emptied": b""}[damage])
+    assert ask(folder) == first
+    assert [record.levelno for record in caplog.records if "made anew" in record.message] == [logging.WARNING]
+    caplog.clear()
+    assert ask(folder) == first
+    assert not caplog.records
+
+
+def test_the_picture_folder_is_left_alone_and_an_index_that_cannot_be_kept_costs_no_picture(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = sorted(folder.iterdir())
+    first = ask(folder)
+    assert sorted(folder.iterdir()) == before
+    (folder.parent / "no folder").write_text("")
+    files = KnownFiles(folder.parent / "no folder")
+    assert files.caption(folder / "p0.txt") == first["p0.txt"]
+    files.save()
+    assert "is not kept" in caplog.text
+
+
+def test_files_that_one_run_does_not_use_stay_known_while_they_are_few(folder: Path) -> None:
+    ask(folder)
+    for path in folder.glob("*.txt"):
+        spoil(path)
+    files = known(folder)
+    for key in range(3):
+        files.digest(settle(folder / f"p{key}.png"))  # all six are met or not, three each
+    files.save()
+    assert known(folder).caption(folder / "p2.txt") == ("caption 2", False)
+    files = known(folder)
+    files.digest(settle(folder / "p0.png"))
+    files.save()
+    assert known(folder).caption(folder / "p2.txt") == ("?" * 9, False), "five of six were not met"
+
+
+def test_folders_whose_names_begin_alike_are_two(folder: Path) -> None:
+    other = settle(write_picture(folder.parent / "img2" / "p0.png", (10, 20)))
+    files = known(folder)
+    assert files.size(other) == (10, 20)
+    assert files.size(folder / "p0.png") == (40, 30)
+    files.save()
+    assert len(list((folder.parent / "cache").glob(f"*/{INDEX_FILE}"))) == 2
+
+
+def test_a_file_that_is_gone_is_a_bad_file(folder: Path) -> None:
+    with pytest.raises(BadFile, match="No such file"):
+        known(folder).size(folder / "p9.png")
+
+
+def test_threads_keep_the_order() -> None:
+    assert in_threads(lambda number: number * 2, range(1000)) == list(range(0, 2000, 2))
