@@ -12,6 +12,7 @@ nearest, a decay of 0.999 never changes it. Quantised states (bitsandbytes) and 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,22 +22,43 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from library.rng import keyed_generator
+from library.rng import key_to_seed
 
 COMPENSATION = "bf16_compensation"
 """Under this name an optimizer's state has what rounding cut off the weight, so that it is saved and resumed with the rest."""
 
 _LOW_BITS = 16
 """Of a float32, those that bf16 does not have."""
+_MULTIPLIER = 0x45D9F3B
+"""Of Thomas Mueller's hash of 32 bits: x ^= x >> 16, times this, twice, and x ^= x >> 16 once more."""
 
 
-def round_stochastically(values: Tensor, generator: torch.Generator) -> Tensor:
+def keyed_bits(key: int, count: int, device: torch.device) -> Tensor:
+    """`count` random int16, each a function of `key` (56 bits, see `key_to_seed`) and of its place: the same on every device.
+
+    torch's generators are not. Here a weight that is swapped is stepped in main memory in one run and on the GPU in another.
+    """
+    first, second = key & 0x3FFFFFFF, key >> 30  # of 30 bits, and of 26
+    words = torch.arange(first, first + (count + 1) // 2, dtype=torch.int32, device=device)
+    halves = words.view(torch.int16).view(-1, 2)
+    low, high = (halves[:, 0], halves[:, 1]) if sys.byteorder == "little" else (halves[:, 1], halves[:, 0])
+    low.bitwise_xor_(high)
+    words.mul_(_MULTIPLIER).add_(second)
+    low.bitwise_xor_(high)
+    words.mul_(_MULTIPLIER)
+    low.bitwise_xor_(high)
+    return halves.flatten()[:count]
+
+
+def round_stochastically(values: Tensor, key: int) -> Tensor:
     """float32 -> bf16, to one of the two neighbours, with an expected value equal to the input; bf16 values stay as they are.
 
-    A random number below one unit in the last place is added to the magnitude, and the rest cut off. inf and NaN stay so.
+    A random number below one unit in the last place, of `key` and the element's place, is added to the magnitude, and the rest
+    cut off. inf and NaN stay so.
     """
-    noise = torch.randint(0, 1 << _LOW_BITS, values.shape, dtype=torch.int32, device=values.device, generator=generator)
-    rounded = noise.add_(values.view(torch.int32)).bitwise_and_(-1 << _LOW_BITS).view(torch.float32)
+    noise = keyed_bits(key, values.numel(), values.device).view(values.shape)  # from -2^15 to 2^15 - 1
+    bits = values.view(torch.int32).add(noise).add_(1 << (_LOW_BITS - 1)).bitwise_and_(-1 << _LOW_BITS)
+    rounded = bits.view(torch.float32)
     return torch.where(values.isfinite(), rounded, values).to(torch.bfloat16)  # NaN plus noise may wrap around to a number
 
 
@@ -44,8 +66,8 @@ def round_stochastically(values: Tensor, generator: torch.Generator) -> Tensor:
 class Bf16Rounding:
     """How bf16 parameters, and states of their shape, are widened for a step and rounded after it.
 
-    The random numbers depend on the seed, the update and the parameter: they are the same for every process, and whether
-    parameters are stepped together or one by one.
+    The random numbers depend on the seed, the update, the parameter and the element: they are the same for every process,
+    wherever a parameter is stepped, and whether parameters are stepped together or one by one.
     """
 
     seed: int
@@ -66,9 +88,8 @@ class Bf16Rounding:
                 yield
             finally:
                 for number, parameter, stored in narrow:
-                    generator = keyed_generator(self.seed, "bf16", step, number, device=stored.device)
                     state = optimizer.state[parameter] if self.kahan else optimizer.state.get(parameter, {})
-                    self._round(parameter, stored, state, keep, generator)
+                    self._round(parameter, stored, state, keep, (self.seed, "bf16", step, number))
 
     def _widen(self, parameter: nn.Parameter, state: dict[str, Any], keep: frozenset[str]) -> None:
         assert parameter.grad is not None
@@ -83,14 +104,14 @@ class Bf16Rounding:
             state[key] = state[key].float()
 
     def _round(
-        self, parameter: nn.Parameter, stored: Tensor, state: dict[str, Any], keep: frozenset[str], generator: torch.Generator
+        self, parameter: nn.Parameter, stored: Tensor, state: dict[str, Any], keep: frozenset[str], key: tuple[object, ...]
     ) -> None:
         value = parameter.data
         parameter.grad = None
-        stored.copy_(value if self.kahan else round_stochastically(value, generator))
+        stored.copy_(value if self.kahan else round_stochastically(value, key_to_seed(*key, "weight")))
         parameter.data = stored
-        for key in _elementwise(parameter, state, torch.float32, keep):
-            state[key] = round_stochastically(state[key], generator)
+        for name in _elementwise(parameter, state, torch.float32, keep):
+            state[name] = round_stochastically(state[name], key_to_seed(*key, name))
         if self.kahan:
             state[COMPENSATION] = value.sub_(stored).to(torch.bfloat16)
 

@@ -235,6 +235,11 @@ class ImageDataset(Dataset[TrainBatch]):
         captions = tuple(row.caption for row in rows)
         cached = self.text_cache.batch(captions) if self.text_cache is not None else None
         needs_tokens = self.text_cache is None or not self.text_cache.complete
+        tokens = self.tokenizer.tokenize(captions) if needs_tokens else None
+        lengths = self.tokenizer.lengths(captions)
+        if lengths is not None:
+            cached = None if cached is None else cached.fitted(lengths)
+            tokens = None if tokens is None else self.tokenizer.fitted(tokens, lengths)
         preserve = [record.subset.preserves for record in records]
         whole = torch.ones([side // self.mask_stride for side in records[0].placement.bucket[::-1]])
         masks = [whole if row.paired.mask is None else row.paired.mask for row in rows]
@@ -244,7 +249,7 @@ class ImageDataset(Dataset[TrainBatch]):
             captions=captions,
             images=stacked if self.latent_cache is None else None,
             latents=stacked if self.latent_cache is not None else None,
-            tokens=dict(self.tokenizer.tokenize(captions)) if needs_tokens else None,
+            tokens=None if tokens is None else dict(tokens),
             conditioning=cached,
             loss_weights=torch.tensor([record.loss_weight for record in records], dtype=torch.float32),
             mask=torch.stack(masks)[:, None] if masked else None,

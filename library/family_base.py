@@ -138,6 +138,10 @@ class ModelFamily(ABC):
         """Look at the files' headers only; raise `UserError` for a contradiction or a missing file. Nothing is loaded yet."""
 
     @abstractmethod
+    def source_format(self, options: TrainOptions) -> str:
+        """Of the model `options` names, from headers alone: see `save_checkpoint`. What is trained is saved in it, too."""
+
+    @abstractmethod
     def load(
         self,
         options: TrainOptions,

@@ -100,6 +100,9 @@ class FluxFamily(ModelFamily):
             **{f"ss_{name}": getattr(flags, name) for name in names},
         }
 
+    def source_format(self, options: TrainOptions) -> str:
+        return describe(options).format
+
     # ---- the model ---------------------------------------------------------------------------------------------------
 
     def load(
@@ -152,6 +155,7 @@ class FluxFamily(ModelFamily):
                 t5=load_t5_tokenizer(folders["t5xxl"]),
                 t5_length=length,
                 clip=load_clip_tokenizer(folders[CLIP_L]) if CLIP_L in folders else None,
+                spare=model.spare_tokens if masked else None,
             ),
             text_encoding=FluxTextEncodingStrategy(conditioning=conditioning, mask_t5=masked),
             latents_caching=FluxLatentsCachingStrategy(scale=scale, shift=shift),
@@ -208,14 +212,16 @@ class FluxFamily(ModelFamily):
         flags: FluxOptions = options.family
         both: Any = type(request.positive).collate([request.positive.rows(0), request.negative.rows(0)]).to(device)
         told = request.extra.get("guidance_scale", PREVIEW_GUIDANCE)
+        model = describe(options)
+        if _masks_text(model, flags):
+            both = both.fitted([length + model.spare_tokens for length in both.mask.sum(1).tolist()])
 
         def predict(x_t: Tensor, t: Tensor) -> Tensor:
             """One row for each of x_t's: the positive prompt, then, when guided, the negative one."""
             cond = both.rows(slice(0, len(x_t)))
             return velocity(denoiser, x_t, t, cond, guidance=told, masked=flags.apply_t5_attn_mask).float()
 
-        is_schnell = describe(options).kind == "schnell"
-        shift = request.extra.get("flow_shift", 1.0 if is_schnell else resolution_shift(height * width // 4))
+        shift = request.extra.get("flow_shift", 1.0 if model.kind == "schnell" else resolution_shift(height * width // 4))
         return sample_flow(
             predict if request.guidance == 1 else guided_pair(predict, request.guidance),
             flow_levels(request.steps, shift),
@@ -267,7 +273,7 @@ def velocity(denoiser: nn.Module, x_t: Tensor, t: Tensor, cond: ChromaConditioni
         t.float(),
         pooled=pooled,
         guidance=torch.full((len(x_t),), guidance, device=x_t.device),
-        txt_mask=mask if masked else None,
+        txt_mask=mask if masked and not cond.whole else None,
     )
     return unpack(out, height, width)
 

@@ -120,6 +120,11 @@ class FluxModel:
         return tuple(name for name in (CLIP_L, T5XXL) if name in self.parts)
 
     @property
+    def spare_tokens(self) -> int:
+        """Tokens of padding that are attended to where padding is hidden: Chroma was trained with one."""
+        return 1 if self.kind == "chroma" else 0
+
+    @property
     def latent_scale(self) -> tuple[float, float]:
         """(scale, shift) of the autoencoder's latents."""
         config = self.parts["vae"].config

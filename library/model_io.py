@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from library.errors import UserError
 from library.key_layout import RENAME, KeyMap, Origin, Rule
 from library.quantization import E4M3, StoredWeight, as_grid, dequantize
-from library.quantized_layers import Quantizer, quantize
+from library.quantized_layers import Quantizer, kept_fp8, quantize
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -440,8 +440,9 @@ def load_into(
         if name in quantized:
             layer, scheme = quantized[name]
             assert quantizer is not None
-            kept = source.entries[origins[name].key].as_fp8() if quantizer.keeps_fp8 and _is_renamed(origins[name]) else None
-            weight = kept or quantize(read(None).to(quantizer.device or device), scheme, origins[name].key)
+            key = origins[name].key
+            kept = source.entries[key].as_fp8() if quantizer.keeps_fp8 and _is_renamed(origins[name]) else None
+            weight = kept_fp8(kept, key) if kept else quantize(read(None).to(quantizer.device or device), scheme, key)
             layer.fill(StoredWeight(*(part.to(device) for part in weight)), functools.partial(read, None))
             tensors |= {f"{name.removesuffix('weight')}{kind}": buffer for kind, buffer in layer.named_buffers()}
         else:

@@ -98,11 +98,6 @@ _QUANTIZED = (
         lambda o: o.precision.quantized_compute == "8bit" and o.denoiser_scheme == "nf4",
         "--quantized_compute 8bit: nf4 has no products of its own. Use int8 or fp8, or leave --quantized_compute out.",
     ),
-    Rule(
-        lambda o: o.attention.compiler is not None and (o.denoiser_scheme == "nf4" or o.precision.quantized_compute == "8bit"),
-        "--torch_compile: torch's compiler fails on nf4 and on --quantized_compute 8bit. Use int8 or fp8 without it, or leave "
-        "--torch_compile out.",
-    ),
 )
 
 _FUSED = (

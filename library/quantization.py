@@ -37,6 +37,8 @@ NF4_CODE = (
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
 """The 16 values of NF4, as published."""
+_NF4_PAIRS = torch.cartesian_prod(torch.tensor(NF4_CODE), torch.tensor(NF4_CODE))
+"""[256, 2]: the two values of every byte. A tensor: a compiler would take the numbers for variables."""
 
 _ELEMENTS = 1 << 24
 """Quantised at a time: what a large matrix needs beside itself stays small."""
@@ -142,14 +144,9 @@ def _dequantize_nf4(weight: StoredWeight, count: int, dtype: torch.dtype) -> Ten
         size = [weight.scale.numel() * NF4_BLOCK]
         found: Tensor = kernel(weight.stored[:, None], weight.scale, NF4_BLOCK, "nf4", size, dtype)
         return found.flatten()[:count]
-    pairs = F.embedding(weight.stored.int(), _nf4_pairs(weight.stored.device))  # [bytes, 2]
+    table = _NF4_PAIRS.to(weight.stored.device, non_blocking=True)
+    pairs = F.embedding(weight.stored.int(), table)  # [bytes, 2]
     return pairs.view(-1, NF4_BLOCK).mul_(weight.scale[:, None]).flatten()[:count].to(dtype)
-
-
-def _nf4_pairs(device: torch.device) -> Tensor:
-    """[256, 2]: the two values of every byte."""
-    code = torch.tensor(NF4_CODE).to(device, non_blocking=True)  # made on the device, it would wait for the device each time
-    return torch.stack([code.repeat_interleave(16), code.repeat(16)], dim=1)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from torch.nn.grad import conv2d_input
 
 from library.errors import UserError
-from library.quantization import E4M3, E4M3_MAX, INT8_MAX, SCHEMES, LayerTable, StoredWeight, dequantize, requantize
+from library.quantization import E4M3, SCHEMES, LayerTable, StoredWeight, dequantize, requantize
 
 LEAST_ROWS = 17
 """Fewer rows of input than this are not multiplied in 8 bits: cuBLAS does not."""
@@ -79,14 +79,15 @@ class _Conv2d(Function):
 
 
 def quantize_rows(x: Tensor, dtype: torch.dtype) -> StoredWeight:
-    """x [N, K] in int8 or e4m3, and the scale of each row [N, 1]."""
+    """x [N, K] in int8 or e4m3, row after row in memory, and the scale of each row [N, 1]."""
+    # asked of torch, as a compiler takes numbers of a module for variables
+    limit = torch.finfo(dtype).max if dtype.is_floating_point else torch.iinfo(dtype).max
     # a row of zeros: not the smallest number there is, whose scale compiled kernels would take for 0
     largest = x.float().abs().amax(dim=1, keepdim=True).clamp(min=2**-100)
-    scale = largest / (E4M3_MAX if dtype == E4M3 else INT8_MAX)
+    scale = largest / limit
     scaled = x.float() / scale
-    if dtype == E4M3:
-        return StoredWeight(scaled.clamp(-E4M3_MAX, E4M3_MAX).to(dtype), scale)
-    return StoredWeight(scaled.round().clamp(-INT8_MAX, INT8_MAX).to(dtype), scale)
+    rounded = scaled if dtype.is_floating_point else scaled.round()
+    return StoredWeight(rounded.clamp(-limit, limit).to(dtype, memory_format=torch.contiguous_format), scale)
 
 
 def _product(x: StoredWeight, matrix: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -179,10 +180,17 @@ class QuantizedLayer(nn.Module):
         def merged() -> Tensor:
             return before().float() + delta().to("cpu", torch.float32)
 
-        self.exact = merged
+        self.exact = merged  # holds the adapter: see `end_merging`
         new = requantize(merged().flatten(1).to(self.stored.device), self._stored_weight)
         self.stored.copy_(new.stored)
         self.scale.copy_(new.scale)
+
+
+def end_merging(module: nn.Module) -> None:
+    """Nothing more is merged into the layers of `module`: they let go of what they were made from, adapters among it."""
+    for layer in module.modules():
+        if isinstance(layer, QuantizedLayer):
+            layer.exact = None
 
 
 class QuantizedLinear(QuantizedLayer, nn.Linear):  # type: ignore[override]
@@ -287,6 +295,18 @@ def quantize(weight: Tensor, scheme: str, name: str) -> StoredWeight:
     """weight [O, ...] by `scheme`. name: for the `UserError` about what is not a number."""
     with torch.autocast(weight.device.type, enabled=False):  # a part may be read when it is first used, within a step
         made = SCHEMES[scheme](weight.flatten(1))
-    if type(made.scale) is Tensor and not torch.isfinite(made.scale).all():  # simulated tensors have no values
-        raise UserError(f"'{name}' has values that are not finite. The file is damaged; download it again.")
+    _check_finite(made.scale.isfinite(), name)
     return made
+
+
+def kept_fp8(weight: StoredWeight, name: str) -> StoredWeight:
+    """e4m3 as it is in a file. It has no infinities, and two values that are not numbers: all bits set but for the sign."""
+    _check_finite(weight.scale.isfinite(), name)
+    _check_finite(weight.stored.view(torch.uint8) & 0x7F != 0x7F, name)
+    return weight
+
+
+def _check_finite(finite: Tensor, name: str) -> None:
+    """Raise `UserError` unless all of `finite` is set. Simulated tensors have no values."""
+    if type(finite) is Tensor and not finite.all():
+        raise UserError(f"'{name}' has values that are not finite. The file is damaged; download it again.")

@@ -89,8 +89,8 @@ def _setting(subset: SubsetConfig) -> SubsetConfig:
     return replace(subset, image_dir=None, metadata_file=None, conditioning_data_dir=None)
 
 
-def check_resumable(saved: SavedState, now: dict[str, Any], length: RunLength, options: TrainOptions) -> None:
-    """Raise `UserError`, with both values, where `saved` cannot be continued exactly; warn of what differs otherwise."""
+def check_resumable(saved: SavedState, now: dict[str, Any], length: RunLength) -> None:
+    """Raise `UserError`, with both values, where `saved` cannot be continued exactly; warn of other data."""
     then = saved.train_state
     for key, remedy in REMEDIES.items():
         if key in then and now[key] != then[key]:
@@ -106,7 +106,11 @@ def check_resumable(saved: SavedState, now: dict[str, Any], length: RunLength, o
     for key, difference in WARNED.items():
         if then.get(key, now[key]) != now[key]:
             logger.warning("%s: from here on it is another run than it would have been", difference)
-    for key, change in changed_options(then, options).items():
+
+
+def tell_changed_options(saved: SavedState, options: TrainOptions) -> None:
+    """Warn of each option, as the run will have it, that is not what it was and changes what is learned."""
+    for key, change in changed_options(saved.train_state, options).items():
         holds = "as saved, since it is part of the saved state" if key in KEPT_OPTIONS else "with the new value"
         logger.warning("not the run that was saved: %s; it goes on %s", change, holds)
 

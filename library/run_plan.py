@@ -13,7 +13,15 @@ from library.optimizers import LearningRates
 from library.quantization import TEXT_LAYERS
 from library.quantized_layers import Quantizer, check_eight_bit
 from library.run_setup import compute_dtype, learning_dtype
-from library.trainable import DENOISER, AdapterTrainable, FullTrainable, Trainable, merge_base_weights, split_pairs
+from library.trainable import (
+    DENOISER,
+    AdapterTrainable,
+    FullTrainable,
+    Trainable,
+    merge_base_weights,
+    saved_format,
+    split_pairs,
+)
 
 if TYPE_CHECKING:
     from library.option_groups import FullTrainOptions, NetworkTrainOptions, TrainOptions
@@ -95,7 +103,14 @@ class NetworkPlan(RunPlan):
         always = _text_quantizer(options.precision.quantize_text_encoders)
         live = _text_quantizer(options.live_text_scheme)
         found = {part: always if part in cached else live for part in family.arch.text_parts}
-        return {part: quantizer for part, quantizer in found.items() if quantizer} | self._denoiser_quantizer(family, device)
+        chosen = {part: quantizer for part, quantizer in found.items() if quantizer} | self._denoiser_quantizer(family, device)
+        if chosen and options.network.base_weights and not self._module(family).merges_into_quantized:
+            raise UserError(
+                f"--base_weights: {options.network.network_module} merges into whole weights, and this model's "
+                f"({', '.join(sorted(chosen))}) are quantised. Merge them into the model's file first, or leave --fp8_base, "
+                "--quantize_base and --quantize_text_encoders out."
+            )
+        return chosen
 
     def _denoiser_quantizer(self, family: ModelFamily, device: torch.device) -> dict[str, Quantizer]:
         scheme, eight_bit = self.options.denoiser_scheme, self.options.precision.quantized_compute == "8bit"
@@ -153,7 +168,12 @@ class FullPlan(RunPlan):
         return {part: quantizer for part in sorted(frozen)} if quantizer else {}
 
     def check(self, family: ModelFamily) -> None:
-        """Nothing beyond the option rules."""
+        full = self.options.full
+        if full.max_shard_size is not None and saved_format(full, family.source_format(self.options)) == "ckpt":
+            raise UserError(
+                f"--max_shard_size {full.max_shard_size:,}: a ckpt is always one file. "
+                "Add --save_model_as safetensors, or remove --max_shard_size."
+            )
 
     def build(self, family: ModelFamily, bundle: ModelBundle, options: TrainOptions) -> Trainable:
         return FullTrainable(family, bundle, self.learning_parts(family), self.options)

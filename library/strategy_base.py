@@ -87,6 +87,12 @@ class Conditioning:
             changed[name] = torch.where(mask, getattr(empty, name).to(value), value)
         return replace(self, **changed)
 
+    def fitted(self: ConditioningT, lengths: Sequence[int]) -> ConditioningT:
+        """Padded fields without the tokens that no row needs: row i needs the first `lengths[i]`."""
+        longest = max(lengths)
+        padded = {f.name for f in self.tensor_fields() if f.metadata["pad"]}
+        return replace(self, **{name: value[:, :longest] for name, value in self.tensors().items() if name in padded})
+
     @classmethod
     def collate(cls: type[ConditioningT], entries: Sequence[ConditioningT]) -> ConditioningT:
         """Unbatched entries -> one batch; padded fields to the longest entry."""
@@ -105,6 +111,14 @@ class TokenizeStrategy(ABC):
 
     @abstractmethod
     def tokenize(self, captions: Sequence[str]) -> Tokens: ...
+
+    def lengths(self, captions: Sequence[str]) -> Sequence[int] | None:
+        """How many tokens the denoiser sees of each caption. None: all that there are, padding too."""
+        return None
+
+    def fitted(self, tokens: Tokens, lengths: Sequence[int]) -> Tokens:
+        """`tokens` without those that none of the captions needs, which have these `lengths`."""
+        return tokens
 
     @abstractmethod
     def fingerprint(self) -> str:

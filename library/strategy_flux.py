@@ -6,8 +6,8 @@ Shapes: B batch, M text tokens (all padded to one length), D width, C latent cha
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
@@ -31,6 +31,8 @@ CLIP_L, T5XXL = "clip_l", "t5xxl"
 CLIP_LENGTH = 77
 _NO_CLIP = np.zeros((CLIP_LENGTH, 1), np.float32)  # what sd-scripts' stand-in for CLIP-L gives: Chroma has none
 
+ChromaT = TypeVar("ChromaT", bound="ChromaConditioning")
+
 
 @dataclass(frozen=True)
 class ChromaConditioning(Conditioning):
@@ -38,6 +40,11 @@ class ChromaConditioning(Conditioning):
 
     context: Tensor = tensor_field(source=T5XXL, pad=True)  # [B, M, D]
     mask: Tensor = tensor_field(source=T5XXL, pad=True)  # [B, M], 1 = text, 0 = padding
+    whole: bool = field(default=False, kw_only=True)
+    """No token has to be hidden, though padding is."""
+
+    def fitted(self: ChromaT, lengths: Sequence[int]) -> ChromaT:
+        return replace(super().fitted(lengths), whole=min(lengths) == max(lengths))
 
 
 @dataclass(frozen=True)
@@ -60,12 +67,22 @@ class FluxTokenizeStrategy(TokenizeStrategy):
     t5: T5Tokenizer
     t5_length: int
     clip: ClipTokenizer | None = None
+    spare: int | None = None
+    """Where padding is hidden from the transformer, how many tokens of it are not. None: none is hidden."""
 
     def tokenize(self, captions: Sequence[str]) -> Tokens:
         tokens = {T5XXL: torch.tensor([[self.t5.ids(caption, self.t5_length)] for caption in captions])}  # [B, 1, M]
         if self.clip is not None:
             tokens[CLIP_L] = torch.tensor([[self._clip_row(self.clip, caption)] for caption in captions])  # [B, 1, 77]
         return tokens
+
+    def lengths(self, captions: Sequence[str]) -> Sequence[int] | None:
+        if self.spare is None:
+            return None
+        return [min(self.t5.count(caption, self.t5_length) + self.spare, self.t5_length) for caption in captions]
+
+    def fitted(self, tokens: Tokens, lengths: Sequence[int]) -> Tokens:
+        return {**tokens, T5XXL: tokens[T5XXL][..., : max(lengths)]}
 
     def _clip_row(self, clip: ClipTokenizer, caption: str) -> list[int]:
         ids = clip.ids(caption)[: CLIP_LENGTH - 2]

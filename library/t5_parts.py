@@ -91,6 +91,10 @@ class T5Tokenizer:
         found: list[int] = self.backend.encode(text, add_special_tokens=False).ids[: length - 1]
         return [*found, EOS, *[PAD] * (length - 1 - len(found))]
 
+    def count(self, text: str, length: int) -> int:
+        """How many of `ids` are no padding."""
+        return min(len(self.backend.encode(text, add_special_tokens=False).ids), length - 1) + 1
+
     def fingerprint(self) -> str:
         return blake2b(self.backend.to_str().encode(), digest_size=8).hexdigest()
 

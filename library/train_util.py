@@ -31,7 +31,14 @@ from library.noise import make_noise, perturb
 from library.objectives import Noised
 from library.optimizers import LearningRates, create_optimizer, describe_optimizer, group_rates
 from library.processes import Processes
-from library.resume import check_resumable, find_state, restore_optimizer, restore_schedule, run_record
+from library.resume import (
+    check_resumable,
+    find_state,
+    restore_optimizer,
+    restore_schedule,
+    run_record,
+    tell_changed_options,
+)
 from library.rng import StepRng, key_to_seed
 from library.run_plan import Mode, RunPlan, plan_of
 from library.run_requests import STOP, RunRequests
@@ -352,13 +359,25 @@ def prepare_run(family: ModelFamily, options: TrainOptions, mode: Mode) -> Prepa
     prepared = PreparedRun(family, options, mode, memory, compute, saved, accelerator, strategies, data)
     if saved is not None:
         record = run_record(options, prepared.length, accelerator.num_processes, data.train)
-        check_resumable(saved, record, prepared.length, options)
+        check_resumable(saved, record, prepared.length)
+    return prepared
+
+
+def prepare_fitted(family: ModelFamily, options: TrainOptions, mode: Mode) -> PreparedRun:
+    """`prepare_run`, and with --auto_fit the options that fit the device: those that the run will have."""
+    prepared = prepare_run(family, options, mode)
+    if options.run.auto_fit:
+        from library.auto_fit import fit_to_memory
+
+        prepared = prepared.with_options(fit_to_memory(prepared))
+    if prepared.saved is not None:
+        tell_changed_options(prepared.saved, prepared.options)
     return prepared
 
 
 def build_trainer(family: ModelFamily, options: TrainOptions, mode: Mode) -> Trainer:
     """Everything checked, then data, model, caches and what learns, in this order."""
-    return finish_building(prepare_run(family, options, mode))
+    return finish_building(prepare_fitted(family, options, mode))
 
 
 def finish_building(prepared: PreparedRun) -> Trainer:
@@ -419,11 +438,7 @@ def make_previews(
 
 def run(family: ModelFamily, options: TrainOptions, mode: Mode) -> None:
     """One training run from its options to its last file; with --plan, what it would take; with --show_batches, its data."""
-    prepared = prepare_run(family, options, mode)
-    if options.run.auto_fit:
-        from library.auto_fit import fit_to_memory
-
-        prepared = prepared.with_options(fit_to_memory(prepared))
+    prepared = prepare_fitted(family, options, mode)
     if options.run.plan:
         from library.plan_report import write_plan
 

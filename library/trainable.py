@@ -17,9 +17,10 @@ from library.family_base import ModelBundle, ModelFamily
 from library.memory_policy import MemoryPolicy
 from library.model_io import open_checkpoint
 from library.optimizers import LearningRates, ParamGroup
+from library.quantized_layers import end_merging
 
 if TYPE_CHECKING:
-    from library.option_groups import FullTrainOptions, NetworkOptions, NetworkTrainOptions
+    from library.option_groups import FullOptions, FullTrainOptions, NetworkOptions, NetworkTrainOptions
     from networks.external import NetworkModule
     from networks.network_interface import AdapterNetwork
 
@@ -142,6 +143,8 @@ def merge_base_weights(module: NetworkModule, bundle: ModelBundle, options: Netw
         module.merge_weights(multiplier, file, bundle.text_encoders, bundle.denoiser)
         merged.append(f"{open_checkpoint(file).fingerprint()}*{multiplier:g}")
         logger.info("merged %s at %g", file, multiplier)
+    for part in (DENOISER, *bundle.text_encoder_names):
+        end_merging(bundle.part(part))
     if merged:
         bundle.changed |= {DENOISER, *bundle.text_encoder_names}
         bundle.identity = {
@@ -217,6 +220,13 @@ class AdapterTrainable(Trainable):
         return self.network.after_step(self.options.network.scale_weight_norms)
 
 
+def saved_format(options: FullOptions, source: str) -> str:
+    """`source`'s format unless `--save_model_as` names one; `--use_safetensors` keeps its layout without pickles."""
+    if options.use_safetensors:
+        source = {"ckpt": "safetensors", "diffusers": "diffusers_safetensors"}.get(source, source)
+    return options.save_model_as or source
+
+
 class FullTrainable(Trainable):
     """Parts of the model itself. The weights learn in float32 unless `full_bf16` says otherwise."""
 
@@ -226,11 +236,6 @@ class FullTrainable(Trainable):
         self.options = options
         self.parts = frozenset(parts)
         self._stopped = False
-        if options.full.max_shard_size is not None and self.format == "ckpt":
-            raise UserError(
-                f"--max_shard_size {options.full.max_shard_size:,}: a ckpt is always one file. "
-                "Add --save_model_as safetensors, or remove --max_shard_size."
-            )
         for part in sorted(self.parts):
             bundle.part(part).requires_grad_(True).train()
             for module in family.unused_modules(part, bundle.part(part)):
@@ -292,11 +297,7 @@ class FullTrainable(Trainable):
 
     @property
     def format(self) -> str:
-        """The source's format unless `--save_model_as` names one; `--use_safetensors` keeps its layout without pickles."""
-        source = str(self.bundle.facts["format"])
-        if self.options.full.use_safetensors:
-            source = {"ckpt": "safetensors", "diffusers": "diffusers_safetensors"}.get(source, source)
-        return self.options.full.save_model_as or source
+        return saved_format(self.options.full, str(self.bundle.facts["format"]))
 
     @property
     def suffix(self) -> str:

@@ -68,6 +68,9 @@ class UnetFamily(ModelFamily):
         if full is not None and full.save_model_as in SINGLE_FILE_FORMATS:
             check_single_file(model)
 
+    def source_format(self, options: TrainOptions) -> str:
+        return self.describe(options).format
+
     def head_widths(self, options: TrainOptions) -> Sequence[int]:
         config = self.describe(options).unet.config
         channels, heads = config["block_out_channels"], config["attention_head_dim"]  # which diffusers means as their number

@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -58,6 +58,8 @@ def load_network_module(name: str) -> NetworkModule:
 @dataclass(frozen=True)
 class ForeignModule(NetworkModule["ForeignNetwork"]):
     """A package's network module. Its networks start from `init_seed` and leave torch's global generator as it was."""
+
+    merges_into_quantized: ClassVar[bool] = False
 
     module: ModuleType
     arch: NetworkArch | None = None
@@ -115,11 +117,6 @@ class ForeignModule(NetworkModule["ForeignNetwork"]):
     def merge(self, request: NetworkRequest, weights: FileWeights) -> None:
         """Merged at 1 and scaled here, since not every module heeds its multiplier."""
         model = self._model(request.text_encoder, request.unet)
-        if any(hasattr(layer, "add_to_weight") for module in model.modules.values() for layer in module.modules()):
-            raise UserError(
-                f"{self.name} merges into whole weights, and this model's are quantised. Merge {weights.source} into the model "
-                "first, or leave --fp8_base and --quantize_base out."
-            )
         network = self._from_weights(model, replace(request, multiplier=1.0), weights)
         if not hasattr(network, "merge_to"):
             raise UserError(f"{self.name} cannot merge its networks into the model: do not use --base_weights.")

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -190,6 +190,9 @@ class FileWeights:
 
 class NetworkModule(ABC, Generic[NetworkT]):
     """What makes networks. Its calls are sd-scripts', beside `init_seed` and `parts`. A network is not attached yet."""
+
+    merges_into_quantized: ClassVar[bool] = True
+    """Whether `merge` knows of weights in 8 or 4 bits."""
 
     @property
     @abstractmethod

@@ -17,7 +17,7 @@ from test_resume import assert_same_end, step_state
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
-from library.bf16_updates import COMPENSATION, Bf16Rounding, round_stochastically
+from library.bf16_updates import COMPENSATION, Bf16Rounding, keyed_bits, round_stochastically
 from library.errors import UserError
 from library.fused_update import FusedBackwardUpdate
 from library.optimizers import ParamGroup, create_optimizer, load_exactly, steps_jointly
@@ -25,7 +25,7 @@ from library.option_groups import FullTrainOptions, OptimizerOptions
 from library.option_rules import check_rules
 from library.options import from_flags
 from library.processes import Processes
-from library.rng import keyed_generator
+from library.rng import key_to_seed, keyed_generator
 from library.separate_steps import SeparateSteps
 from library.train_util import Trainer
 
@@ -44,7 +44,7 @@ def workspaces(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Workspace]
 def test_the_expected_value_is_the_exact_one_and_neighbours_are_all_there_is() -> None:
     exact = torch.tensor([1 + ULP / 4, -1 - ULP / 4, 1.999, 3e-39, -1e30, 1 + ULP * 0.9])
     draws = 20_000
-    rounded = round_stochastically(exact.expand(draws, -1).contiguous(), keyed_generator("draws")).float()
+    rounded = round_stochastically(exact.expand(draws, -1).contiguous(), key_to_seed("draws")).float()
     below = (exact.view(torch.int32) & -65536).view(torch.float32)  # toward zero
     above = ((exact.view(torch.int32) & -65536) + 65536).view(torch.float32)
     assert ((rounded == below) | (rounded == above)).all()
@@ -57,10 +57,66 @@ def test_what_bf16_can_hold_is_not_changed_and_what_is_no_number_stays_none() ->
     bits = torch.arange(-(2**15), 2**15, dtype=torch.int16)
     values = bits.view(torch.bfloat16).float()
     assert torch.equal(
-        round_stochastically(values, keyed_generator("all")).view(torch.int16)[~values.isnan()], bits[~values.isnan()]
+        round_stochastically(values, key_to_seed("all")).view(torch.int16)[~values.isnan()], bits[~values.isnan()]
     )
     odd = torch.tensor([0x7FFFFFFF, -1, 0x7F800001, 0x7FC00000], dtype=torch.int32).view(torch.float32)
-    assert round_stochastically(odd.repeat(100), keyed_generator("nan")).isnan().all()
+    assert round_stochastically(odd.repeat(100), key_to_seed("nan")).isnan().all()
+
+
+def hashed(key: int, index: int) -> int:
+    """What `keyed_bits` is said to be, in Python's own numbers."""
+    first, second = key % 2**30, key // 2**30
+    word = first + index // 2
+    word ^= word >> 16
+    word = (word * 0x45D9F3B + second) % 2**32
+    word ^= word >> 16
+    word = word * 0x45D9F3B % 2**32
+    word ^= word >> 16
+    bits = word >> 16 if index % 2 else word % 2**16
+    return bits - 2**16 if bits >= 2**15 else bits
+
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("key", [0, 1, 2**56 - 1, key_to_seed("any")])
+def test_random_bits_are_a_function_of_key_and_place_alone(key: int, device: str) -> None:
+    """Computed in whole numbers, so that a GPU gives what a CPU gives."""
+    count = 1001
+    assert keyed_bits(key, count, torch.device(device)).tolist() == [hashed(key, index) for index in range(count)]
+
+
+def test_random_bits_are_evenly_spread_and_unlike_those_of_their_neighbours() -> None:
+    keys = [key_to_seed("spread", number) for number in range(4)]
+    draws = torch.stack([keyed_bits(key, 1 << 16, torch.device("cpu")) for key in keys]).double() / 2**15  # -1 to 1
+    assert draws.mean(1).abs().max() < 5 * (1 / 3 / draws.shape[1]) ** 0.5
+    assert (draws.square().mean(1) * 3 - 1).abs().max() < 0.02
+    pairs = [(draws[:, :-lag], draws[:, lag:]) for lag in (1, 2, 3, 64)] + [(draws[:1], draws[1:])]
+    for one, other in pairs:
+        assert (3 * (one * other).mean(1)).abs().max() < 5 / draws.shape[1] ** 0.5
+    bits = keyed_bits(keys[0], 1 << 16, torch.device("cpu")).int() & 0xFFFF
+    ones = torch.stack([(bits >> place & 1).double().mean() for place in range(16)])
+    assert (ones - 0.5).abs().max() < 5 * 0.5 / draws.shape[1] ** 0.5
+
+
+def test_where_a_weight_is_stepped_and_in_which_portion_changes_no_bit() -> None:
+    """Swapped weights are stepped in main memory, or not, as others are swapped with them."""
+    ends = []
+    for portions in ([[0, 1]], [[1], [0]]):
+        parameters = [nn.Parameter(torch.full((300,), 1.0 + number, dtype=torch.bfloat16)) for number in range(2)]
+        made = AdamW(parameters, lr=1e-3)
+        separate = SeparateSteps(made, Bf16Rounding(3, kahan=False))
+        separate.begin(0)
+        for portion in portions:
+            for number in portion:
+                parameters[number].grad = torch.ones_like(parameters[number])
+            torch.manual_seed(len(portion))  # of no consequence
+            separate.step([parameters[number] for number in portion])
+        separate.finish()
+        ends.append([*parameters, *(made.state[parameter]["exp_avg_sq"] for parameter in parameters)])
+    assert all(torch.equal(one, other) for one, other in zip(*ends, strict=True))
+    assert not torch.equal(ends[0][0], ends[0][1] - 1), "each has its own"
 
 
 def learn(kind: str, *, steps: int, rate: float, optimizer: Callable[..., Optimizer] = SGD) -> tuple[nn.Parameter, Optimizer]:
@@ -271,9 +327,6 @@ def test_fused_with_accumulation_and_checkpointing(
 def test_a_weight_that_the_last_batch_does_not_reach_is_stepped_too(workspaces: dict[str, Workspace], tmp_path: Path) -> None:
     flags = ["--network_args", "module_dropout=0.5"]
     assert_fused_is_ordinary(workspaces["sd"], "network", tmp_path, flags, accumulation=2)
-
-
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -164,11 +164,6 @@ BAD = [
         ("--quantized_compute 8bit", "nf4"),
     ),
     Bad(
-        "compiled 4-bit base",
-        lambda f, w: ["--quantize_base=nf4", "--torch_compile", "--dynamo_backend=aot_eager"],
-        ("--torch_compile", "compiler fails on nf4"),
-    ),
-    Bad(
         "unknown dataset key",
         lambda f, w: dataset(f, w, subset="num_repeat = 2"),
         ("data.toml", "num_repeat", "Did you mean 'num_repeats'"),

@@ -347,10 +347,16 @@ def test_what_the_user_chose_stays_and_nothing_that_fits_is_an_error(workspaces:
         fit_to_memory(run)
 
 
-def test_a_run_that_was_fitted_learns_what_its_flags_would(workspaces: dict[str, Workspace], tmp_path: Path) -> None:
+def test_a_run_that_was_fitted_learns_what_its_flags_would_and_says_that_a_resumed_one_had_others(
+    workspaces: dict[str, Workspace], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     base = (*CACHED, FROZEN_TEXT["network"])
     run = prepared(workspaces["flux"], "network", tmp_path, *base)
     limit = needed(run, forecast(prepared(workspaces["flux"], "network", tmp_path, *base, "--gradient_checkpointing"))) + 1
-    fitted = workspaces["flux"].train("network", tmp_path / "fitted", *base, "--auto_fit", in_gigabytes(limit))
+    begun = workspaces["flux"].train("network", tmp_path / "begun", *base, "--max_train_steps=1", "--save_state")
+    base = (*base, f"--resume={begun / 'tiny-state'}", "--max_train_steps=3")
+    with caplog.at_level(logging.WARNING):
+        fitted = workspaces["flux"].train("network", tmp_path / "fitted", *base, "--auto_fit", in_gigabytes(limit))
+    assert "not the run that was saved: --gradient_checkpointing was False and is now True" in caplog.text
     named = workspaces["flux"].train("network", tmp_path / "named", *base, "--gradient_checkpointing")
     assert runs.losses(fitted) == runs.losses(named)

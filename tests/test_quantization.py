@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -34,6 +35,7 @@ from library.quantization import (
     tile_grid,
 )
 from library.quantized_layers import QuantizedConv2d, QuantizedLayer, QuantizedLinear, Quantizer, quantize
+from networks.lora import LoRA
 
 EVERY_LAYER = LayerTable(quantized=(r".*",))
 NF4_GAP = max(after - before for before, after in zip(NF4_CODE, NF4_CODE[1:], strict=False)) / 2
@@ -218,7 +220,8 @@ def test_products_in_8_bits_are_close_and_are_made_in_8_bits(scheme: str, bound:
 
 
 @pytest.mark.parametrize(("scheme", "eight_bit"), [("fp8", False), ("nf4", False), ("int8", True), ("fp8", True)])
-def test_a_compiled_block_has_no_graph_break(scheme: str, eight_bit: bool) -> None:
+def test_a_compiled_block_gives_the_same_at_every_size_without_a_graph_break(scheme: str, eight_bit: bool) -> None:
+    """As `library.compiling` compiles them: what could be a variable is one."""
     torch.manual_seed(0)
     block = nn.Sequential(nn.Linear(64, 128), nn.GELU(), nn.Linear(128, 64))
     weights = {name: tensor.detach().clone() for name, tensor in block.named_parameters()}
@@ -227,10 +230,11 @@ def test_a_compiled_block_has_no_graph_break(scheme: str, eight_bit: bool) -> No
     ):
         layer.fill(quantize(weights[name], stored, name), lambda: torch.empty(0))
     block.requires_grad_(False)
-    x = torch.randn(40, 64)
-    compiled = torch.compile(block, backend="aot_eager", fullgraph=True)
-    for one, other in zip(results(compiled, x), results(block, x), strict=True):
-        torch.testing.assert_close(one, other)
+    compiled = torch.compile(block, backend="aot_eager", fullgraph=True, dynamic=True)
+    for rows in (40, 72):
+        x = torch.randn(rows, 64)
+        for one, other in zip(results(compiled, x), results(block, x), strict=True):
+            torch.testing.assert_close(one, other)
     torch._dynamo.reset()
 
 
@@ -277,6 +281,19 @@ def test_a_damaged_weight_is_named(scheme: str, value: float, tmp_path: Path) ->
     weight[3, 5] = value
     broken = {"layers.0.weight": weight, "layers.0.bias": torch.zeros(32)}
     save_file(broken, tmp_path / "m.safetensors")
+    with torch.device("meta"):
+        module = Stack(1, 32)
+    with pytest.raises(UserError, match=r"layers\.0\.weight.* not finite"):
+        load_into(module, open_checkpoint(tmp_path / "m.safetensors"), IDENTITY, quantizer=Quantizer(scheme, EVERY_LAYER))
+
+
+@pytest.mark.parametrize("scheme", ["fp8", "fp8_raw"])
+@pytest.mark.parametrize("sign", [0, 128])
+def test_a_damaged_weight_that_is_in_fp8_is_named(scheme: str, sign: int, tmp_path: Path) -> None:
+    """Its bytes are kept, so that no scale would tell."""
+    weight = torch.ones(32, 32).to(E4M3)
+    weight.view(torch.uint8)[3, 5] = 127 + sign
+    save_file({"layers.0.weight": weight, "layers.0.bias": torch.zeros(32)}, tmp_path / "m.safetensors")
     with torch.device("meta"):
         module = Stack(1, 32)
     with pytest.raises(UserError, match=r"layers\.0\.weight.* not finite"):
@@ -409,12 +426,24 @@ def test_networks_are_merged_before_the_base_is_quantised(workspaces: dict[str, 
 
 
 def test_lycoris_says_that_it_cannot_merge_into_a_quantised_base(workspaces: dict[str, Workspace], tmp_path: Path) -> None:
+    """Before anything is loaded: the folder without pictures would be the next error."""
     pytest.importorskip("lycoris.kohya")
-    module = "--network_module=lycoris.kohya"
-    learned = workspaces["sd"].train("network", tmp_path / "base", module, "--max_train_steps=1")
-    base = f"--base_weights={learned / 'tiny.safetensors'}"
-    with pytest.raises(UserError, match="lycoris.kohya merges into whole weights"):
-        workspaces["sd"].trainer("network", tmp_path / "run", module, base, "--fp8_base_unet")
+    (tmp_path / "empty" / "1_thing").mkdir(parents=True)
+    (tmp_path / "any.safetensors").touch()
+    flags = ["--network_module=lycoris.kohya", f"--base_weights={tmp_path / 'any.safetensors'}"]
+    for quantised in ("--fp8_base_unet", "--quantize_base=nf4"):
+        with pytest.raises(UserError, match=r"lycoris.kohya merges into whole weights, and this model's \(denoiser\)"):
+            workspaces["sd"].trainer("network", tmp_path, *flags, quantised, f"--train_data_dir={tmp_path / 'empty'}")
+
+
+def test_merged_adapters_are_not_kept(workspaces: dict[str, Workspace], tmp_path: Path) -> None:
+    learned = workspaces["flux"].train("network", tmp_path / "base", "--max_train_steps=1") / "tiny.safetensors"
+    flags = ("--quantize_base=int8", f"--base_weights={learned}", "--network_train_unet_only")
+    trainer = workspaces["flux"].trainer("network", tmp_path / "run", *flags)
+    layers = {id(layer) for layer in trainer.bundle.denoiser.modules()}
+    gc.collect()
+    alive = [found for found in gc.get_objects() if isinstance(found, LoRA) and id(found.base) in layers]
+    assert len(alive) == len(list(trainer.trainable.network.adapters())) > 0  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("algorithm", ["lora", "lokr"])

@@ -107,6 +107,15 @@ def test_a_diffusers_folder_in_parts_is_read_by_diffusers(
     assert list((tmp_path / "parts" / ("unet" if family == "sd" else "transformer")).glob("*.index.json"))
 
 
-def test_a_ckpt_cannot_be_divided(workspaces: dict[str, Workspace], tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="ckpt is always one file"):
-        workspaces["sd"].trainer("full", tmp_path, "--max_shard_size=5GB", "--save_model_as=ckpt")
+@pytest.mark.parametrize("family", ["sd", "flux"])
+def test_a_ckpt_cannot_be_divided(family: str, workspaces: dict[str, Workspace], tmp_path: Path) -> None:
+    """Nor what is trained from one, unless it is saved otherwise. The empty folder would be the next error, before loading."""
+    workspace = workspaces[family]
+    (tmp_path / "empty" / "1_thing").mkdir(parents=True)
+    flags = (f"--train_data_dir={tmp_path / 'empty'}", "--max_shard_size=5GB")
+    torch.save({"state_dict": load_file(workspace.model)}, tmp_path / "model.ckpt")
+    for extra in ("--save_model_as=ckpt", f"--pretrained_model_name_or_path={tmp_path / 'model.ckpt'}"):
+        with pytest.raises(UserError, match="ckpt is always one file"):
+            workspace.trainer("full", tmp_path, *flags, extra)
+    with pytest.raises(UserError, match="empty"):
+        workspace.trainer("full", tmp_path, *flags, extra, "--use_safetensors")
