@@ -15,6 +15,7 @@ from library.clip_tokenizer import copy_tokenizer
 from library.errors import UserError
 from library.flux_models import FluxParams
 from library.flux_utils import CLIP_L, FLUX_DIFFUSERS, T5XXL, FluxModel
+from library.model_io import read_json
 from library.model_parts import cast, write_config, write_json, write_tensors
 from library.sharding import write_whole
 
@@ -84,10 +85,18 @@ class FluxCheckpoint:
             write(tensors, path / folder / stem, metadata={})
         for name, source in self.tokenizers.items():
             copy_tokenizer(source, path / _tokenizer_folder(self.model, name))
-        write_json(path / "scheduler" / "scheduler_config.json", self._scheduler())
-        write_json(path / "model_index.json", _model_index(self.model))
+        scheduler = "scheduler/scheduler_config.json"
+        write_json(path / scheduler, self._found(scheduler) or self._scheduler())
+        own_class = {key: value for key, value in self._found("model_index.json").items() if key == "_class_name"}
+        write_json(path / "model_index.json", _model_index(self.model) | own_class)  # Kontext's is not FLUX.1's
+
+    def _found(self, name: str) -> dict[str, Any]:
+        """A JSON file of the diffusers folder that the model came from; empty where there is none."""
+        path = self.model.path / name
+        return read_json(path) if path.is_file() else {}
 
     def _scheduler(self) -> dict[str, Any]:
+        """As the published model has it."""
         return {
             "_class_name": "FlowMatchEulerDiscreteScheduler",
             "num_train_timesteps": 1000,

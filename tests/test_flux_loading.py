@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from library.family_base import ModelBundle, SampleRequest
 from library.flux_models import Flux
 from library.flux_options import FluxOptions
 from library.flux_train_utils import FluxFamily
-from library.flux_utils import describe
+from library.flux_utils import FLUX_DIFFUSERS, describe
 from library.option_groups import NetworkTrainOptions
 from library.options import from_flags
 from library.rng import keyed_generator
@@ -298,6 +299,26 @@ def test_a_loaded_model_is_saved_as_it_was(kind: str, files: dict[str, Path], tm
     assert tiny.same_tensors(load_file(path), load_file(files[kind]))
 
 
+def test_a_kontext_folder_is_read_as_dev_and_stays_kontext(folders: dict[str, Path], tmp_path: Path) -> None:
+    """Its transformer has dev's shape. What a folder says of itself is not ours to change."""
+    folder = shutil.copytree(folders["dev"], tmp_path / "kontext")
+    index, scheduler = folder / "model_index.json", folder / "scheduler" / "scheduler_config.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"_class_name": "FluxKontextPipeline"}))
+    scheduler.write_text(json.dumps(json.loads(scheduler.read_text()) | {"shift": 2.5}))
+    chosen = options(folder)
+    FAMILY.check(chosen)
+    assert describe(chosen).kind == "dev"
+    bundle = load(chosen)
+    FAMILY.save_checkpoint(bundle, tmp_path / "saved", format="diffusers_safetensors", dtype=None, metadata={})
+    assert json.loads((tmp_path / "saved" / "scheduler" / "scheduler_config.json").read_text())["shift"] == 2.5
+    import diffusers
+
+    pipe = diffusers.DiffusionPipeline.from_pretrained(str(tmp_path / "saved"), local_files_only=True)
+    assert type(pipe) is diffusers.FluxKontextPipeline
+    assert pipe.scheduler.config.shift == 2.5
+    assert tiny.same_tensors(FLUX_DIFFUSERS.to_theirs(pipe.transformer.state_dict()), dict(bundle.denoiser.state_dict()))
+
+
 @pytest.mark.parametrize("kind", ["dev", "chroma"])
 def test_a_saved_folder_is_read_by_diffusers_and_by_us(kind: str, files: dict[str, Path], tmp_path: Path) -> None:
     bundle = load(options(files[kind], files[kind].parent))
@@ -309,6 +330,4 @@ def test_a_saved_folder_is_read_by_diffusers_and_by_us(kind: str, files: dict[st
     assert_same(state(again), state(bundle))
     pipe = pipeline(tmp_path / "saved", kind)
     assert json.loads((tmp_path / "saved" / "model_index.json").read_text())["_class_name"] == type(pipe).__name__
-    from library.flux_utils import FLUX_DIFFUSERS
-
     assert tiny.same_tensors(FLUX_DIFFUSERS.to_theirs(pipe.transformer.state_dict()), dict(bundle.denoiser.state_dict()))
