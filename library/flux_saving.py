@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from library.clip_tokenizer import copy_tokenizer
 from library.errors import UserError
 from library.flux_models import FluxParams
-from library.flux_utils import CLIP_L, FLUX_DIFFUSERS, T5XXL, FluxModel
+from library.flux_names import FLUX_DIFFUSERS
+from library.flux_utils import CLIP_L, T5XXL, FluxModel
 from library.model_io import read_json
 from library.model_parts import cast, write_config, write_json, write_tensors
 from library.sharding import write_whole

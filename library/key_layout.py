@@ -146,6 +146,14 @@ class KeyMap:
                 return _fill(rule.theirs, match)
         return None
 
+    def flat_origins(self, flat: str) -> dict[str, Origin]:
+        """Our names, and where each comes from, for a layer of theirs whose name has underscores for dots, as adapters' files
+        have it. Empty when no rule fits."""
+        for rule in self.rules:
+            if match := _pattern(rule.theirs.replace(".", "_")).match(flat):
+                return {_fill(name, match): Origin(flat, rule, part) for part, name in enumerate(rule.parts)}
+        return {}
+
     # ---- plans: which tensor comes from where ----------------------------------------------------------------------
 
     def origins(self, their_keys: Iterable[str]) -> tuple[dict[str, Origin], list[str]]:

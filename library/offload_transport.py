@@ -283,8 +283,11 @@ def _unpin(memory: Tensor, device: torch.device) -> None:
 
 
 def pinned_like(tensor: Tensor, budget: PinnedBudget) -> Tensor:
-    """Main memory for a copy of `tensor`: pinned while the budget lasts, given back to it when the memory is no longer used."""
-    num_bytes = tensor.numel() * tensor.element_size()
+    """Main memory for a copy of `tensor`: pinned while the budget lasts, given back to it when the memory is no longer used.
+
+    torch's allocator of pinned memory takes whole powers of two, and has them for the next copies of that size.
+    """
+    num_bytes = 1 << max(tensor.nbytes - 1, 0).bit_length()
     if budget.reserve(num_bytes):
         try:
             host = torch.empty_like(tensor, device="cpu", pin_memory=True)

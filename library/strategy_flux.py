@@ -104,7 +104,7 @@ class FluxTextEncodingStrategy(TextEncodingStrategy):
         self, encoders: Mapping[str, nn.Module], tokens: Tokens, only: frozenset[str] | None = None
     ) -> ChromaConditioning:
         wanted = self.conditioning.sources() if only is None else only & self.conditioning.sources()
-        fields: dict[str, Tensor] = {}
+        fields: dict[str, Any] = {}
         if T5XXL in wanted:
             ids = _on(encoders[T5XXL], tokens[T5XXL])
             fields["mask"] = (ids != PAD).long()

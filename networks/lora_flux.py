@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from library.errors import UserError
+from library.flux_names import FLUX_DIFFUSERS
 from networks.lora import LoRA
 from networks.network_args import BOOLEAN, INTEGER, INTEGERS, ArchArgs, Kind, arg
 from networks.network_base import bind
-from networks.network_targets import Layer, NetworkArch, TargetGroup, clip_targets
+from networks.network_targets import DiffusersNames, Layer, NetworkArch, TargetGroup, clip_targets
 
 _INPUTS = ("img_in", "time_in", "vector_in", "guidance_in", "txt_in")
 _PARTS = {
@@ -129,8 +130,13 @@ def fused_rows(layer: Layer) -> tuple[int, ...]:
 ARCH = NetworkArch(
     name="flux",
     groups=(
-        TargetGroup("denoiser", "lora_unet", ("DoubleStreamBlock", "SingleStreamBlock")),
-        clip_targets("clip_l", "lora_te1"),
+        TargetGroup(
+            "denoiser",
+            "lora_unet",
+            ("DoubleStreamBlock", "SingleStreamBlock"),
+            diffusers=DiffusersNames("transformer", FLUX_DIFFUSERS),
+        ),
+        clip_targets("clip_l", "lora_te1", diffusers="text_encoder"),
         TargetGroup("t5xxl", "lora_te3", ("T5Attention", "T5DenseGatedActDense")),
     ),
     arguments=FluxArgs,

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from library.errors import UserError
+from library.key_layout import KeyMap, Rule
 from networks.network_args import RATE_PRESETS, ArchArgs, NetworkArgs
 
 logger = logging.getLogger(__name__)
@@ -29,6 +30,25 @@ def same_name(path: str) -> str:
 
 
 @dataclass(frozen=True)
+class DiffusersNames:
+    """What diffusers and peft call the layers of one part."""
+
+    part: str
+    """The first name of the dotted paths: "transformer"."""
+    layers: KeyMap
+    """sd-scripts' path of a layer -> theirs, several where ours is fused."""
+
+
+CLIP_DIFFUSERS = KeyMap(
+    tuple(
+        Rule(path, path)
+        for layer in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj", "mlp.fc1", "mlp.fc2")
+        for path in [f"text_model.encoder.layers.{{i}}.{layer}"]
+    )
+)
+
+
+@dataclass(frozen=True)
 class TargetGroup:
     """Layers of one model part: every Linear and Conv2d inside modules of the named classes."""
 
@@ -44,6 +64,8 @@ class TargetGroup:
     """Module path in our class -> path in sd-scripts' class, which the file's keys spell."""
     aliases: tuple[str, ...] = ()
     """What diffusers and peft call the part: the first name of the dotted paths in their files."""
+    diffusers: DiffusersNames | None = None
+    """For `networks.diffusers_files`; None where diffusers has no place for the part's adapters, or nobody has named it yet."""
 
     def key(self, path: str) -> str:
         """The file's name of the layer at `path`."""
@@ -64,10 +86,11 @@ def clip_text_name(path: str) -> str:
     return path if path.startswith(("text_model.", "text_projection")) else f"text_model.{path}"
 
 
-def clip_targets(part: str, prefix: str, *aliases: str) -> TargetGroup:
-    """A CLIP text encoder's attention and MLP layers."""
+def clip_targets(part: str, prefix: str, *aliases: str, diffusers: str | None = None) -> TargetGroup:
+    """A CLIP text encoder's attention and MLP layers. diffusers: its name there, for writing."""
     containers = ("CLIPAttention", "CLIPSdpaAttention", "CLIPMLP")
-    return TargetGroup(part, prefix, containers, canonical=clip_text_name, aliases=aliases)
+    names = None if diffusers is None else DiffusersNames(diffusers, CLIP_DIFFUSERS)
+    return TargetGroup(part, prefix, containers, canonical=clip_text_name, aliases=aliases, diffusers=names)
 
 
 @dataclass(frozen=True)

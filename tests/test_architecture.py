@@ -40,6 +40,7 @@ NETWORKS_MAY_USE = {
     "library.rng",
     "library.optimizers",
     "library.key_layout",
+    "library.flux_names",
     "library.unet_names",
     "library.strategy_base",
 }

@@ -18,9 +18,10 @@ from torch import Tensor
 from library.errors import UserError
 from library.family_base import ModelBundle, SampleRequest
 from library.flux_models import Flux
+from library.flux_names import FLUX_DIFFUSERS
 from library.flux_options import FluxOptions
 from library.flux_train_utils import FluxFamily
-from library.flux_utils import FLUX_DIFFUSERS, describe
+from library.flux_utils import describe
 from library.option_groups import NetworkTrainOptions
 from library.options import from_flags
 from library.rng import keyed_generator

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from library.dit_layers import run_recomputing
 from library.flux_models import ApproximatorParams, Flux, FluxParams, image_ids, pack, unpack
-from library.flux_utils import FLUX_DIFFUSERS
+from library.flux_names import FLUX_DIFFUSERS
 from library.rng import keyed_generator
 
 DEV = FluxParams(

@@ -8,15 +8,19 @@ from typing import Any
 import pytest
 import tiny_flux
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from library.errors import UserError
 from library.flux_models import Flux, FluxParams, image_ids
-from library.flux_utils import FLUX_DIFFUSERS
+from library.flux_names import FLUX_DIFFUSERS
+from library.flux_saving import transformer_config
 from library.rng import keyed_generator
 from networks import lora_flux
+from networks.diffusers_files import in_diffusers_names
 from networks.network_base import LayerNetwork
+from tools import convert_lora
 
 
 @pytest.fixture
@@ -261,3 +265,55 @@ def test_a_file_gives_the_same_output_in_diffusers(tmp_path: Path) -> None:
         )[0]
     assert (expected - plain).std() > 0.05
     torch.testing.assert_close(out, expected, atol=2e-4, rtol=2e-4)
+
+
+def test_under_diffusers_names_it_reads_every_layer_that_it_has(parts: dict[str, nn.Module], tmp_path: Path) -> None:
+    """Also those before the blocks, and at other sizes than the published ones: what it drops from files in our names."""
+    import diffusers
+    import transformers
+
+    network = make(parts, in_dims="2,3,4,5,6")
+    randomise(network)
+    assert len([key for key in ranks(network) if key.startswith("lora_unet_")]) == 2 * 10 + 2 * 3 + 2 + 2 * 3
+    network.save_weights(tmp_path / "ours.safetensors", None, {"ss_seed": "1", "sshs_model_hash": "of ours"})
+    convert_lora.main([str(tmp_path / "ours.safetensors"), str(tmp_path / "theirs.safetensors")])
+    with safe_open(tmp_path / "theirs.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt", "ss_seed": "1"}
+        given = {key.rsplit(".lora_", 1)[0] for key in file.keys()}  # noqa: SIM118 (not a dict)
+    theirs = diffusers.FluxTransformer2DModel(**{k: v for k, v in transformer_config(tiny_flux.DEV).items() if k[0] != "_"})
+    theirs.load_state_dict(FLUX_DIFFUSERS.to_ours(parts["denoiser"].state_dict()), strict=True)
+    clip = transformers.CLIPTextModel(parts["clip_l"].config)
+    clip.load_state_dict(parts["clip_l"].state_dict())
+    pipe = diffusers.FluxPipeline(None, None, clip.eval(), None, None, None, theirs)
+    pipe.load_lora_weights(str(tmp_path), weight_name="theirs.safetensors")
+    taken = {
+        f"{part}.{path}"
+        for part, module in (("transformer", theirs), ("text_encoder", clip))
+        for path, layer in module.named_modules()
+        if hasattr(layer, "lora_A")
+    }
+    assert {path.replace("text_model.", "") for path in taken} == {path.replace("text_model.", "") for path in given}
+    ids = torch.arange(10)[None] % 40
+    plain = run(parts["denoiser"])
+    network.attach()
+    with torch.no_grad():
+        out = theirs(
+            hidden_states=randn(2, 12, 16, key="img"),
+            encoder_hidden_states=randn(2, 5, 24, key="txt"),
+            pooled_projections=randn(2, 64, key="pooled"),
+            timestep=torch.tensor([0.2, 0.7]),
+            guidance=torch.tensor([1.0, 3.0]),
+            img_ids=image_ids(8, 6, "cpu")[0],
+            txt_ids=torch.zeros(5, 3),
+            return_dict=False,
+        )[0]
+        torch.testing.assert_close(clip(ids)[0], parts["clip_l"](ids)[0], atol=1e-5, rtol=1e-5)
+    expected = run(parts["denoiser"])
+    assert (expected - plain).std() > 0.05
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_what_diffusers_has_no_place_for_is_named(parts: dict[str, nn.Module]) -> None:
+    network = make(parts, train_t5xxl="true")
+    with pytest.raises(UserError, match=r"some file has 14 layers that diffusers has no place for .*lora_te3_encoder_block_0"):
+        in_diffusers_names(network.file_state_dict(None), lora_flux.ARCH, "some file")
