@@ -91,6 +91,10 @@ def test_compiled_blocks_with_adapters_and_checkpointing_give_the_same_in_few_gr
     assert first.keys() == second.keys()
 
 
+def test_compiled_blocks_in_8_bits_give_the_same_in_few_graphs(workspaces: dict[str, Workspace], tmp_path: Path) -> None:
+    compare(workspaces["flux"], "network", tmp_path, FLUX_GRAPHS, "--quantize_base=int8", "--quantized_compute=8bit")
+
+
 def test_compiled_blocks_that_learn_give_the_same_in_few_graphs(workspaces: dict[str, Workspace], tmp_path: Path) -> None:
     compare(workspaces["flux"], "full", tmp_path, FLUX_GRAPHS)
 

@@ -227,11 +227,27 @@ def test_products_in_8_bits_are_close_and_are_made_in_8_bits(scheme: str, bound:
     assert torch.equal(results(layer, few)[0], results(ordinary, few)[0])
 
 
-@pytest.mark.parametrize(("scheme", "eight_bit"), [("fp8", False), ("nf4", False), ("int8", True), ("fp8", True)])
-def test_a_compiled_block_gives_the_same_at_every_size_without_a_graph_break(scheme: str, eight_bit: bool) -> None:
+COMPILED: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Tensor]]] = {
+    "linear": (
+        lambda: nn.Sequential(nn.Linear(64, 128), nn.GELU(), nn.Linear(128, 64)),
+        lambda number: torch.randn(number, 64),
+    ),
+    "convolution": (
+        lambda: nn.Sequential(nn.Conv2d(8, 16, 3, padding=1), nn.GELU(), nn.Conv2d(16, 8, 3, stride=2, padding=1)),
+        lambda number: torch.randn(2, 8, number, 12),
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "scheme", "eight_bit"),
+    [("linear", "nf4", False), ("linear", "int8", True), ("linear", "fp8", True), ("convolution", "fp8", False)],
+)
+def test_a_compiled_block_gives_the_same_at_every_size_without_a_graph_break(kind: str, scheme: str, eight_bit: bool) -> None:
     """As `library.compiling` compiles them: what could be a variable is one."""
     torch.manual_seed(0)
-    block = nn.Sequential(nn.Linear(64, 128), nn.GELU(), nn.Linear(128, 64))
+    make, draw = COMPILED[kind]
+    block = make()
     weights = {name: tensor.detach().clone() for name, tensor in block.named_parameters()}
     for name, (layer, stored) in (
         Quantizer(scheme, EVERY_LAYER, eight_bit=eight_bit).replace_layers(block, torch.float32).items()
@@ -239,8 +255,8 @@ def test_a_compiled_block_gives_the_same_at_every_size_without_a_graph_break(sch
         layer.fill(quantize(weights[name], stored, name), lambda: torch.empty(0))
     block.requires_grad_(False)
     compiled = torch.compile(block, backend="aot_eager", fullgraph=True, dynamic=True)
-    for rows in (40, 72):
-        x = torch.randn(rows, 64)
+    for number in (40, 72):
+        x = draw(number)
         for one, other in zip(results(compiled, x), results(block, x), strict=True):
             torch.testing.assert_close(one, other)
     torch._dynamo.reset()
