@@ -9,8 +9,8 @@ device's libraries hold for themselves (`own_memory`) is measured or stated.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
@@ -247,12 +247,20 @@ def swap_footprint(rings: Sequence[RingPlan], groups: Sequence[Sequence[nn.Modul
     return SwapFootprint(slots, away, learning, host)
 
 
-class _SwappedPolicy(MemoryPolicy):
-    """Autocast as it is with a swap, without one."""
+@dataclass(frozen=True)
+class _SimulatedPolicy(MemoryPolicy):
+    """Autocast as it is with a swap, without one; and a call at the end of an update's passes, before its step."""
+
+    swaps: bool = False
+    passes_end: Callable[[], None] = lambda: None
 
     @property
     def autocast(self) -> AutocastKwargs:
-        return AutocastKwargs(cache_enabled=False)
+        return AutocastKwargs(cache_enabled=not self.swaps)
+
+    def updating(self) -> AbstractContextManager[None]:
+        self.passes_end()
+        return nullcontext()
 
 
 # ---- the run -----------------------------------------------------------------------------------------------------------
@@ -314,8 +322,9 @@ class _Simulation:
     """One pass through a run, phase by phase."""
 
     trainer: Trainer
-    once: Work
-    twice: Work
+    passes: Work
+    """Forward and backward, of one micro-batch."""
+    step: Work
     offload: SimulatedOffload | None = None
 
     def __init__(self, prepared: PreparedRun, *, offloads: bool, swaps: bool) -> None:
@@ -380,36 +389,57 @@ class _Simulation:
     # ---- training ------------------------------------------------------------------------------------------------------
 
     def _train(self, bundle: ModelBundle) -> None:
-        tracker = self.tracker
-        trainer = self.trainer = self.prepared.assemble(bundle, self.prepared.previews())
-        if self.swaps:
-            trainer.memory = trainer.trainable.memory = _SwappedPolicy()
+        tracker, prepared = self.tracker, self.prepared
+        trainer = self.trainer = prepared.assemble(bundle, prepared.previews())
         if self.offloads:
             self.offload = SimulatedOffload(bundle.denoiser)
-        self._weights(bundle, [name for name in bundle.loaders if bundle.loaded(name)])
+        cached = {"vae"} if prepared.options.cache.latents else set()
+        if prepared.options.cache.text_outputs:
+            cached |= set(bundle.text_encoder_names) - prepared.learning
+        self._weights(bundle, sorted(set(bundle.loaders) - cached))
         tracker.mark(LEARNING, trainer.parameters)
+        reached: set[int] = set()
+
+        def note_gradient(parameter: Tensor) -> None:
+            tracker.mark(GRADIENTS, [parameter.grad])
+            reached.add(id(parameter))
+
         for parameter in trainer.parameters:
-            parameter.register_post_accumulate_grad_hook(lambda p: tracker.mark(GRADIENTS, [p.grad]))
+            parameter.register_post_accumulate_grad_hook(note_gradient)
         trainer.trainable.train()
         trainer.trainable.before_step(0)
-        self.once, self.twice = self._updates(trainer)
+        self._give_state(trainer)
+        self._update(trainer)
+        if unreached := [parameter for parameter in trainer.parameters if id(parameter) not in reached]:
+            for parameter in unreached:
+                _optimizer(trainer).state.pop(parameter, None)
+            self._update(trainer)
         self._end_phase("training")
 
-    def _updates(self, trainer: Trainer) -> tuple[Work, Work]:
-        """The work of an update of one and of two micro-batches. The last one is of the kind that the run makes; the first
-        gives the optimizer its state."""
-        tracker = self.tracker
-        order = (1, 2, 1) if self.prepared.length.accumulation == 1 else (1, 1, 2)
-        counted = []
-        for micro_batches in order:
-            batch = _training_batch(self.prepared.data)
-            before = replace(tracker.work)
-            tracker.reset_peaks()
-            trainer.update([batch] * micro_batches)
-            counted.append(tracker.work.since(before))
-            tracker.mark(OPTIMIZER, _state(trainer))
-        by_size = dict(zip(order, counted, strict=True))
-        return by_size[1], by_size[2]
+    def _give_state(self, trainer: Trainer) -> None:
+        """The optimizer's state, which a first update leaves: a step with gradients that no pass has made."""
+        trainer.update_rule.before_last_backward(0, 1)
+        for parameter in trainer.parameters:
+            parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
+        trainer.update_rule.after_backward(trainer.parameters)
+        trainer.update_rule.step(trainer.parameters)
+        self.tracker.mark(OPTIMIZER, _state(trainer))
+
+    def _update(self, trainer: Trainer) -> None:
+        """An update of the kind that the run makes; of more micro-batches than two, two show all that there is."""
+        tracker, count = self.tracker, min(self.prepared.length.accumulation, 2)
+        batch, before = _training_batch(self.prepared.data), replace(tracker.work)
+        passes = Work()
+
+        def passes_end() -> None:
+            nonlocal passes
+            passes = tracker.work.since(before)
+
+        trainer.memory = trainer.trainable.memory = _SimulatedPolicy(swaps=self.swaps, passes_end=passes_end)
+        tracker.reset_peaks()
+        trainer.update([batch] * count)
+        self.step = tracker.work.since(before).since(passes)
+        self.passes = Work(passes.flops // count, passes.moved_bytes // count)
 
     # ---- what it comes to ----------------------------------------------------------------------------------------------
 
@@ -422,7 +452,6 @@ class _Simulation:
             training = training._replace(device=_swapped(training.device, swap))
         if self.offload is not None:
             training = training._replace(device=_with(training.device, "arriving activations", self.offload.arriving))
-        batch = self.twice.since(self.once)
         return Forecast(
             device=self.device.type,
             phases=(*self.phases[:-1], training),
@@ -431,8 +460,8 @@ class _Simulation:
             caches=self.caches,
             swapped=self._host_bytes(swap) if swap is not None else 0,
             offloaded=self.offload.host_bytes if self.offload is not None else 0,
-            forward_backward=batch,
-            step=self.once.since(batch),
+            forward_backward=self.passes,
+            step=self.step,
             caption=self.caption,
         )
 
