@@ -18,7 +18,7 @@ from library.captions import read_lines
 from library.config_util import DataConfig, DatasetConfig, SubsetConfig
 from library.errors import UserError
 from library.file_index import KnownFiles, in_threads
-from library.image_io import image_extensions, list_folder, list_images, listed
+from library.image_io import PLUGINS, image_extensions, list_folder, list_images, listed
 from library.masks import paired_files
 from library.metadata_file import read_folder_captions, read_metadata, size_of
 from library.quarantine import BadFile, Quarantine
@@ -107,6 +107,7 @@ def folder_source(subset: SubsetConfig, bad: list[BadFile], files: KnownFiles) -
         raise UserError(f"image_dir: {folder} has no image ({', '.join(image_extensions())}).{hint}")
     bad += [BadFile(path, "the link leads nowhere") for path in listing.broken]
     files.open(folder)
+    _warn_unread(folder, listing.others)
     reader = _CaptionReader(subset, folder, listing.others)
     texts = in_threads(partial(_attempt, files.caption), [path for image in listing.images if (path := reader.find(image))])
     return reader.read(listing.images, iter(texts), bad)
@@ -117,6 +118,22 @@ def _attempt(function: Callable[[Path], T], path: Path) -> T | BadFile:
         return function(path)
     except BadFile as error:
         return error
+
+
+_NOT_TRAINED = (".gif", ".tif", ".tiff", ".heic", ".heif", ".psd", ".tga")
+
+
+def _warn_unread(folder: Path, names: Iterable[str]) -> None:
+    """One line for pictures that are not used because of their format."""
+    formats = {*PLUGINS, *_NOT_TRAINED} - set(image_extensions())
+    found = Counter(extension for name in names if (extension := os.path.splitext(name)[1].lower()) in formats)
+    if found:
+        remedies = [
+            f"{extension} needs pip install {PLUGINS[extension][1]}" for extension in sorted(found) if extension in PLUGINS
+        ]
+        counts = ", ".join(f"{count} {extension}" for extension, count in sorted(found.items()))
+        logger.warning("%s: pictures of formats that are not read: %s. %s.", folder, counts,
+                       "; ".join(remedies) or "Convert them, to PNG for example")  # fmt: skip
 
 
 class _CaptionReader:

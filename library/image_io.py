@@ -6,11 +6,13 @@ unless it is asked for as a mask; what lies beneath it is trained, as in sd-scri
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import os
 import struct
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from hashlib import blake2b
 from pathlib import Path
 from random import Random
@@ -29,12 +31,20 @@ INTERPOLATIONS = ("lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic"
 """Values of `resize_interpolation`."""
 
 
+PLUGINS = {".avif": ("pillow_avif", "pillow-avif-plugin"), ".jxl": ("pillow_jxl", "pillow-jxl-plugin")}
+"""Formats that Pillow may need help with -> the module that helps, and its package."""
+
+
+@cache
 def image_extensions() -> tuple[str, ...]:
-    """Lower-case extensions of the formats this installation can read: AVIF and JPEG XL only where Pillow can."""
+    """Lower-case extensions of the formats this installation can read: AVIF and JPEG XL only where Pillow or a plugin can."""
     from PIL import Image
 
     Image.init()
-    return _EXTENSIONS + tuple(ext for ext in (".avif", ".jxl") if ext in Image.EXTENSION)
+    for extension, (module, _) in PLUGINS.items():
+        if extension not in Image.EXTENSION and importlib.util.find_spec(module) is not None:
+            importlib.import_module(module)
+    return _EXTENSIONS + tuple(extension for extension in PLUGINS if extension in Image.EXTENSION)
 
 
 @dataclass(frozen=True)
@@ -135,6 +145,7 @@ def read_size(path: Path) -> Size:
     """(width, height) from the file's header; the pixels are not decoded. A `BadFile` names an unreadable file."""
     from PIL import Image
 
+    image_extensions()  # for the plugins
     try:
         with Image.open(path) as image:
             width, height = image.size
@@ -180,6 +191,7 @@ def decode(path: Path, *, alpha: bool = False) -> tuple[np.ndarray, str]:
     import numpy as np
     from PIL import Image
 
+    image_extensions()  # for the plugins
     mode = "RGBA" if alpha else "RGB"
     try:
         data = path.read_bytes()

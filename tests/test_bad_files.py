@@ -6,6 +6,8 @@ import io
 import json
 import os
 import struct
+import subprocess
+import sys
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +22,7 @@ from PIL import Image
 from library.caching import cache_latents, cache_text_outputs
 from library.dataset import TrainData, make_loader
 from library.errors import UserError
-from library.image_io import decode, read_size
+from library.image_io import decode, image_extensions, read_size
 from library.quarantine import QUARANTINE_FILE, BadFile, Quarantine
 from library.strategy_base import Strategies
 
@@ -193,6 +195,30 @@ def test_the_whole_corpus_is_trained_but_for_what_cannot_be(
     data.train.quarantine.report()
     assert f"{len(found)} files cannot be used and are left out" in caplog.text
     assert contents(corpus) == before, "nothing of the user's changes"
+
+
+def test_pictures_of_formats_that_are_not_read_are_counted(
+    tmp_path: Path, strategies: Strategies, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = write_folder(tmp_path / "img", [(64, 64)])
+    for name in ("a.gif", "b.GIF", "c.tiff"):
+        (folder / name).write_bytes(saved(PLAIN, "GIF"))
+    assert captions_seen(data_of(tmp_path, strategies)) == ["picture 0, tag"]
+    assert "pictures of formats that are not read: 2 .gif, 1 .tiff. Convert them" in caplog.text
+
+
+def test_formats_of_plugins_are_read_in_a_process_that_starts_afresh(tmp_path: Path, strategies: Strategies) -> None:
+    """JPEG XL by the plugin, AVIF by Pillow. What reads pictures may be a worker, which has loaded neither."""
+    write_folder(tmp_path / "img", [(64, 64)])
+    assert ".jxl" in image_extensions() and ".avif" in image_extensions()
+    for extension, settings in ((".jxl", {"lossless": True}), (".avif", {"quality": 100, "subsampling": "4:4:4"})):
+        PLAIN.save(tmp_path / "img" / f"x{extension[1:]}{extension}", **settings)
+        (tmp_path / "img" / f"x{extension[1:]}.txt").write_text(extension)
+    assert captions_seen(data_of(tmp_path, strategies)) == [".avif", ".jxl", "picture 0, tag"]
+    code = "import sys, pathlib; from library.image_io import decode; print(decode(pathlib.Path(sys.argv[1]))[0].sum())"
+    root = Path(__file__).resolve().parent.parent
+    command = [sys.executable, "-c", code, str(tmp_path / "img" / "xjxl.jxl")]
+    assert subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout == f"{PIXELS.sum()}\n"
 
 
 def test_strictly_the_corpus_trains_nothing(corpus: Path, tmp_path: Path, strategies: Strategies) -> None:

@@ -18,7 +18,7 @@ from library.captions import CaptionMoment, CaptionOptions, final_caption, is_dr
 from library.config_util import KEYS, DatasetConfig, SubsetConfig, load_data_config
 from library.dataset import EpochKeys, ImageDataset, Part
 from library.errors import UserError
-from library.records import Record
+from library.records import Record, RecordTable
 
 laws = settings(max_examples=80, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -112,7 +112,7 @@ def test_every_picture_is_seen_as_often_as_it_is_repeated(
     parts: list[tuple[list[tuple[tuple[int, int], int]], int]], seed: int, epoch: int, world: int
 ) -> None:
     records = [[record_of(number, *item) for number, item in enumerate(items)] for items, _ in parts]
-    made = [Part.of(own, size, 1.0) for own, (_, size) in zip(records, parts, strict=True)]
+    made = [Part.of(RecordTable.of(own), size, 1.0) for own, (_, size) in zip(records, parts, strict=True)]
     dataset = ImageDataset(tuple(made), seed, tokenizer=None)  # type: ignore[arg-type]
     plan = list(dataset.plan(epoch))
     assert len(plan) == dataset.num_batches
