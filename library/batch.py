@@ -19,6 +19,7 @@ class TrainBatch:
     """
 
     captions: tuple[str, ...]
+    names: tuple[str, ...] = ()  # of the picture files
     images: Tensor | None = None  # [B, 3, H, W] in [-1, 1]
     latents: Tensor | None = None  # [B, C, h, w] as stored, see LatentSpec.normalize
     tokens: dict[str, Tensor] | None = None  # ids by encoder [B, N, M]; None when every encoder's outputs are cached

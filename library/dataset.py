@@ -247,6 +247,7 @@ class ImageDataset(Dataset[TrainBatch]):
         conditions = [row.paired.condition for row in rows if row.paired.condition is not None]
         return TrainBatch(
             captions=captions,
+            names=tuple(str(record.path) for record in records),
             images=stacked if self.latent_cache is None else None,
             latents=stacked if self.latent_cache is not None else None,
             tokens=None if tokens is None else dict(tokens),

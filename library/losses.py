@@ -23,11 +23,17 @@ def element_loss(pred: Tensor, target: Tensor, kind: str, threshold: Tensor | No
     return 2 * c * root if kind == "huber" else 2 * root
 
 
-def reduce_loss(error: Tensor, *, mask: Tensor | None, weight: Tensor) -> Tensor:
-    """Mean over each image, times its weight, then mean over the batch.
+def image_means(error: Tensor, mask: Tensor | None, *, by_mask: bool = False) -> Tensor:
+    """The mean of each image, [B]. error [B, C, h, w]; mask [B, 1, H, W] in [0, 1], shrunk to h x w by area.
 
-    error [B, C, h, w]; mask [B, 1, H, W] in [0, 1], shrunk to h x w by area; weight [B].
+    The mean is over all elements, masked or not, as in sd-scripts, so that a small mask makes a small loss. by_mask: over what
+    the mask leaves, so that every image counts alike; one that leaves nothing counts nothing.
     """
-    if mask is not None:
-        error = error * F.interpolate(mask.float(), size=error.shape[-2:], mode="area")
-    return (error.flatten(1).mean(1) * weight).mean()
+    if mask is None:
+        return error.flatten(1).mean(1)
+    weights = F.interpolate(mask.float(), size=error.shape[-2:], mode="area")
+    means = (error * weights).flatten(1).mean(1)
+    if not by_mask:
+        return means
+    share = weights.flatten(1).mean(1)
+    return means / share.clamp(min=torch.finfo(share.dtype).tiny)

@@ -408,6 +408,7 @@ class _Simulation:
             parameter.register_post_accumulate_grad_hook(note_gradient)
         trainer.trainable.train()
         trainer.trainable.before_step(0)
+        trainer.image_losses = None  # there are no numbers to keep
         self._give_state(trainer)
         self._update(trainer)
         if unreached := [parameter for parameter in trainer.parameters if id(parameter) not in reached]:

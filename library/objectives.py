@@ -29,6 +29,11 @@ class Noised:
 class Objective(Protocol):
     """A corruption path. Times: an index in [0, T) for DDPM, t in [0, 1] with 1 = noise for flows."""
 
+    @property
+    def latest_time(self) -> float:
+        """What times go up to: T, or 1."""
+        ...
+
     def sample_times(self, x0: Tensor, rng: torch.Generator, quantile: float | None = None) -> Tensor:
         """[B]. `quantile` in [0, 1]: that fixed quantile of the time density instead of a draw, for validation."""
         ...
@@ -88,6 +93,10 @@ class DiscreteDDPM:
     huber_schedule: str = "snr"
     huber_c: float = 0.1
     huber_scale: float = 1.0
+
+    @property
+    def latest_time(self) -> float:
+        return float(self.num_steps)
 
     @cached_property
     def betas(self) -> Tensor:
@@ -202,6 +211,10 @@ class RectifiedFlow:
     huber_schedule: str = "snr"
     huber_c: float = 0.1
     huber_scale: float = 1.0
+
+    @property
+    def latest_time(self) -> float:
+        return 1.0
 
     def times_at(self, quantile: Tensor, latent_size: tuple[int, int]) -> Tensor:
         """The inverse of t's distribution function. quantile [B] in [0, 1] -> [B]; never decreasing."""

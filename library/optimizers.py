@@ -282,6 +282,10 @@ class UpdateRule(ABC):
         like `step`, it is called where weights and gradients are together (`BlockSwap.updating`)."""
         return parameters
 
+    def logs(self) -> dict[str, torch.Tensor]:
+        """Of the last step, to be logged."""
+        return {}
+
     def watch(self, on_gradients: Callable[[], None]) -> None:
         """Have `on_gradients` called when all gradients of an update are there, as they are stepped with."""
         raise UserError(
@@ -329,6 +333,9 @@ class StandardUpdate(UpdateRule):
 
     def watch(self, on_gradients: Callable[[], None]) -> None:
         self.on_gradients = on_gradients
+
+    def logs(self) -> dict[str, torch.Tensor]:
+        return {} if self.norm is None else {"norm/gradient": self.norm}
 
     def before_last_backward(self, step: int, num_images: int) -> None:
         if self.steps is not None:

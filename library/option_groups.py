@@ -227,6 +227,9 @@ class LossOptions:
     debiased_estimation_loss: bool = opt(False, "weight the loss by debiased estimation")
     prior_loss_weight: float = opt(1.0, "weight of regularization pictures", minimum=0)
     weighted_captions: bool = opt(False, "read weights in captions, as in (word:1.3)")
+    masked_loss_normalize: bool = opt(
+        False, "with masks, take the mean over what each leaves, so that pictures with small ones count as much as others"
+    )
     masked_loss: bool = opt(False, "weight the loss by the mask pictures of conditioning_data_dir")
     alpha_mask: bool = opt(False, "weight the loss by the pictures' own opacity")
     conditioning_data_dir: str | None = opt(None, "folder of mask pictures, of the pictures' names")

@@ -93,6 +93,9 @@ class LoggingOptions:
     wandb_run_name: str | None = opt(None, "name of this run in wandb")
     wandb_api_key: str | None = opt(None, "key to log in to wandb", secret=True)
     log_config: bool = opt(False, "send these options to the tracker")
+    log_image_losses: bool = opt(
+        True, "keep a running loss of each picture: image_losses.csv at the end, and the worst ones named"
+    )
     console_log_level: str | None = opt(
         None, "lowest level shown; INFO unless given", choices=("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
     )

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from library.run_requests import REQUESTS
@@ -61,6 +62,10 @@ class Processes:
         """Sum `values` over all processes, in place."""
         if self.count > 1:
             torch.distributed.all_reduce(values)
+
+    def everybody(self, value: Any) -> list[Any]:
+        """`value` of every process, in the order of their ranks. All have to ask."""
+        return gather_object([value])
 
     @property
     def agreed(self) -> frozenset[str]:

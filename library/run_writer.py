@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -17,6 +17,8 @@ from library.checkpoint import (
     average_name,
     state_name,
 )
+from library.image_losses import FILE as IMAGE_LOSSES
+from library.image_losses import merged, worst, write_table
 from library.metadata import BaseHashes, RunFacts, at_save, modelspec_metadata, network_metadata
 from library.optimizers import describe_optimizer
 from library.run_requests import SAMPLE, SAVE
@@ -25,12 +27,16 @@ from library.saved_state import result_options, save_state
 from library.tracking import Tracker
 from library.trainable import split_pairs
 from library.validation import Validation
+from library.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from library.option_groups import NetworkTrainOptions
     from library.train_util import Trainer
 
 logger = logging.getLogger(__name__)
+
+SHOWN_IMAGES = 20
+"""Pictures that are named at the end of a run, those that are learned worst."""
 
 
 class FileMetadata:
@@ -88,6 +94,7 @@ class RunWriter:
         self.metadata = FileMetadata(trainer)
         self.previews = trainer.previews
         self.validation = Validation.of(trainer)
+        self.watchdog = Watchdog(trainer.device)
         self.tracker = Tracker(
             options.logging,
             self.folder,
@@ -115,9 +122,13 @@ class RunWriter:
         if trainer.state.step == 0:
             self._preview(epoch=None)
 
-    def after_update(self, logs: Mapping[str, Tensor | float], rates: Mapping[str, float], *, epoch_done: bool) -> None:
+    def after_update(
+        self, logs: Mapping[str, Tensor | float], rates: Mapping[str, float], names: Sequence[str], *, epoch_done: bool
+    ) -> None:
+        """names: of the pictures of the update, on this process."""
         state = self.trainer.state
-        self.tracker.push(state.step, state.epoch, logs, rates)
+        pace = self.watchdog.lap(len(names) * self.trainer.processes.count)
+        self.tracker.push(state.step, state.epoch, {**logs, **pace}, rates, names)
         epoch = state.epoch if epoch_done else None
         if epoch is not None:
             self.tracker.end_epoch(state.step, epoch)
@@ -131,6 +142,7 @@ class RunWriter:
             self._save(self.policy.epoch_name(epoch), with_state=self.policy.save_state)
             self._prune(epoch=epoch)
         self._preview(epoch=epoch)
+        self.watchdog.pause()
 
     @property
     def learned_enough(self) -> bool:
@@ -143,20 +155,26 @@ class RunWriter:
         if self.learned_enough:
             logger.info("stopped early: the validation loss was lowest after step %d, %.5f", best.step, best.loss)
         self._save(self.policy.last_name, with_state=self.policy.save_state_at_end)
+        self._write_image_losses()
         self.tracker.close()
 
     def interrupted(self) -> str:
         """Save the state, whatever was asked for, and say how to go on."""
         step = self.trainer.state.step
         folder = self._save_state(self.policy.step_name(step))
+        self._write_image_losses()
         self.tracker.close()
         return f"stopped after step {step}. Its state is saved. To go on, run the same command with --resume {folder}"
 
     # ---- what ------------------------------------------------------------------------------------------------------
 
     def _save(self, stem: str, *, with_state: bool) -> None:
-        if not self.is_main:
-            return
+        if self.is_main:
+            self._save_model(stem)
+        if with_state:
+            self._save_state(stem)
+
+    def _save_model(self, stem: str) -> None:
         trainer = self.trainer
         self.tracker.flush()
         metadata = self.metadata.of_file()
@@ -167,12 +185,12 @@ class RunWriter:
                     average_name(stem) if averaged else stem,
                     lambda path: trainer.trainable.save(path, dtype=dtype, metadata=metadata),
                 )
-        if with_state:
-            self._save_state(stem)
 
     def _save_state(self, stem: str) -> Path:
         trainer = self.trainer
         folder = self.folder / state_name(stem)
+        table = trainer.image_losses
+        image_losses = [] if table is None else trainer.processes.everybody(table.state())
         if self.is_main:
             self.tracker.flush()
             scaler = trainer.accelerator.scaler
@@ -184,8 +202,22 @@ class RunWriter:
                 scheduler=trainer.scheduler.state_dict(),
                 scaler=None if scaler is None else scaler.state_dict(),
                 train_state={**trainer.train_state(), "recent_losses": self.tracker.losses()},
+                image_losses=image_losses,
             )
         return folder
+
+    def _write_image_losses(self) -> None:
+        table = self.trainer.image_losses
+        if table is None:
+            return
+        images = merged(state["images"] for state in self.trainer.processes.everybody(table.state()))
+        if not self.is_main or not images:
+            return
+        path = self.folder / IMAGE_LOSSES
+        write_table(images, path)
+        logger.info("loss of each picture, over what is usual at the times it was seen: %s. The highest:", path)
+        for name, image in worst(images, SHOWN_IMAGES):
+            logger.info("  %5.2f  %s (seen %d times)", image.ratio, name, image.count)
 
     def _prune(self, *, step: int | None = None, epoch: int | None = None) -> None:
         if self.is_main:

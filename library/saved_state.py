@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -25,6 +25,8 @@ STATE_FORMAT = 2
 TENSORS_FILE, OPTIMIZER_FILE, TRAIN_STATE_FILE = "trainable.safetensors", "optimizer.pt", "train_state.json"
 AVERAGES_FILE = "averages.safetensors"
 """Beside them with `--ema`."""
+IMAGE_LOSSES_FILE = "image_losses.json"
+"""Beside them with `--log_image_losses`."""
 MANIFEST_FILE = "manifest.json"
 """Size and BLAKE2b hash of every other file."""
 STATE_FILES = (TENSORS_FILE, OPTIMIZER_FILE, TRAIN_STATE_FILE, MANIFEST_FILE)
@@ -44,6 +46,8 @@ class SavedState:
     scheduler: dict[str, Any]
     scaler: dict[str, Any] | None
     train_state: dict[str, Any]
+    image_losses: list[dict[str, Any]]
+    """Of each process; empty without `--log_image_losses`."""
 
 
 def save_state(
@@ -55,6 +59,7 @@ def save_state(
     scheduler: Mapping[str, Any],
     scaler: Mapping[str, Any] | None,
     train_state: Mapping[str, Any],
+    image_losses: Sequence[Mapping[str, Any]] = (),
 ) -> None:
     """Write a state to resume from, whole or not at all; replaces one of the same name.
 
@@ -80,6 +85,8 @@ def save_state(
         with (temporary / OPTIMIZER_FILE).open("wb") as file:
             torch.save(states, file)
         (temporary / TRAIN_STATE_FILE).write_text(json.dumps(record, indent=1), encoding="utf-8")
+        if image_losses:
+            (temporary / IMAGE_LOSSES_FILE).write_text(json.dumps(list(image_losses)), encoding="utf-8")
         (temporary / MANIFEST_FILE).write_text(json.dumps(_manifest(temporary), indent=1), encoding="utf-8")
 
     atomic_write(folder, write)
@@ -172,7 +179,13 @@ def load_state(folder: Path | str) -> SavedState:
             averages = load_file(folder / AVERAGES_FILE)
     with _explained(folder / OPTIMIZER_FILE):
         states = torch.load(folder / OPTIMIZER_FILE, map_location="cpu", weights_only=True)
-    return SavedState(folder, tensors, averages, states["optimizer"], states["scheduler"], states["scaler"], record)
+    image_losses = []
+    if (folder / IMAGE_LOSSES_FILE).is_file():
+        with _explained(folder / IMAGE_LOSSES_FILE):
+            image_losses = json.loads((folder / IMAGE_LOSSES_FILE).read_text(encoding="utf-8"))
+    return SavedState(
+        folder, tensors, averages, states["optimizer"], states["scheduler"], states["scaler"], record, image_losses
+    )
 
 
 def read_train_state(folder: Path) -> dict[str, Any]:

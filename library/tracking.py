@@ -19,6 +19,7 @@ from torch import Tensor
 
 from library.checkpoint import atomic_write
 from library.errors import UserError
+from library.late_copy import LateCopy
 
 if TYPE_CHECKING:
     from library.option_groups import LoggingOptions
@@ -41,28 +42,11 @@ class Row:
     values: Mapping[str, float]
 
 
-@dataclass
-class _Pending:
-    step: int
-    epoch: int
-    names: list[str]
-    host: Tensor
-    known: dict[str, float]
-    copied: Any
-
-    def row(self) -> Row:
-        self.copied.synchronize()  # the copy was asked for a whole step ago: done, unless the run ends here
-        return Row(self.step, self.epoch, {**dict(zip(self.names, self.host.tolist(), strict=True)), **self.known})
-
-
 class LossLog:
-    """Numbers from the device, one step late: they are copied while the next step runs, so that no step waits for them.
-
-    On the CPU there is nothing to wait for, and a row comes back at once.
-    """
+    """Scalars of each step, those on a device one step late: see `LateCopy`."""
 
     def __init__(self) -> None:
-        self._pending: _Pending | None = None
+        self._late: LateCopy[tuple[int, int, list[str], dict[str, float]]] = LateCopy()
 
     def push(self, step: int, epoch: int, values: Mapping[str, Tensor | float]) -> list[Row]:
         """Scalars of one step; returns the rows that are ready, oldest first."""
@@ -72,21 +56,21 @@ class LossLog:
             for name, value in values.items()
             if name not in on_device
         }
-        ready = self.flush()
         if not on_device:
-            return [*ready, Row(step, epoch, known)]
+            return [*self.flush(), Row(step, epoch, known)]
         stacked = torch.stack([value.detach().float().reshape(()) for value in on_device.values()])
-        host = torch.empty(stacked.shape, dtype=torch.float32, pin_memory=True)
-        host.copy_(stacked, non_blocking=True)
-        copied = torch.cuda.Event()
-        copied.record()  # type: ignore[no-untyped-call]
-        self._pending = _Pending(step, epoch, list(on_device), host, known, copied)
-        return ready
+        return self._rows(self._late.push((step, epoch, list(on_device), known), stacked))
 
     def flush(self) -> list[Row]:
         """The row still on its way, if any."""
-        pending, self._pending = self._pending, None
-        return [] if pending is None else [pending.row()]
+        return self._rows(self._late.flush())
+
+    @staticmethod
+    def _rows(ready: Sequence[tuple[tuple[int, int, list[str], dict[str, float]], Sequence[float]]]) -> list[Row]:
+        return [
+            Row(step, epoch, {**dict(zip(names, numbers, strict=True)), **known})
+            for (step, epoch, names, known), numbers in ready
+        ]
 
 
 class MovingAverage:
@@ -176,6 +160,16 @@ def check_trackers(options: LoggingOptions) -> list[str]:
     return names
 
 
+def not_finite(loss: float, step: int, names: Sequence[str]) -> UserError:
+    """The error that ends a run whose loss is no number at update `step`, which showed the pictures `names`."""
+    shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+    return UserError(
+        f"the loss is {loss} at step {step}: training stopped, and what was saved before is untouched. "
+        "Lower the learning rate, train in bf16 instead of fp16, or add --no_half_vae if latents overflow. "
+        f"The step's pictures: {shown}."
+    )
+
+
 @dataclass
 class Tracker:
     """Everything a run logs, through one door. Only the main process logs; the others' trackers do nothing."""
@@ -205,6 +199,8 @@ class Tracker:
         self.wandb: Any = None
         self.bar: Any = None
         self.num_not_finite = 0
+        self._names: dict[int, Sequence[str]] = {}
+        """Pictures of the updates whose rows are still on their way."""
         if not self.enabled:
             return
         self.metrics = MetricsFile(self.folder / METRICS_FILE, resume_step=self.resume_step)
@@ -216,10 +212,19 @@ class Tracker:
 
     # ---- what the loop calls ---------------------------------------------------------------------------------------
 
-    def push(self, step: int, epoch: int, logs: Mapping[str, Tensor | float], rates: Mapping[str, float | None]) -> None:
-        """Log update `step`. `logs` has "loss" and further tags; `rates` the learning rate of each parameter group by name."""
+    def push(
+        self,
+        step: int,
+        epoch: int,
+        logs: Mapping[str, Tensor | float],
+        rates: Mapping[str, float | None],
+        names: Sequence[str] = (),
+    ) -> None:
+        """Log update `step`. `logs` has "loss" and further tags; `rates` the learning rate of each parameter group by name;
+        names: of its pictures."""
         if not self.enabled:
             return
+        self._names[step] = names
         values: dict[str, Tensor | float] = {CURRENT if name == "loss" else name: value for name, value in logs.items()}
         for name, rate in rates.items():
             if rate is not None:
@@ -273,13 +278,10 @@ class Tracker:
             self.bar.set_postfix(shown, refresh=False)
 
     def _check_finite(self, row: Row) -> None:
-        loss = row.values.get(CURRENT, 0.0)
+        loss, names = row.values.get(CURRENT, 0.0), self._names.pop(row.step, ())
         self.num_not_finite = 0 if math.isfinite(loss) else self.num_not_finite + 1
         if self.num_not_finite >= self.patience:
-            raise UserError(
-                f"the loss is {loss} at step {row.step}: training stopped, and what was saved before is untouched. "
-                "Lower the learning rate, train in bf16 instead of fp16, or add --no_half_vae if latents overflow."
-            )
+            raise not_finite(loss, row.step, names)
 
     def _write(self, row: Row, *, at: int) -> None:
         """`at`: the position on TensorBoard's axis, which counts epochs for their averages, as in sd-scripts."""

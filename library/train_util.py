@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,7 +25,8 @@ from library.dataset import TrainData, batches_per_rank, build_train_data, make_
 from library.errors import Interrupted, UserError
 from library.family_base import ModelBundle, ModelFamily
 from library.fused_update import check_update, make_update
-from library.losses import element_loss, reduce_loss
+from library.image_losses import ImageLosses
+from library.losses import element_loss, image_means
 from library.memory_policy import MemoryPlan
 from library.noise import make_noise, perturb
 from library.objectives import Noised
@@ -48,7 +49,7 @@ from library.sampling import PreviewWriter
 from library.saved_state import SavedState
 from library.schedulers import create_scheduler
 from library.strategy_base import Conditioning, Strategies
-from library.tracking import check_trackers
+from library.tracking import check_trackers, not_finite
 from library.trainable import DENOISER, Trainable
 from library.validation import BestLoss, check_validation
 from library.weight_average import WeightAverage, check_average
@@ -59,6 +60,14 @@ if TYPE_CHECKING:
     from library.option_groups import FullTrainOptions, NetworkTrainOptions, TrainOptions
 
 logger = logging.getLogger(__name__)
+
+
+class BatchLoss(NamedTuple):
+    """What one micro-batch gives."""
+
+    total: Tensor  # a scalar with gradient
+    of_images: Tensor  # [B], without weights and gradient
+    times: Tensor  # [B]
 
 
 class Trainer:
@@ -88,6 +97,7 @@ class Trainer:
         self.bundle = trainable.bundle
         self.latent = family.latent(options)
         self.objective = family.objective(options)
+        self.image_losses = ImageLosses(self.objective.latest_time) if options.logging.log_image_losses else None
         self.memory = trainable.memory
         self.state = TrainState()
         self.resumed = False
@@ -113,6 +123,9 @@ class Trainer:
 
     def loss(self, batch: TrainBatch) -> Tensor:
         """The loss of one micro-batch on this device, a scalar with gradient."""
+        return self.batch_loss(batch).total
+
+    def batch_loss(self, batch: TrainBatch) -> BatchLoss:
         self.trainable.set_multiplier(batch.multiplier)
         x0 = self.latent.normalize(self.latents(batch))
         cond = self.conditioning(batch)
@@ -124,7 +137,8 @@ class Trainer:
         kind = self.options.loss.loss_type
         threshold = self.objective.huber_threshold(t) if kind in ("huber", "smooth_l1") else None
         error = element_loss(pred.float(), target.float(), kind, threshold)
-        return reduce_loss(error, mask=batch.mask, weight=self.objective.weight(t) * batch.loss_weights)
+        means = image_means(error, batch.mask, by_mask=self.options.loss.masked_loss_normalize)
+        return BatchLoss((means * self.objective.weight(t) * batch.loss_weights).mean(), means.detach(), t)
 
     def predict(self, noised: Noised, t: Tensor, cond: Conditioning, batch: TrainBatch) -> Tensor:
         with self.accelerator.autocast(self.memory.autocast):
@@ -170,7 +184,10 @@ class Trainer:
         for offset, batch in enumerate(group):
             self.rng = self.rng.at(self.state.micro_step + offset)
             seed_default_generators(key_to_seed(self.rng.seed, self.rng.rank, self.rng.step, "default"), self.device)
-            loss = self.loss(batch.to(self.device)) * (len(batch) / images)
+            found = self.batch_loss(batch.to(self.device))
+            if self.image_losses is not None:
+                self.image_losses.push(batch.names, found.of_images, found.times)
+            loss = found.total * (len(batch) / images)
             if offset == len(group) - 1:
                 self.update_rule.before_last_backward(self.state.step, images)
             self.accelerator.backward(loss)
@@ -178,12 +195,20 @@ class Trainer:
         with self.memory.updating():
             left = self.update_rule.after_backward(self.parameters)
             total = self.processes.average(left, total, images, self.requests.poll())
+            self._check_finite(total, group)
             stepped = self.update_rule.step(self.parameters)
             if stepped and self.average is not None:
                 self.average.update(self.parameters, self.state.step + 1)
         if stepped:
             self.scheduler.step()
-        return {"loss": total, **self.trainable.after_step()}
+        return {"loss": total, **self.update_rule.logs(), **self.trainable.after_step()}
+
+    def _check_finite(self, loss: Tensor, group: Sequence[TrainBatch]) -> None:
+        """Stop before weights are stepped with what is not a number. On a GPU nothing waits for it: there the tracker finds it
+        an update later, before anything is saved."""
+        if type(loss) is Tensor and loss.device.type == "cpu" and not torch.isfinite(loss):  # `simulated` has no numbers
+            names = [name for batch in group for name in batch.names]
+            raise not_finite(float(loss), self.state.step + 1, names)
 
     def groups(self) -> Iterator[list[TrainBatch]]:
         """The micro-batches of each update, from where the run stands to its end."""
@@ -215,7 +240,8 @@ class Trainer:
                 self.trainable.before_step(self.state.step)
                 logs = self.update(group)
                 epoch_done = self.state.advance(len(group), self.length)
-                writer.after_update(logs, rates, epoch_done=epoch_done)
+                names = [name for batch in group for name in batch.names]
+                writer.after_update(logs, rates, names, epoch_done=epoch_done)
                 if STOP in self.processes.agreed:
                     raise Interrupted(writer.interrupted())
                 if writer.learned_enough:
@@ -264,6 +290,8 @@ class Trainer:
         self.resumed = True
         self.best = BestLoss(**saved.train_state["best"])
         self.recent_losses = saved.train_state.get("recent_losses", [])
+        if self.image_losses is not None and saved.image_losses:
+            self.image_losses.restore(saved.image_losses[self.accelerator.process_index])
         if self.average is not None:
             self._restore_average(self.average, saved)
 

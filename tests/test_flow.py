@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from library.losses import element_loss, reduce_loss
+from library.losses import element_loss, image_means
 from library.objectives import TIME_SAMPLINGS, RectifiedFlow, resolution_shift, shift_time
 from library.rng import keyed_generator
 
@@ -129,7 +129,7 @@ def test_the_loss_is_the_one_computed_by_hand() -> None:
     assert made.x_t.flatten().tolist() == [0.75 * 2.0 + 0.25 * 0.5, 0.5 * -1.0 + 0.5 * 3.0]
     assert made.target.flatten().tolist() == [-1.5, 4.0]
     pred = torch.tensor([[[[-1.0]]], [[[2.0]]]])
-    loss = reduce_loss(element_loss(pred, made.target, "l2"), mask=None, weight=flow.weight(t))
+    loss = (image_means(element_loss(pred, made.target, "l2"), None) * flow.weight(t)).mean()
     assert float(loss) == pytest.approx((0.5**2 + 2.0**2) / 2)
 
 

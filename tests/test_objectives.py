@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from library.losses import element_loss, reduce_loss
+from library.losses import element_loss, image_means
 from library.noise import make_noise, perturb
 from library.objectives import DiscreteDDPM, zero_terminal_snr_betas
 from library.option_groups import NoiseOptions
@@ -57,7 +57,7 @@ def test_the_loss_is_the_one_computed_from_diffusers_schedule(v, gamma):
     objective = DiscreteDDPM(v_prediction=v, min_snr_gamma=gamma)
     noised = objective.corrupt(x0, noise, TIMES)
     error = element_loss(torch.tanh(noised.x_t), noised.target, "l2")
-    ours = reduce_loss(error, mask=None, weight=objective.weight(TIMES))
+    ours = (image_means(error, None) * objective.weight(TIMES)).mean()
     torch.testing.assert_close(ours, by_hand(x0, noise, torch.tanh, v=v, gamma=gamma), rtol=2e-6, atol=1e-6)
 
 
@@ -199,14 +199,14 @@ def test_an_element_loss_is_its_formula_with_each_rows_threshold(kind, expected)
 
 def test_a_weight_counts_for_its_own_row_only():
     error = torch.stack([torch.full((4, 2, 2), value) for value in (1.0, 2.0, 3.0)])
-    assert reduce_loss(error, mask=None, weight=torch.tensor([1.0, 10.0, 0.0])).item() == pytest.approx((1 + 20 + 0) / 3)
+    assert (image_means(error, None) * torch.tensor([1.0, 10.0, 0.0])).mean().item() == pytest.approx((1 + 20 + 0) / 3)
 
 
 def test_a_mask_is_shrunk_by_area_and_not_normalised():
     mask = torch.zeros(1, 1, 8, 8)
     mask[..., :3] = 1  # columns 0-2 of 8: latent columns 1, 0.5, 0, 0
     error = torch.ones(1, 4, 4, 4)
-    assert reduce_loss(error, mask=mask, weight=torch.ones(1)).item() == pytest.approx((1 + 0.5) / 4)
+    assert (image_means(error, mask) * torch.ones(1)).mean().item() == pytest.approx((1 + 0.5) / 4)
 
 
 # ---- noise ---------------------------------------------------------------------------------------------------------------

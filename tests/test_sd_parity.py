@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from library import clip_parts, unet_names, vae_parts
-from library.losses import element_loss, reduce_loss
+from library.losses import element_loss, image_means
 from library.objectives import DiscreteDDPM
 from library.option_groups import LossOptions, ModelOptions, NetworkTrainOptions, NoiseOptions
 from library.rng import keyed_generator
@@ -154,7 +154,7 @@ def test_the_loss_equals_one_computed_by_hand_from_the_ddpm_scheduler(
     with torch.no_grad():
         ours = FAMILY.predict(unet, noised.x_t, t, SdConditioning(context=context), None, OPTIONS)
     error = element_loss(ours, noised.target, options.loss.loss_type)
-    loss = reduce_loss(error, mask=None, weight=objective.weight(t))
+    loss = (image_means(error, None) * objective.weight(t)).mean()
     assert abs(loss.item() - per_image.mean().item()) < 1e-6
 
 

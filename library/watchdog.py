@@ -1,0 +1,91 @@
+"""The pace of a run, and what slows it down without a word: memory that spills, programs beside it, code compiled again."""
+
+from __future__ import annotations
+
+import logging
+import statistics
+import sys
+import time
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+WINDOW = 50
+"""Updates whose median is compared."""
+SLOWER = 1.5
+"""A median so many times the best one is told."""
+SETTLED = 100
+"""Updates after which nothing should be compiled any more."""
+
+
+class Watchdog:
+    """Times every update. A thing that is wrong is told once, with its likely cause."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.laps: list[float] = []
+        self.num_laps = 0
+        self.best: float | None = None
+        self._told: set[str] = set()
+        self._graphs = 0
+        self._last: float | None = None
+
+    def pause(self) -> None:
+        """What came since the last lap (a save, previews) is not part of the next one."""
+        self._last = time.monotonic()
+
+    def lap(self, images: int) -> dict[str, float]:
+        """Called after each update of so many images; returns what is logged. On a GPU a lap is when the update was asked for:
+        single ones say little, their median is right."""
+        now = time.monotonic()
+        seconds, self._last = None if self._last is None else now - self._last, now
+        self.num_laps += 1
+        self._watch_compiler()
+        if not seconds:
+            return {}
+        self.laps.append(seconds)
+        if len(self.laps) == WINDOW:
+            self._compare(statistics.median(self.laps))
+            self.laps = []
+        logs = {"speed/steps_per_second": 1 / seconds, "speed/images_per_second": images / seconds}
+        if self.device.type == "cuda":
+            logs["memory/peak_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
+        return logs
+
+    def _compare(self, median: float) -> None:
+        if self.best is not None and median > SLOWER * self.best:
+            self._tell(
+                "slower", f"updates take {median:.2f} s now and took {self.best:.2f} s before. Likely: {self._why_slower()}."
+            )
+        self.best = median if self.best is None else min(self.best, median)
+
+    def _why_slower(self) -> str:
+        if self.device.type != "cuda":
+            return "another program uses the processor or the memory, or the disk the pictures are on is slow"
+        retries = torch.cuda.memory_stats(self.device).get("num_alloc_retries", 0)
+        free, total = torch.cuda.mem_get_info(self.device)
+        if retries or free < total / 50:
+            return (
+                f"the GPU's memory is full ({free / 2**30:.1f} GiB free, {retries} failed allocations); some drivers "
+                "then spill into main memory. Lower --train_batch_size, or add --gradient_checkpointing or --blocks_to_swap"
+            )
+        return "another program uses the GPU, it is too hot, or pictures are read too slowly (--cache_latents)"
+
+    def _watch_compiler(self) -> None:
+        compiler = sys.modules.get("torch._dynamo.utils")
+        if compiler is None:
+            return
+        graphs = compiler.counters["stats"]["unique_graphs"]
+        if self.num_laps > SETTLED and graphs > self._graphs:
+            self._tell(
+                "compiled",
+                f"code was compiled again after {self.num_laps} updates: a size that had not come before. Fewer buckets "
+                "(--bucket_reso_steps) or no --torch_compile avoid the wait",
+            )
+        self._graphs = graphs
+
+    def _tell(self, kind: str, message: str) -> None:
+        if kind not in self._told:
+            self._told.add(kind)
+            logger.warning("%s", message)

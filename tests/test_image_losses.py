@@ -1,0 +1,100 @@
+"""The running loss of each picture, and what watches a run."""
+
+from __future__ import annotations
+
+import csv
+import logging
+from pathlib import Path
+
+import pytest
+import runs
+import torch
+from runs import CASES, Workspace
+
+from library import watchdog
+from library.errors import UserError
+from library.image_losses import ImageLoss, ImageLosses, merged, worst, write_table
+from library.losses import image_means
+from library.watchdog import Watchdog
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    return runs.make_workspace(CASES["sd"], tmp_path_factory.mktemp("sd"))
+
+
+def test_a_bad_picture_stands_out_whatever_times_it_is_seen_at() -> None:
+    table, rng = ImageLosses(1000.0), torch.Generator().manual_seed(0)
+    for _ in range(300):
+        times = torch.rand(4, generator=rng) * 1000
+        losses = 1.001 - times / 1000  # early times are hard
+        losses[2] *= 1.5
+        table.push(("a", "b", "bad", "c"), losses, times)
+    shown = worst(merged([table.state()["images"]]), 2)
+    assert shown[0][0] == "bad" and shown[0][1].ratio == pytest.approx(1.35, abs=0.15)
+    assert all(image.ratio == pytest.approx(0.9, abs=0.15) for name, image in table.images.items() if name != "bad")
+
+
+def test_the_table_goes_on_where_it_was() -> None:
+    parts, whole = ImageLosses(1.0), ImageLosses(1.0)
+    for step in range(6):
+        batch = (f"picture {step % 3}",), torch.tensor([1.0 + step]), torch.tensor([step / 6])
+        if step == 3:
+            saved, parts = parts.state(), ImageLosses(1.0)
+            parts.restore(saved)
+        parts.push(*batch)
+        whole.push(*batch)
+    assert parts.state() == whole.state()
+
+
+def test_tables_of_processes_are_added_and_rarely_seen_pictures_do_not_lead(tmp_path: Path) -> None:
+    images = merged([{"a": [4, 4.0, 2.0], "rare": [1, 9.0, 9.0]}, {"a": [4, 6.0, 2.0], "b": [8, 16.0, 8.0]}])
+    assert images["a"] == ImageLoss(8, 10.0, 4.0)
+    assert [name for name, _ in worst(images, 5)] == ["b", "a"]
+    write_table(images, tmp_path / "t.csv")
+    rows = list(csv.reader((tmp_path / "t.csv").open(newline="")))
+    assert rows == [["file", "ratio", "loss", "seen"], ["rare", "9.0000", "9.000000", "1"], ["b", "2.0000", "1.000000", "8"],
+                    ["a", "1.2500", "0.500000", "8"]]  # fmt: skip
+
+
+def test_a_run_leaves_a_table_of_every_picture(workspace: Workspace, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    output = workspace.train("network", tmp_path, "--max_train_epochs=1", "--gradient_accumulation_steps=2")
+    rows = list(csv.DictReader((output / "image_losses.csv").open(newline="")))
+    assert sorted(row["file"] for row in rows) == sorted(str(path) for path in workspace.images.rglob("*.png"))
+    assert {row["seen"] for row in rows} == {"2"}
+    assert rows[0]["file"] in caplog.text
+
+
+def test_masked_means_can_be_over_what_the_mask_leaves() -> None:
+    error = torch.full((2, 1, 2, 2), 3.0)
+    mask = torch.tensor([[[[1.0, 0.0], [0.0, 0.0]]], [[[0.0, 0.0], [0.0, 0.0]]]])
+    assert image_means(error, mask).tolist() == [0.75, 0.0]
+    assert image_means(error, mask, by_mask=True).tolist() == [3.0, 0.0]
+
+
+def test_a_loss_that_is_no_number_stops_before_the_weights_change_and_names_its_pictures(
+    workspace: Workspace, tmp_path: Path
+) -> None:
+    trainer = workspace.trainer("network", tmp_path)
+    batch = trainer.data.train[(0, 0)]
+    before = [parameter.detach().clone() for parameter in trainer.parameters]
+    batch.loss_weights.fill_(float("nan"))
+    with pytest.raises(UserError, match=batch.names[0]):
+        trainer.update([batch])
+    assert all(torch.equal(now, then) for now, then in zip(trainer.parameters, before, strict=True))
+
+
+def test_a_run_that_becomes_slow_is_told_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(watchdog.time, "monotonic", lambda: clock[0])
+    dog = Watchdog(torch.device("cpu"))
+    dog.pause()
+    for lap in range(3 * watchdog.WINDOW):
+        clock[0] += 1.0 if lap < watchdog.WINDOW else 2.0
+        logs = dog.lap(8)
+        clock[0] += 60.0  # a save
+        dog.pause()
+    assert logs == {"speed/steps_per_second": 0.5, "speed/images_per_second": 4.0}
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "updates take 2.00 s now and took 1.00 s before" in caplog.text
