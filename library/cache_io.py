@@ -154,7 +154,11 @@ class Stamp:
         return [status.st_size, status.st_mtime_ns]
 
     def is_same(self, digest: str, stat: object) -> bool:
-        return self.stat == stat or self.digest == digest
+        """Not where it cannot be read: whoever makes the entry again will say so."""
+        try:
+            return self.stat == stat or self.digest == digest
+        except (OSError, UserError):
+            return False
 
 
 @dataclass(frozen=True)
@@ -324,9 +328,6 @@ class LatentCache:
 
     def get(self, key: str) -> CachedLatents:
         return self.memory[key] if key in self.memory else self.files[key].load()
-
-    def holds(self, key: str) -> bool:
-        return key in self.memory or (key in self.files and self.files[key].path.exists())
 
     @property
     def in_memory(self) -> bool:

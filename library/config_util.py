@@ -17,7 +17,7 @@ from library.buckets import BucketRule, Size, check_rule
 from library.captions import CaptionOptions
 from library.errors import UserError, suggest
 from library.image_io import INTERPOLATIONS, listed
-from library.metadata_file import listed_buckets
+from library.metadata_file import listed_buckets, read_text
 
 if TYPE_CHECKING:
     from library.option_groups import TrainOptions
@@ -308,7 +308,7 @@ def read_document(path: Path) -> Any:
 
     if not path.is_file():
         raise UserError(f"--dataset_config: {path} does not exist.")
-    text = path.read_text(encoding="utf-8-sig")
+    text = read_text(path)
     try:
         if path.suffix.lower() == ".json":
             return json.loads(text)

@@ -107,6 +107,8 @@ class ImageDataset(Dataset[TrainBatch]):
     text_cache: TextCache | None = None
     _masks: dict[str, Paired] = field(default_factory=dict, init=False, repr=False)
     """Of pictures whose latents are kept in memory."""
+    _unreadable: frozenset[str] | None = field(default=None, init=False, repr=False)
+    """Pictures that could not be read when their latents were cached."""
     _planned: tuple[int, EpochPlan] | None = field(default=None, init=False, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -195,10 +197,11 @@ class ImageDataset(Dataset[TrainBatch]):
         return Row(pixels, seed, crop, caption, paired)
 
     def _cached(self, cache: LatentCache, record: Record) -> CachedLatents:
-        key = entry_key(record.path, record.recipe)
-        if not cache.holds(key) and self.quarantine.knows(record.path):
+        if self._unreadable is None:
+            self._unreadable = self.quarantine.known()  # complete, and not only what this process has met
+        if str(record.path) in self._unreadable:  # there may be an entry, of what the file once was
             raise BadFile(record.path, "it could not be read when latents were cached")
-        return cache.get(key)
+        return cache.get(entry_key(record.path, record.recipe))
 
     def _pair(self, beside: Beside) -> Paired:
         mask = None if beside.mask is None else latent_mask(beside.mask, self.mask_stride)

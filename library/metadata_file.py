@@ -14,7 +14,7 @@ from library.quarantine import BadFile
 
 
 def read_text(path: Path) -> str:
-    """The text, without its byte order mark: UTF-8, or UTF-16 where a mark says so. Raises `UserError` for any other."""
+    """The text, without its byte order mark: UTF-8, or UTF-16 by its mark or its zeros. Raises `UserError` for any other."""
     data = path.read_bytes()
     try:
         return _decoded(data)
@@ -24,8 +24,16 @@ def read_text(path: Path) -> str:
 
 def _decoded(data: bytes) -> str:
     marked = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-    text = data.decode("utf-16" if marked else "utf-8-sig")
+    text = data.decode("utf-16" if marked else _unmarked_encoding(data))
     return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _unmarked_encoding(data: bytes) -> str:
+    """UTF-8, unless every other byte is mostly zero, as in UTF-16 of European texts: no text has zeros in UTF-8."""
+    for encoding, halves in (("utf-16-le", data[1::2]), ("utf-16-be", data[::2])):
+        if halves and 2 * halves.count(0) > len(halves):
+            return encoding
+    return "utf-8-sig"
 
 
 def read_caption_text(path: Path) -> tuple[str, bool]:

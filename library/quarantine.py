@@ -64,9 +64,9 @@ class Quarantine:
             logger.warning("left out: %s: %s", bad.path, bad.reason)
             self._write(self._lines({bad.path: bad.reason}), append=True)
 
-    def knows(self, path: Path) -> bool:
-        """Whether this process or another has put it down."""
-        return path in self.found or str(path) in self._written()
+    def known(self) -> frozenset[str]:
+        """Those that this process or another has put down."""
+        return frozenset(self._written() | {str(path) for path in self.found})
 
     def begin(self) -> None:
         """Write what was found before anything is loaded, in place of an earlier run's list, and say how many there are."""
@@ -88,7 +88,7 @@ class Quarantine:
 
     def total(self) -> int:
         """Bad files of all processes."""
-        return len(self._written() | {str(path) for path in self.found})
+        return len(self.known())
 
     def _written(self) -> set[str]:
         if self.path is None or not self.path.is_file():

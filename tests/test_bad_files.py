@@ -273,6 +273,29 @@ def test_caching_goes_on_past_a_bad_file(where: str, tmp_path: Path, strategies:
     assert set(listed(tmp_path)) == {"p1.png"}
 
 
+@pytest.mark.parametrize("damage", ["removed", "cut", "another"])
+def test_what_a_cache_has_of_a_file_that_is_gone_is_not_trained(damage: str, tmp_path: Path, strategies: Strategies) -> None:
+    """It goes between the looking at pictures and the looking at caches."""
+    folder = write_folder(tmp_path / "img", [(64, 64)] * 3)
+
+    def cached() -> TrainData:
+        data = data_of(tmp_path, strategies, cache_latents_to_disk=True)
+        if entries:
+            whole = (folder / "p1.png").read_bytes()
+            (folder / "p1.png").unlink()
+            if damage != "removed":
+                (folder / "p1.png").write_bytes(whole[:900] if damage == "cut" else saved(PLAIN.resize((8, 8)), "PNG"))
+        cache_latents(data, strategies, make_bundle(), data.options, torch.device("cpu"))
+        return data
+
+    entries: list[Path] = []
+    cached()
+    entries += folder.glob("p1_*.npz")
+    assert len(entries) == 1
+    assert set(captions_seen(cached())) == {"picture 0, tag", "picture 2, tag"}
+    assert set(listed(tmp_path)) == {"p1.png"}
+
+
 def test_the_list_is_that_of_the_last_run(tmp_path: Path, strategies: Strategies) -> None:
     folder = write_folder(tmp_path / "img", [(64, 64)])
     (folder / "bad.png").touch()
@@ -332,6 +355,8 @@ def test_captions_of_any_usual_encoding_are_read(
     encoded = {
         "bom": "café".encode("utf-8-sig"),
         "wide": "café".encode("utf-16"),
+        "unmarked": "café".encode("utf-16-le"),
+        "unmarked, the other way round": "café".encode("utf-16-be"),
         "latin": "café".encode("latin-1"),
         "windows": "café\r\nsecond".encode(),
         "empty": b"",

@@ -232,6 +232,17 @@ def test_a_missing_file_and_a_foreign_extension_are_named(tmp_path: Path) -> Non
         load_data_config(make_options(dataset_config=write_toml(tmp_path / "d.yaml", "a: 1")), 8)
 
 
+def test_a_file_of_another_encoding_is_read_or_named(tmp_path: Path) -> None:
+    text = '[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = "größe"\n'
+    for encoding in ("utf-8-sig", "utf-16", "utf-16-le"):
+        (tmp_path / "data.toml").write_bytes(text.encode(encoding))
+        config = load_data_config(make_options(dataset_config=str(tmp_path / "data.toml")), 8)
+        assert config.datasets[0].subsets[0].image_dir == Path("größe")
+    (tmp_path / "data.toml").write_bytes(text.encode("latin-1"))
+    with pytest.raises(UserError, match=r"data\.toml is not UTF-8 text .* Save it as UTF-8"):
+        load_data_config(make_options(dataset_config=str(tmp_path / "data.toml")), 8)
+
+
 def test_folders_on_the_command_line_carry_repeats_and_class_tokens(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for name in ("train/10_sks dog", "train/2_cat", "train/0_unused", "train/notes", "reg/1_dog"):
         write_folder(tmp_path / name, [(64, 64)])

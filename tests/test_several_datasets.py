@@ -119,11 +119,19 @@ def test_toml_and_json_are_the_same_run(tmp_path: Path, strategies: Strategies) 
     assert one.metadata() == other.metadata()
 
 
-def test_a_script_trains_them_with_caches_and_says_what_it_had(workspace: Workspace, tmp_path: Path) -> None:
+def test_a_script_trains_them_with_caches_and_says_what_it_had(
+    workspace: Workspace, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     config = written(tmp_path / "data", "json")
+    (tmp_path / "data" / "cats" / "broken.png").write_bytes(b"no picture")
     flags = ["--cache_latents", "--cache_text_encoder_outputs", "--network_train_unet_only", "--max_train_steps=3"]
     out = workspace.train("network", tmp_path / "out", f"--dataset_config={config}", *flags)
     assert len(runs.losses(out)) == 3
+    told = [
+        record.getMessage() for record in caplog.records if "1 files cannot be used and are left out" in record.getMessage()
+    ]
+    assert len(told) == 2, "at the start and at the end"
+    assert "broken.png" in (out / "quarantine.jsonl").read_text()
     with safe_open(out / "tiny.safetensors", "pt") as file:
         metadata = file.metadata()
     entries = json.loads(metadata["ss_datasets"])
