@@ -253,7 +253,10 @@ def _same_pictures(jobs: Sequence[LatentJob]) -> list[list[tuple[LatentJob, Stam
             continue
         equal: dict[str, list[tuple[LatentJob, Stamp]]] = defaultdict(list)
         for job, stamp in group:
-            equal[stamp.digest].append((job, stamp))
+            try:
+                equal[stamp.digest].append((job, stamp))
+            except UserError:  # decoding it will say so
+                found.append([(job, stamp)])
         found += equal.values()
     return found
 

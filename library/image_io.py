@@ -114,10 +114,11 @@ def broken(path: Path, error: Exception) -> BadFile:
 
 
 def _pillow_errors() -> tuple[type[Exception], ...]:
-    """What Pillow raises for damaged files (its formats are parsed by hand, so several kinds)."""
+    """What Pillow raises for damaged files: its formats are parsed by hand, and its plugins raise what they like."""
     from PIL import Image
 
-    return (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError)
+    parsing = (ValueError, SyntaxError, EOFError, LookupError, ArithmeticError, struct.error)
+    return (OSError, RuntimeError, *parsing, Image.DecompressionBombError)
 
 
 _TURNED = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_270", 7: "TRANSVERSE"}

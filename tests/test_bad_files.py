@@ -11,6 +11,7 @@ import sys
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -195,6 +196,40 @@ def test_the_whole_corpus_is_trained_but_for_what_cannot_be(
     data.train.quarantine.report()
     assert f"{len(found)} files cannot be used and are left out" in caplog.text
     assert contents(corpus) == before, "nothing of the user's changes"
+
+
+def broken_at_random(data: bytes, rng: Random) -> bytes:
+    """Bytes changed, the end cut off, or a piece cut out; in the header as often as anywhere."""
+    body = bytearray(data)
+    kind = rng.choice(["changed", "cut", "shortened"])
+    if kind == "cut":
+        return data[: rng.randrange(len(data))]
+    if kind == "shortened":
+        start = rng.randrange(len(data))
+        return data[:start] + data[start + rng.randint(1, 50) :]
+    for _ in range(rng.randint(1, 8)):
+        body[rng.randrange(rng.choice([60, len(body)]))] = rng.randrange(256)
+    return bytes(body)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "BMP", "GIF", "AVIF", "JXL"])
+def test_whatever_is_broken_is_either_read_or_named(kind: str, tmp_path: Path) -> None:
+    image_extensions()  # for the plugins
+    rng, path = Random(1), tmp_path / "p.png"
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    settings = {"exif": exif} if kind in ("JPEG", "WEBP", "AVIF") else {}
+    whole = saved(PLAIN.convert("P" if kind == "GIF" else "RGB"), kind, **settings)
+    named = 0
+    for _ in range(60):
+        path.write_bytes(broken_at_random(whole, rng))
+        for read in (read_size, decode):
+            try:
+                read(path)
+            except BadFile as error:
+                named += 1
+                assert error.reason.startswith("not a readable image")
+    assert named > 20
 
 
 def test_pictures_of_formats_that_are_not_read_are_counted(
