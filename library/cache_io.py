@@ -52,7 +52,7 @@ PART_NAMES = {
 
 
 def short_hash(text: str, digits: int = 16) -> str:
-    return blake2b(text.encode(), digest_size=16).hexdigest()[:digits]
+    return blake2b(text.encode(errors="surrogatepass"), digest_size=16).hexdigest()[:digits]
 
 
 # Files

@@ -17,7 +17,7 @@ from library.buckets import BucketRule, Size, check_rule
 from library.captions import CaptionOptions
 from library.errors import UserError, suggest
 from library.image_io import INTERPOLATIONS, listed
-from library.metadata_file import listed_buckets, read_text
+from library.metadata_file import as_text, listed_buckets, read_text
 
 if TYPE_CHECKING:
     from library.option_groups import TrainOptions
@@ -361,7 +361,8 @@ def _folder_subsets(root: Path, flag: str, *, is_reg: bool) -> list[dict[str, An
         if not repeats.isdecimal():
             skipped.append(folder.name)
         elif int(repeats):
-            subset = {"image_dir": str(folder), "num_repeats": int(repeats), "is_reg": is_reg, "class_tokens": tokens}
+            subset = {"image_dir": str(folder), "num_repeats": int(repeats), "is_reg": is_reg}
+            subset["class_tokens"] = as_text(tokens)
             subsets.append(subset)
     if not subsets:
         loose = f" The {len(list_images(root))} images in {root} itself are not used." if list_images(root) else ""

@@ -20,7 +20,7 @@ from library.errors import UserError
 from library.file_index import KnownFiles, in_threads
 from library.image_io import PLUGINS, image_extensions, list_folder, list_images, listed
 from library.masks import paired_files
-from library.metadata_file import read_folder_captions, read_metadata, size_of
+from library.metadata_file import as_text, read_folder_captions, read_metadata, size_of
 from library.quarantine import BadFile, Quarantine
 from library.records import Record, RecordTable
 from library.validation_split import held_out
@@ -222,8 +222,10 @@ class _ImageFinder:
         if key in self.by_name:
             return self.by_name[key]
         for base in [Path(key)] + ([self.folder / key] if self.folder else []):
+            if not base.name:
+                continue
             for candidate in (base, *(base.with_name(base.name + extension) for extension in self.extensions)):
-                if candidate.suffix.lower() in self.extensions and candidate.is_file():
+                if candidate.suffix.lower() in self.extensions and os.path.isfile(candidate):  # whatever the key says
                     return candidate
         return None
 
@@ -234,7 +236,7 @@ def _texts_of(entry: Mapping[str, Any], name: str, subset: SubsetConfig, image: 
     texts = [] if value is None else [value] if isinstance(value, str) else value
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         raise UserError(f"{subset.metadata_file}: {name} of {image} is {value!r}; expected a text.")
-    return texts
+    return [as_text(text) for text in texts]
 
 
 def _metadata_captions(entry: Mapping[str, Any], subset: SubsetConfig, image: str) -> tuple[str, str | None]:

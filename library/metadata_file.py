@@ -36,6 +36,11 @@ def _unmarked_encoding(data: bytes) -> str:
     return "utf-8-sig"
 
 
+def as_text(value: str) -> str:
+    """`value` without halves of characters, which JSON can spell and names of files can have: no tokenizer takes them."""
+    return value.encode(errors="replace").decode()
+
+
 def read_caption_text(path: Path) -> tuple[str, bool]:
     """(the text of a caption file, whether its encoding had to be guessed). What is not UTF-8 or UTF-16 is taken for
     Latin-1 as Windows writes it. Raises `BadFile` where the file cannot be read."""
@@ -66,6 +71,7 @@ def read_folder_captions(folder: Path) -> dict[str, list[str]]:
         captions[image] = [texts] if isinstance(texts, str) else texts
         if not isinstance(captions[image], list) or not all(isinstance(text, str) for text in captions[image]):
             raise UserError(f"{path}: the entry of {image!r} is {texts!r}; expected a text or a list of texts.")
+        captions[image] = [as_text(text) for text in captions[image]]
     return captions
 
 

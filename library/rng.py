@@ -11,7 +11,7 @@ import torch
 
 def key_to_seed(*key: object) -> int:
     """A 56-bit seed that depends on every part of `key` and on nothing else (56 bits fit every generator)."""
-    text = "/".join(str(part) for part in key).encode()
+    text = "/".join(str(part) for part in key).encode(errors="surrogatepass")  # names of files may be no UTF-8
     return int.from_bytes(blake2b(text, digest_size=7).digest(), "big")
 
 

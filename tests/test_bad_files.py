@@ -412,6 +412,37 @@ def test_odd_names_are_names(tmp_path: Path, strategies: Strategies) -> None:
     assert captions_seen(data) == sorted(name[:20] for name in names) and not listed(tmp_path)
 
 
+@pytest.mark.skipif(sys.platform in ("win32", "darwin"), reason="names are Unicode there")
+def test_a_name_that_is_no_text_is_a_name(tmp_path: Path, strategies: Strategies) -> None:
+    """Written on another system long ago. What is cached of it is found again, and it is named when it breaks."""
+    folder = os.fsencode(write_folder(tmp_path / "img", [(64, 64)] * 2))
+    for extension in (b".png", b".txt"):
+        os.rename(folder + b"/p0" + extension, folder + b"/caf\xe9" + extension)
+    caches = {"cache_latents_to_disk": True, "cache_text_encoder_outputs_to_disk": True}
+    for expected in ({"picture 0, tag", "tag, picture 0"}, set()):
+        data = data_of(tmp_path, strategies, "shuffle_caption = true\n", **caches)
+        cache_latents(data, strategies, make_bundle(), data.options, torch.device("cpu"))
+        cache_text_outputs(data, strategies, make_bundle(), data.options, torch.device("cpu"))
+        seen = captions_seen(data)
+        assert bool(expected & set(seen)) == bool(expected) and {"picture 1, tag", "tag, picture 1"} & set(seen)
+        os.truncate(folder + b"/caf\xe9.png", 900)
+    assert list(listed(tmp_path)) == [os.fsdecode(b"caf\xe9.png")]
+
+
+def test_keys_of_a_metadata_file_that_can_be_no_name_are_listed(tmp_path: Path, strategies: Strategies) -> None:
+    write_folder(tmp_path / "img", [(64, 64)])
+    keys = ["", ".", "..", "a\0b", "x" * 5000, "p0"]
+    (tmp_path / "meta.json").write_text(json.dumps({key: {"caption": f"caption {key[:3]}"} for key in keys}))
+    assert captions_seen(data_of(tmp_path, strategies, f"metadata_file = '{tmp_path / 'meta.json'}'\n")) == ["caption p0"]
+    assert all("names it, but it does not exist" in reason for reason in listed(tmp_path).values())
+
+
+def test_captions_may_hold_what_is_no_character(tmp_path: Path, strategies: Strategies) -> None:
+    folder = write_folder(tmp_path / "img", [(64, 64)] * 2)
+    (folder / "captions.json").write_text('{"p0": "a \\ud83d cat"}')
+    assert captions_seen(data_of(tmp_path, strategies)) == ["a ? cat", "picture 1, tag"]
+
+
 @pytest.mark.skipif(os.name == "nt", reason="links need rights there")
 def test_folders_below_are_searched_on_request_and_a_loop_of_links_ends(tmp_path: Path, strategies: Strategies) -> None:
     root = write_folder(tmp_path / "img", [(64, 64)])
