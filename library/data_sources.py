@@ -7,13 +7,13 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 
-from library.buckets import Placement, Size
+from library.buckets import Size
 from library.captions import read_lines
 from library.config_util import DataConfig, DatasetConfig, SubsetConfig
 from library.errors import UserError
@@ -28,6 +28,7 @@ from library.validation_split import held_out
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+P = TypeVar("P", Path, str)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,13 +86,14 @@ def tag_counts(captions: Iterable[str]) -> dict[str, int]:
 # Image folders
 
 
-def _caption_paths(image: Path, extensions: Sequence[str]) -> list[str]:
+def _caption_paths(image: Path, extensions: Sequence[str]) -> Iterator[str]:
     """Where the caption of `image` may be. `a_1_2_3_4.png` (cut out by face detection) also has that of `a`."""
-    stems = [image.stem]
+    stem = os.path.splitext(str(image))[0]
+    yield from (stem + extension for extension in extensions)
     parts = image.stem.split("_")
     if len(parts) >= 5:
-        stems.append("_".join(parts[:-4]))
-    return [os.path.join(image.parent, stem + extension) for stem in stems for extension in extensions]
+        other = os.path.join(image.parent, "_".join(parts[:-4]))
+        yield from (other + extension for extension in extensions)
 
 
 def folder_source(subset: SubsetConfig, bad: list[BadFile], files: KnownFiles) -> list[Found]:
@@ -109,11 +111,12 @@ def folder_source(subset: SubsetConfig, bad: list[BadFile], files: KnownFiles) -
     files.open(folder)
     _warn_unread(folder, listing.others)
     reader = _CaptionReader(subset, folder, listing.others)
-    texts = in_threads(partial(_attempt, files.caption), [path for image in listing.images if (path := reader.find(image))])
-    return reader.read(listing.images, iter(texts), bad)
+    paths = [reader.find(image) for image in listing.images]
+    texts = iter(in_threads(partial(_attempt, files.caption), [path for path in paths if path is not None]))
+    return reader.read(listing.images, [None if path is None else (path, next(texts)) for path in paths], bad)
 
 
-def _attempt(function: Callable[[Path], T], path: Path) -> T | BadFile:
+def _attempt(function: Callable[[P], T], path: P) -> T | BadFile:
     try:
         return function(path)
     except BadFile as error:
@@ -153,19 +156,21 @@ class _CaptionReader:
                 return "\n".join(line for text in self.listed[name] for line in text.split("\n") if line.strip())
         return None
 
-    def find(self, image: Path) -> Path | None:
+    def find(self, image: Path) -> str | None:
         """The file that has the caption of `image`, if there is one and it is needed."""
         if self._listed(image) is not None:
             return None
-        return next((Path(path) for path in _caption_paths(image, self.extensions) if path in self.beside), None)
+        return next((path for path in _caption_paths(image, self.extensions) if path in self.beside), None)
 
-    def read(self, images: Sequence[Path], texts: Iterator[tuple[str, bool] | BadFile], bad: list[BadFile]) -> list[Found]:
-        """The pictures with their captions. texts: those of the files that `find` names, in this order."""
+    def read(
+        self, images: Sequence[Path], files: Sequence[tuple[str, tuple[str, bool] | BadFile] | None], bad: list[BadFile]
+    ) -> list[Found]:
+        """The pictures with their captions. files: for each, what `find` names and what is in it."""
         found, missing, guessed = [], [], []
-        for image in images:
-            caption, path = self._listed(image), self.find(image)
-            if path is not None:
-                text = next(texts)
+        for image, file in zip(images, files, strict=True):
+            caption = self._listed(image)
+            if file is not None:
+                path, text = file
                 if isinstance(text, BadFile):
                     bad.append(BadFile(image, text.reason))
                     continue
@@ -178,13 +183,13 @@ class _CaptionReader:
         self._warn(len(images), missing, guessed)
         return found
 
-    def _warn(self, total: int, missing: list[Path], guessed: list[Path]) -> None:
+    def _warn(self, total: int, missing: list[Path], guessed: list[str]) -> None:
         if guessed:
             logger.warning(
                 "%s: %d caption files are not UTF-8 and were read as Latin-1. First: %s. Save them as UTF-8.",
                 self.folder,
                 len(guessed),
-                guessed[0].name,
+                os.path.basename(guessed[0]),
             )
         if missing and self.subset.class_tokens is None:
             beside = {os.path.basename(path) for path in self.beside}
@@ -319,13 +324,6 @@ def _balanced_repeats(configured: Sequence[int], wanted: int) -> list[int]:
     return repeats
 
 
-def _place(found: Found, size: Size, config: DatasetConfig, subset: SubsetConfig) -> Placement | BadFile:
-    try:
-        return config.rule.place(size, native_crop=subset.random_crop, preferred=found.preferred)
-    except UserError as error:
-        return BadFile(found.path, str(error).removesuffix("."))
-
-
 Source = tuple[SubsetConfig, list[Found]]
 
 
@@ -367,17 +365,20 @@ def _records(
 ) -> Iterator[Record]:
     """Those that are in `sizes`, one by one; those that have no bucket go to `bad`."""
     for number, (subset, items) in enumerate(subsets):
+        place = lru_cache(1000)(partial(dataset.rule.place, native_crop=subset.random_crop))
         for item in items:
-            if item.path not in sizes:
+            size = sizes.get(item.path)
+            if size is None:
                 continue
-            placement = _place(item, sizes[item.path], dataset, subset)
-            if isinstance(placement, BadFile):
-                bad.append(placement)
+            try:
+                placement = place(size, preferred=item.preferred)
+            except UserError as error:
+                bad.append(BadFile(item.path, str(error).removesuffix(".")))
                 continue
             yield Record(
                 key=f"{index}/{number}/{_place_in_folder(item, subset)}",
                 path=item.path,
-                size=sizes[item.path],
+                size=size,
                 caption=item.caption,
                 placement=placement,
                 subset=subset,

@@ -12,7 +12,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -80,12 +80,6 @@ class Facts:
     guessed: bool = False
     """Whether the encoding of `text` is a guess."""
 
-    @classmethod
-    def of(cls, path: Path) -> Facts:
-        """Those that the folder tells. Raises `OSError`."""
-        status = os.stat(path)
-        return cls(status.st_size, status.st_mtime_ns)
-
 
 _ROW = np.dtype(
     [
@@ -118,127 +112,132 @@ class FolderIndex:
         self._fresh: dict[str, Facts] = {}
         self._changed = False
         self._lock = threading.Lock()
-        self._rows: np.ndarray | None = None
+        self._stored: _Stored | None = None
         """What was read from the file, until `save` lets go of it."""
-        self._texts = self._names = Texts.of([])
-        self._row_of: dict[str, int] = {}
-        self._met: np.ndarray = np.zeros(0, bool)
 
     def __getstate__(self) -> dict[str, Any]:
         raise TypeError("an index belongs to one process")
 
-    def holds(self, path: Path) -> bool:
+    def holds(self, path: str) -> bool:
         """Whether `path` lies in the folder or below it."""
-        return str(path).startswith(self._prefix)
+        return path.startswith(self._prefix)
 
-    # Questions
-
-    def facts(self, path: Path) -> Facts:
+    def facts(self, path: str) -> Facts:
         """What is known of `path` as it is now. Raises `OSError` where it is not there."""
-        now = Facts.of(path)
-        name = self._name(path)
+        status = os.stat(path)
+        name = path.removeprefix(self._prefix)
         with self._lock:
-            found = self._fresh.get(name) or self._stored(name)
-        return found if found is not None and (found.length, found.time) == (now.length, now.time) else now
+            found = self._fresh.get(name) or self._read().facts(name, status.st_size, status.st_mtime_ns)
+        if found is None or (found.length, found.time) != (status.st_size, status.st_mtime_ns):
+            return Facts(status.st_size, status.st_mtime_ns)
+        return found
 
-    def note(self, path: Path, facts: Facts) -> None:
+    def note(self, path: str, facts: Facts) -> None:
         """Keep `facts`, which were found out after the file's length and time had been read."""
         with self._lock:
-            self._fresh[self._name(path)] = facts
+            self._fresh[path.removeprefix(self._prefix)] = facts
             self._changed = True
 
-    def _name(self, path: Path) -> str:
-        return str(path).removeprefix(self._prefix)
-
-    # The file
-
-    def _load(self) -> np.ndarray:
-        if self._rows is not None:
-            return self._rows
-        self._rows = np.zeros(0, _ROW)
-        if self._store is not None and self._store.exists():
-            arrays = read_npz(self._store)
-            if arrays is None or not self._fill(arrays):
-                logger.warning(
-                    "the index of %s is damaged, or of another version, and is made anew: %s", self.root, self._store
-                )
-        return self._rows
-
-    def _fill(self, arrays: dict[str, np.ndarray]) -> bool:
-        """Whether `arrays` (whose checksums were right) are an index of this version."""
-        names = ("version", "rows", "names", "name_starts", "texts", "text_starts")
-        if any(name not in arrays for name in names) or int(arrays["version"]) != _VERSION:
-            return False
-        rows = arrays["rows"]
-        if rows.dtype != _ROW:
-            return False
-        for data, starts in (("names", "name_starts"), ("texts", "text_starts")):
-            if len(arrays[starts]) != len(rows) + 1 or arrays[starts][-1] != len(arrays[data]):
-                return False
-        self._names = Texts.of_arrays(arrays["names"], arrays["name_starts"])
-        self._texts = Texts.of_arrays(arrays["texts"], arrays["text_starts"])
-        self._row_of = {name: number for number, name in enumerate(self._names)}
-        self._rows, self._met = rows, np.zeros(len(rows), bool)
-        return True
-
-    def _stored(self, name: str) -> Facts | None:
-        self._load()
-        number = self._row_of.get(name)
-        if number is None:
-            return None
-        self._met[number] = True
-        return self._facts_at(number)
-
-    def _facts_at(self, number: int) -> Facts:
-        length, changed, known, (width, height), digest, look = self._load()[number].item()
-        return Facts(
-            length,
-            changed,
-            (width, height) if known & _SIZE else None,
-            bytes(digest).hex() if known & _DIGEST else None,
-            look if known & _LOOK else None,
-            self._texts[number] if known & _TEXT else None,
-            bool(known & _GUESSED),
-        )
+    def _read(self) -> _Stored:
+        if self._stored is None:
+            self._stored = _Stored.empty()
+            if self._store is not None and self._store.exists():
+                found = _Stored.of(read_npz(self._store))
+                if found is None:
+                    logger.warning(
+                        "the index of %s is damaged or of another version, and is made anew: %s", self.root, self._store
+                    )
+                self._stored = found or self._stored
+        return self._stored
 
     def save(self) -> None:
         """Write the file, if there is something new, and let go of the memory. What cannot be written costs time, not the run.
 
         Files that were not met are kept as long as they are fewer than those that were: another run may use other files of
-        the folder.
+        the folder. Those that were changed just now are not kept.
         """
         with self._lock:
-            if self._changed and self._store is not None:
+            newest = time.time_ns() - _SETTLED
+            fresh = {name: facts for name, facts in self._fresh.items() if facts.time < newest}
+            stored = self._read() if self._changed else _Stored.empty()
+            if self._store is not None and (fresh or not stored.is_met_by(self._fresh)):
                 try:
-                    self._write(self._store)
+                    write_npz(self._store, stored.updated(self._fresh, fresh))
                 except UserError as error:
                     logger.warning("the index of %s is not kept, so the next start takes as long: %s", self.root, error)
-            self._changed = False
-            self._fresh, self._rows, self._row_of = {}, None, {}
-            self._texts = self._names = Texts.of([])
+            self._changed, self._fresh, self._stored = False, {}, None
 
-    def _write(self, store: Path) -> None:
-        rows, newest = self._load(), time.time_ns() - _SETTLED
-        replaced = np.zeros(len(rows), bool)
-        for name in self._fresh.keys() & self._row_of.keys():
-            replaced[self._row_of[name]] = True
-        others = ~self._met & ~replaced
-        kept = ~replaced if others.sum() <= len(self._fresh) + (self._met & ~replaced).sum() else self._met & ~replaced
-        fresh = {name: facts for name, facts in self._fresh.items() if facts.time < newest}
-        if not fresh and kept.all():
-            return
+
+class _Stored:
+    """The content of an index file. Columns are lists while they are asked for: an array is slow in giving single elements."""
+
+    def __init__(self, rows: np.ndarray, names: Texts, texts: Texts) -> None:
+        self.rows, self.names, self.texts = rows, names, texts
+        self.number_of = {name: number for number, name in enumerate(names)}
+        self.met = bytearray(len(rows))
+        self.columns = [rows[name].tolist() for name in ("length", "time", "known", "size")]
+
+    @classmethod
+    def empty(cls) -> _Stored:
+        return cls(np.zeros(0, _ROW), Texts.of([]), Texts.of([]))
+
+    @classmethod
+    def of(cls, arrays: dict[str, np.ndarray] | None) -> _Stored | None:
+        """None where `arrays` (whose checksums were right) are not an index of this version."""
+        names = ("version", "rows", "names", "name_starts", "texts", "text_starts")
+        if arrays is None or any(name not in arrays for name in names) or int(arrays["version"]) != _VERSION:
+            return None
+        rows = arrays["rows"]
+        for data, starts in (("names", "name_starts"), ("texts", "text_starts")):
+            if rows.dtype != _ROW or len(arrays[starts]) != len(rows) + 1 or arrays[starts][-1] != len(arrays[data]):
+                return None
+        names_of, texts_of = (Texts.of_arrays(arrays[n], arrays[s]) for n, s in (names[2:4], names[4:6]))
+        return cls(rows, names_of, texts_of)
+
+    def facts(self, name: str, length: int, changed: int) -> Facts | None:
+        """What is known of the file, if it has that length and time."""
+        number = self.number_of.get(name)
+        if number is None:
+            return None
+        self.met[number] = 1
+        lengths, times, known_of, sizes = self.columns
+        if (lengths[number], times[number]) != (length, changed):
+            return None
+        known = known_of[number]
+        return Facts(
+            length,
+            changed,
+            (sizes[number][0], sizes[number][1]) if known & _SIZE else None,
+            self.rows["digest"][number].tobytes().hex() if known & _DIGEST else None,
+            int(self.rows["look"][number]) if known & _LOOK else None,
+            self.texts[number] if known & _TEXT else None,
+            bool(known & _GUESSED),
+        )
+
+    def is_met_by(self, noted: Collection[str]) -> bool:
+        """Whether there is nothing in it to be replaced or dropped."""
+        return not (self.number_of.keys() & noted) and 2 * sum(self.met) >= len(self.met)
+
+    def updated(self, noted: Collection[str], fresh: dict[str, Facts]) -> dict[str, np.ndarray]:
+        """The arrays of a new file. noted: names that are replaced or, where they are not in `fresh`, dropped."""
+        met, replaced = np.frombuffer(self.met, bool), np.zeros(len(self.rows), bool)
+        replaced[[self.number_of[name] for name in self.number_of.keys() & noted]] = True
+        others = ~met & ~replaced
+        kept = met & ~replaced
+        if others.sum() <= len(noted) + kept.sum():
+            kept |= others
         names, texts = TextBuilder(), TextBuilder()
         for number in np.flatnonzero(kept).tolist():
-            names.add(self._names[number])
-            texts.add(self._texts[number])
+            names.add(self.names[number])
+            texts.add(self.texts[number])
         for name, facts in fresh.items():
             names.add(name)
             texts.add(facts.text or "")
-        arrays: dict[str, np.ndarray] = {}
+        arrays: dict[str, np.ndarray] = {"version": np.array(_VERSION)}
+        arrays["rows"] = np.concatenate([self.rows[kept], np.array([_to_row(facts) for facts in fresh.values()], _ROW)])
         arrays["names"], arrays["name_starts"] = names.done().arrays()
         arrays["texts"], arrays["text_starts"] = texts.done().arrays()
-        added = np.array([_to_row(facts) for facts in fresh.values()], _ROW)
-        write_npz(store, {"version": np.array(_VERSION), "rows": np.concatenate([rows[kept], added]), **arrays})
+        return arrays
 
 
 class KnownFiles:
@@ -255,7 +254,7 @@ class KnownFiles:
 
     def open(self, root: Path) -> None:
         """Know of files in `root` and below from now on, unless a folder that contains it is open."""
-        if str(root) not in self._folders and self._find(root) is None:
+        if str(root) not in self._folders and not any(index.holds(str(root)) for index in self._folders.values()):
             store = cache_path(root / INDEX_FILE, str(self._cache_dir)) if self._cache_dir else None
             self._folders[str(root)] = FolderIndex(str(root), store)
 
@@ -265,19 +264,17 @@ class KnownFiles:
         with suppress(ValueError):  # none, or on several drives
             self.open(Path(os.path.commonpath(folders)))
 
-    def _find(self, path: Path) -> FolderIndex | None:
-        return next((index for index in self._folders.values() if index.holds(path)), None)
-
-    def _look_up(self, path: Path) -> tuple[FolderIndex, Facts]:
-        """The index that `path` belongs to, and what is known. Raises `BadFile` for a file that is not there."""
-        index = self._find(path)
+    def _look_up(self, path: Path | str) -> tuple[FolderIndex, str, Facts]:
+        """The index that `path` belongs to, its text, and what is known. Raises `BadFile` for a file that is not there."""
+        text = str(path)
+        index = next((index for index in self._folders.values() if index.holds(text)), None)
         if index is None:
-            self.open(path.parent)
-            index = self._folders[str(path.parent)]
+            self.open(Path(path).parent)
+            index = self._folders[str(Path(path).parent)]
         try:
-            return index, index.facts(path)
+            return index, text, index.facts(text)
         except OSError as error:
-            raise broken(path, error) from error
+            raise broken(Path(path), error) from error
 
     def save(self) -> None:
         """Write what is new."""
@@ -288,31 +285,30 @@ class KnownFiles:
 
     def size(self, path: Path) -> Size:
         """`read_size`."""
-        index, facts = self._look_up(path)
-        if facts.size is None:
-            facts = replace(facts, size=read_size(path))
-            index.note(path, facts)
-        assert facts.size is not None
-        return facts.size
+        index, text, facts = self._look_up(path)
+        if facts.size is not None:
+            return facts.size
+        size = read_size(path)
+        index.note(text, replace(facts, size=size))
+        return size
 
-    def caption(self, path: Path) -> tuple[str, bool]:
+    def caption(self, path: Path | str) -> tuple[str, bool]:
         """`read_caption_text`."""
-        index, facts = self._look_up(path)
-        if facts.text is None:
-            text, guessed = read_caption_text(path)
-            facts = replace(facts, text=text, guessed=guessed)
-            index.note(path, facts)
-        assert facts.text is not None
-        return facts.text, facts.guessed
+        index, text, facts = self._look_up(path)
+        if facts.text is not None:
+            return facts.text, facts.guessed
+        caption, guessed = read_caption_text(Path(path))
+        index.note(text, replace(facts, text=caption, guessed=guessed))
+        return caption, guessed
 
     def digest(self, path: Path) -> str:
         """`content_hash` of the file."""
-        index, facts = self._look_up(path)
-        if facts.digest is None:
-            try:
-                facts = replace(facts, digest=content_hash(path.read_bytes()))
-            except OSError as error:
-                raise broken(path, error) from error
-            index.note(path, facts)
-        assert facts.digest is not None
-        return facts.digest
+        index, text, facts = self._look_up(path)
+        if facts.digest is not None:
+            return facts.digest
+        try:
+            digest = content_hash(path.read_bytes())
+        except OSError as error:
+            raise broken(path, error) from error
+        index.note(text, replace(facts, digest=digest))
+        return digest
