@@ -34,6 +34,12 @@ FORMAT_VERSION = "1"
 _LONGEST_NAME = 255
 """Bytes in a file's name, on nearly every file system."""
 
+_DAMAGE = (OSError, ValueError, EOFError, zipfile.BadZipFile)
+"""What reading a file raises that is not there, or not what it should be."""
+
+_SMALL = 4096
+"""Bytes of an array that is read whole when a file is checked, such as its fingerprint."""
+
 TEMPORARY = re.compile(r"\.[0-9a-f]{16}\.npz\.tmp")
 """Names of files that are being written."""
 
@@ -113,10 +119,38 @@ def read_npz(path: Path) -> dict[str, np.ndarray] | None:
     try:
         with np.load(path, allow_pickle=False) as archive:
             return {name: archive[name] for name in archive.files}
-    except FileNotFoundError:
+    except _DAMAGE:
         return None
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile):
+
+
+def describe_npz(path: Path) -> dict[str, np.ndarray] | None:
+    """`read_npz` without reading more than a few kilobytes: a large array is zeros of its shape, which take no memory.
+
+    So a damaged byte within one is not found here, but when the array is used.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return {info.filename.removesuffix(".npy"): _described(archive, info) for info in archive.infolist()}
+    except _DAMAGE:
         return None
+
+
+def _described(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray:
+    with archive.open(info) as file:
+        if info.file_size <= _SMALL:
+            return np.lib.format.read_array(file, allow_pickle=False)
+        version = np.lib.format.read_magic(file)
+        read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, dtype = read_header(file)
+    if dtype.hasobject:
+        raise ValueError("pickled objects")
+    return np.broadcast_to(np.zeros((), dtype), shape)
+
+
+def _gone(path: Path) -> UserError:
+    return UserError(
+        f"the cache file {path} was removed or damaged while training. Remove it if it is there, and start again to make it anew."
+    )
 
 
 # Fingerprints
@@ -246,7 +280,7 @@ class LatentFile:
         """Whether the file's entry is what encoding the picture now would give."""
         if not self.path.exists():
             return Verdict(False)
-        arrays = read_npz(self.path)
+        arrays = describe_npz(self.path)
         if arrays is None:
             return Verdict(False, "unreadable file")
         suffix = self._found_suffix(arrays)
@@ -262,7 +296,7 @@ class LatentFile:
 
     def fits(self) -> bool:
         """Whether the file has this entry, whatever it was made from. Not said of files without one."""
-        arrays = read_npz(self.path)
+        arrays = describe_npz(self.path)
         suffix = None if arrays is None else self._found_suffix(arrays)
         return arrays is not None and suffix is not None and not self._shape_problem(arrays, suffix)
 
@@ -300,7 +334,7 @@ class LatentFile:
         arrays = read_npz(self.path)
         suffix = self._found_suffix(arrays) if arrays is not None else None
         if arrays is None or suffix is None:
-            raise UserError(f"the cache file {self.path} was removed or damaged while training. Start again to make it anew.")
+            raise _gone(self.path)
         problem = self._shape_problem(arrays, suffix)
         if problem:
             raise UserError(f"the cache file {self.path} does not fit ({problem}). Remove it, or --skip_cache_check.")
@@ -360,7 +394,7 @@ class TextFile:
     def check(self, fingerprint: Fingerprint) -> Verdict:
         if not self.path.exists():
             return Verdict(False)
-        arrays = read_npz(self.path)
+        arrays = describe_npz(self.path)
         if arrays is None:
             return Verdict(False, "unreadable file")
         stored = stored_fingerprint(arrays)
@@ -393,7 +427,7 @@ class TextFile:
         arrays = read_npz(self.path)
         keys = self._keys()
         if arrays is None or any(key not in arrays for key in keys.values()):
-            raise UserError(f"the cache file {self.path} was removed or damaged while training. Start again to make it anew.")
+            raise _gone(self.path)
         dtypes = (stored_fingerprint(arrays) or {}).get("dtypes", {})
         tensors = {}
         for name, key in keys.items():

@@ -16,7 +16,7 @@ import torch
 from data_tools import CPU, Case, build, make_bundle, make_options, make_strategies, write_folder, write_picture, write_toml
 
 from library.cache_formats import LatentFormat
-from library.cache_io import cache_path, entry_key, read_npz, write_npz
+from library.cache_io import cache_path, describe_npz, entry_key, read_npz, write_npz
 from library.caching import cache_latents, cache_text_outputs
 from library.dataset import TrainData, make_loader
 from library.errors import UserError
@@ -278,6 +278,22 @@ def test_files_by_sd_scripts_of_another_shape_or_size_are_made_again(case: Case,
     write_foreign(case, original_size=np.array([10, 10]))
     assert case.latents(case.data(cache_latents_to_disk=True)) == ["vae"]
     assert "because of the image's size" in caplog.text
+
+
+def test_a_file_is_checked_by_its_headers_and_small_arrays(tmp_path: Path) -> None:
+    """Reading all latents or text encoder outputs at every start would take minutes."""
+    arrays = {"latents": np.arange(4 * 64 * 64, dtype=np.float16).reshape(4, 64, 64), "fingerprint": np.array("{}")}
+    write_npz(path := tmp_path / "a.npz", arrays)
+    data = bytearray(path.read_bytes())
+    data[data.index(arrays["latents"].tobytes()) + 9000] ^= 1
+    path.write_bytes(data)
+    assert read_npz(path) is None, "the damage is real"
+    described = describe_npz(path)
+    assert described is not None and described["fingerprint"] == arrays["fingerprint"]
+    assert (described["latents"].shape, described["latents"].dtype) == ((4, 64, 64), np.float16)
+    assert described["latents"].strides == (0, 0, 0)
+    np.savez(path, big=np.array([{}] * 5000))
+    assert describe_npz(path) is None
 
 
 def test_a_damaged_file_is_made_again(case: Case, caplog: pytest.LogCaptureFixture) -> None:
