@@ -149,7 +149,8 @@ def _described(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray:
 
 def _gone(path: Path) -> UserError:
     return UserError(
-        f"the cache file {path} was removed or damaged while training. Remove it if it is there, and start again to make it anew."
+        f"the cache file {path} was removed or damaged while training. Remove what is left of it, and start again: then it is "
+        "made anew."
     )
 
 

@@ -28,7 +28,7 @@ from library.validation_split import held_out
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-P = TypeVar("P", Path, str)
+P = TypeVar("P")
 
 
 @dataclass(frozen=True, slots=True)

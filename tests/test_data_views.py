@@ -6,6 +6,8 @@ import base64
 import io
 import json
 import re
+import shutil
+import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -13,15 +15,16 @@ import numpy as np
 import pytest
 import runs
 import torch
-from data_tools import write_picture
+from data_tools import build, make_options, make_strategies, write_picture, write_toml
 from PIL import Image, ImageFilter
 from runs import CASES, Workspace
 
 from library.batch_page import PAGE_FILE, page, picture
-from library.dataset import pixels_to_tensor
+from library.dataset import TrainData, pixels_to_tensor
 from library.near_duplicates import MAX_DISTANCE, difference_hash, near_duplicates
 
-VOID = {"img", "meta", "br"}
+GREEN = (20, 200, 60)
+VOID = {"img", "meta", "input"}
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +52,7 @@ class Page(HTMLParser):
             self.images.append(np.array(Image.open(io.BytesIO(base64.b64decode(data)))))
         if tag not in VOID:
             self.open.append(tag)
-        for name, texts in (("h2", self.titles), ("figcaption", self.captions)):
+        for name, texts in (("section", self.titles), ("figcaption", self.captions)):
             if tag == name:
                 texts.append("")
 
@@ -57,8 +60,8 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data: str) -> None:
-        for name, texts in (("h2", self.titles), ("figcaption", self.captions)):
-            if name in self.open:
+        for name, texts in (("section", self.titles), ("figcaption", self.captions)):
+            if name in self.open and not (name == "section" and "figure" in self.open):
                 texts[-1] += data
 
 
@@ -79,7 +82,7 @@ def test_the_page_has_the_batches_that_training_sees_pixel_by_pixel(workspace: W
         assert torch.equal(pixels_to_tensor(one), image)
     for title, batch in zip(shown.titles, batches, strict=True):
         height, width = batch.target_sizes[0].tolist()
-        assert f"{len(batch)} of {width}x{height}" in title
+        assert f"bucket {width}x{height}, {len(batch)} picture" in title
 
 
 def test_debugging_the_data_set_is_the_page_of_ten_batches(workspace: Workspace, tmp_path: Path) -> None:
@@ -93,20 +96,54 @@ def test_a_page_picture_is_what_was_decoded() -> None:
     assert np.array_equal(picture(pixels_to_tensor(pixels)), pixels)
 
 
-def test_a_mask_is_shown_beside_its_picture(workspace: Workspace, tmp_path: Path) -> None:
-    from dataclasses import replace
+@pytest.fixture(scope="module")
+def masked(tmp_path_factory: pytest.TempPathFactory) -> TrainData:
+    """Green pictures of which the left half counts, with captions that a page has to be careful with."""
+    folder = tmp_path_factory.mktemp("masked")
+    captions = ["<script>document.title = 'run'</script>\"><img src=x>", "long" * 200, "", "plain & simple"]
+    for number, caption in enumerate(captions):
+        for name in ("img", "masks"):
+            (folder / name).mkdir(exist_ok=True)
+        Image.new("RGB", (64, 64), GREEN).save(folder / "img" / f"{number}.png")
+        (folder / "img" / f"{number}.txt").write_text(caption)
+        mask = np.zeros((64, 64), np.uint8)
+        mask[:, :32] = 255
+        Image.fromarray(mask).save(folder / "masks" / f"{number}.png")
+    toml = (
+        "[[datasets]]\nresolution = 64\nbatch_size = 4\n[[datasets.subsets]]\n"
+        f"image_dir = '{folder / 'img'}'\nconditioning_data_dir = '{folder / 'masks'}'\n"
+    )
+    options = make_options(dataset_config=write_toml(folder / "data.toml", toml), masked_loss=True)
+    return build(options, make_strategies(folder))
 
-    train = workspace.trainer("network", tmp_path).data.train
 
-    class Masked(type(train)):  # type: ignore[misc]
-        def __getitem__(self, key: tuple[int, int]) -> object:
-            batch = super().__getitem__(key)
-            return replace(batch, mask=torch.linspace(0, 1, 64).expand(len(batch), 1, *batch.images.shape[-2:-1], 64))
+def test_what_a_mask_leaves_out_is_shaded(masked: TrainData) -> None:
+    shown = Page("".join(page(masked.train, 1)))
+    shades = [image for image in shown.images if image.shape[-1] == 4]
+    assert len(shades) * 2 == len(shown.images) == 8
+    assert shades[0].shape == (8, 8, 4)
+    assert (shades[0][:, :4, 3] == 0).all() and (shades[0][:, 4:, 3] > 100).all()
 
-    train.__class__ = Masked
-    shown = Page("".join(page(train, 1)))
-    masks = [image for image in shown.images if image.ndim == 2]
-    assert len(masks) * 2 == len(shown.images) and masks[0][0, 0] == 0 and masks[0][0, -1] == 255
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+QUIET = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+QUIET += "--disable-component-update --disable-sync --hide-scrollbars"
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no browser: .ci/run installs one")
+def test_a_browser_shows_the_pictures_their_shades_and_captions_as_text(masked: TrainData, tmp_path: Path) -> None:
+    (tmp_path / "page.html").write_text("".join(page(masked.train, 1)), encoding="utf-8")
+    command = [str(CHROMIUM), *QUIET.split(), f"--user-data-dir={tmp_path / 'profile'}", "--window-size=620,1600"]
+    command += [f"--screenshot={tmp_path / 'page.png'}", (tmp_path / "page.html").as_uri()]
+    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    seen = np.array(Image.open(tmp_path / "page.png").convert("RGB")).astype(int)
+    green = (abs(seen - np.array(GREEN)) < 3).all(-1)
+    hidden = (seen[..., 0] > 150) & (seen[..., 2] > 100) & (seen[..., 1] < 120)
+    for half in (green, hidden):
+        rows, columns = half.any(1), half.any(0)
+        assert rows.sum() > 400 and columns.sum() > 200, "four pictures in two columns, each half green and half shaded"
+    assert (seen.max(-1) < 100).any(1).sum() > 250, "a long word goes on in many lines"
+    assert (seen[:, -8:] == seen[0, -1]).all(), "nothing reaches over the edge"
 
 
 # ---- the plan --------------------------------------------------------------------------------------------------------
