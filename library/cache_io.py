@@ -147,6 +147,10 @@ def _described(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray:
     return np.broadcast_to(np.zeros((), dtype), shape)
 
 
+def _unfit(path: Path, problem: str) -> UserError:
+    return UserError(f"the cache file {path} does not fit ({problem}). Remove it, or --skip_cache_check.")
+
+
 def _gone(path: Path) -> UserError:
     return UserError(
         f"the cache file {path} was removed or damaged while training. Remove what is left of it, and start again: then it is "
@@ -272,6 +276,10 @@ class LatentFile:
     needs_flipped: bool
     format: LatentFormat
 
+    @property
+    def _names(self) -> list[str]:
+        return ["latents", "latents_flipped"] if self.needs_flipped else ["latents"]
+
     def _found_suffix(self, arrays: Mapping[str, np.ndarray]) -> str | None:
         """The suffix this entry has in the file: its own, or that of the other layout (sd-scripts has used both)."""
         other = f"_{self.shape[1]}x{self.shape[2]}" if not self.suffix else ""
@@ -292,18 +300,17 @@ class LatentFile:
             differing = fingerprint.differences(stored)
             if differing:
                 return Verdict(False, " and ".join(differing))
-        problem = self._shape_problem(arrays, suffix)
+        problem = self._problem(arrays, suffix)
         return Verdict(not problem, problem, foreign=stored is None and not problem)
 
     def fits(self) -> bool:
         """Whether the file has this entry, whatever it was made from. Not said of files without one."""
         arrays = describe_npz(self.path)
         suffix = None if arrays is None else self._found_suffix(arrays)
-        return arrays is not None and suffix is not None and not self._shape_problem(arrays, suffix)
+        return arrays is not None and suffix is not None and not self._problem(arrays, suffix)
 
-    def _shape_problem(self, arrays: Mapping[str, np.ndarray], suffix: str) -> str:
-        names = ["latents", "latents_flipped"] if self.needs_flipped else ["latents"]
-        for name in names:
+    def _problem(self, arrays: Mapping[str, np.ndarray], suffix: str) -> str:
+        for name in self._names:
             array = arrays.get(name + suffix)
             if array is None:
                 return "no mirrored latents"
@@ -313,6 +320,10 @@ class LatentFile:
         if size is not None and tuple(int(side) for side in size) != self.original:
             return "the image's size"
         return ""
+
+    def _not_finite(self, arrays: Mapping[str, np.ndarray], suffix: str) -> str:
+        bad = [name for name in self._names if not np.isfinite(arrays[name + suffix]).all()]
+        return f"{bad[0]} with NaN or infinite values" if bad else ""
 
     def save(
         self, latents: Tensor, flipped: Tensor | None, crop_ltrb: tuple[int, int, int, int], fingerprint: Fingerprint
@@ -336,9 +347,9 @@ class LatentFile:
         suffix = self._found_suffix(arrays) if arrays is not None else None
         if arrays is None or suffix is None:
             raise _gone(self.path)
-        problem = self._shape_problem(arrays, suffix)
+        problem = self._problem(arrays, suffix) or self._not_finite(arrays, suffix)
         if problem:
-            raise UserError(f"the cache file {self.path} does not fit ({problem}). Remove it, or --skip_cache_check.")
+            raise _unfit(self.path, problem)
         flipped = self._latents(arrays, f"latents_flipped{suffix}") if self.needs_flipped else None
         stored = stored_fingerprint(arrays, suffix) or {}
         crop = arrays.get(f"crop_ltrb{suffix}")
@@ -403,11 +414,20 @@ class TextFile:
             differing = fingerprint.differences(stored)
             if differing:
                 return Verdict(False, " and ".join(differing))
-        missing = [key for key in self._keys().values() if key not in arrays]
-        if missing:
-            return Verdict(False, f"no {missing[0]}")
-        problem = self.strategy.foreign_problem(arrays) if stored is None else ""
+        problem = self._problem(arrays)
+        if not problem and stored is None:
+            problem = self.strategy.foreign_problem(arrays)
         return Verdict(not problem, problem, foreign=stored is None and not problem)
+
+    def _problem(self, arrays: Mapping[str, np.ndarray]) -> str:
+        """Of the file's arrays, whoever wrote them ("" if there is none)."""
+        for name, key in self._keys().items():
+            if key not in arrays:
+                return f"no {key}"
+            found, wanted = arrays[key].shape, self.strategy.shapes.get(name)
+            if wanted is not None and found != wanted:
+                return f"{key} of the shape {found}, not {wanted}: another text encoder's, or of another length"
+        return ""
 
     def save(self, entry: Conditioning, fingerprint: Fingerprint) -> None:
         """One unbatched entry. numpy has no bfloat16: it is stored as float32 or as its bits, and its name beside it."""
@@ -429,6 +449,8 @@ class TextFile:
         keys = self._keys()
         if arrays is None or any(key not in arrays for key in keys.values()):
             raise _gone(self.path)
+        if problem := self._problem(arrays):
+            raise _unfit(self.path, problem)
         dtypes = (stored_fingerprint(arrays) or {}).get("dtypes", {})
         tensors = {}
         for name, key in keys.items():

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from library.cache_io import (
@@ -288,14 +288,18 @@ def _decoded(batches: Iterator[list[LatentJob]]) -> Iterator[tuple[list[LatentJo
             pool.shutdown(cancel_futures=True)
 
 
-def _check_finite(latents: Tensor, jobs: Sequence[LatentJob]) -> None:
-    bad = ~latents.flatten(1).isfinite().all(1)
-    if bad.any():
-        names = [str(job.record.path) for job, is_bad in zip(jobs, bad.tolist(), strict=True) if is_bad]
-        raise UserError(
-            listed([f"the VAE gives NaN or infinite latents for {name}" for name in names], "images with NaN latents")
-            + "\nUse --no_half_vae (the VAE overflows in half precision), or another --vae."
-        )
+def check_latents(latents: Tensor, vae: nn.Module, files: Sequence[str]) -> None:
+    """Raise `UserError` for pictures whose latents [B, C, h, w] are not finite. Waits for the device."""
+    finite = latents.flatten(1).isfinite().all(1)
+    if finite.all():
+        return
+    names = [name for name, is_finite in zip(files, finite.tolist(), strict=True) if not is_finite]
+    half = next(vae.parameters()).dtype.itemsize < 4
+    advice = "Use --no_half_vae (the VAE overflows in half precision), or" if half else "The VAE is damaged. Give"
+    raise UserError(
+        listed([f"the VAE gives NaN or infinite latents for {name}" for name in names], "images with NaN latents")
+        + f"\n{advice} another --vae."
+    )
 
 
 def _encode_batch(
@@ -304,11 +308,12 @@ def _encode_batch(
     images = torch.stack([pixels for pixels, _ in loaded]).to(device)
     seeds = [content_seed(stamp.digest) for _, stamp in loaded]
     stored = strategies.latents_caching.stored
+    files = [str(job.record.path) for job in jobs]
     latents = stored(bundle.vae, images, seeds).cpu()
-    _check_finite(latents, jobs)
+    check_latents(latents, bundle.vae, files)
     flipped = stored(bundle.vae, images.flip(-1), seeds).cpu() if jobs[0].flipped else None
     if flipped is not None:
-        _check_finite(flipped, jobs)
+        check_latents(flipped, bundle.vae, files)
     mirrored = [None] * len(jobs) if flipped is None else [row.clone() for row in flipped]
     return [CachedLatents(row.clone(), other, seed) for row, other, seed in zip(latents, mirrored, seeds, strict=True)]
 

@@ -132,9 +132,7 @@ def file_clip(whole: TensorSource, prefix: str) -> Component:
     """CLIP-L under `prefix` of a single file."""
     source = whole.under(prefix)
     names = CLIP_NAMES if "text_model.final_layer_norm.weight" in source else CLIP_BARE_NAMES
-    origins, _ = names.origins(source.keys())
-    config = clip_config({name: source.shape(origin.key) for name, origin in origins.items()})
-    return Component(source, names, config, make_clip, prefix, CLIP_OPTIONAL)
+    return Component(source, names, clip_config(source.shapes(names)), make_clip, CLIP_OPTIONAL)
 
 
 def file_projected_clip(whole: TensorSource, prefix: str) -> Component:
@@ -146,7 +144,7 @@ def file_projected_clip(whole: TensorSource, prefix: str) -> Component:
     width = shapes["text_projection.weight"][0] if linear else shapes["text_projection"][1]
     config = open_clip_config(shapes) | {"projection_dim": width}
     optional = ("logit_scale", "attn_mask", r".*\.position_ids")
-    return Component(source, names, config, make_projected_clip, prefix, optional)
+    return Component(source, names, config, make_projected_clip, optional)
 
 
 def folder_clip(folder: Path, *, projected: bool = False) -> Component:

@@ -5,14 +5,15 @@ Shapes: B batch, N chunks, 77 tokens of a chunk with BOS and EOS.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from library.clip_tokenizer import ClipTokenizer
 from library.prompt_weights import parse_weights
+from library.strategy_base import Tokens
 
 
 def clip_chunks(ids: Sequence[int], bos: int, eos: int, pad: int, *, body: int, num_chunks: int) -> list[list[int]]:
@@ -79,6 +80,32 @@ class ClipCaptions:
 
     def fingerprint(self) -> str:
         return f"clip-{self.tokenizer.fingerprint()}-{self.max_length}-{self.size}-{'weighted' if self.weighted else 'plain'}"
+
+
+def weights_of(encoder: str) -> str:
+    """Where the tokens' weights of a text encoder stand beside its ids."""
+    return f"{encoder}.weights"
+
+
+def tokenize_for(encoders: Mapping[str, ClipCaptions], captions: Sequence[str]) -> Tokens:
+    """Ids [B, N, 77] by text encoder, and weights beside them where captions are read for weights."""
+    tokens: dict[str, Tensor] = {}
+    for name, own in encoders.items():
+        tokens[name], weights = own.ids_and_weights(captions)
+        if own.weighted:
+            tokens[weights_of(name)] = weights
+    return tokens
+
+
+def chunk_ids(tokens: Tokens, name: str, encoder: nn.Module) -> Tensor:
+    """The ids for `encoder`, called `name`, chunk by chunk: [B * N, 77] on its device."""
+    return tokens[name].to(next(encoder.parameters()).device).flatten(0, 1)
+
+
+def joined_states(states: Tensor, tokens: Tokens, name: str) -> Tensor:
+    """[B * N, 77, D] of the encoder called `name` -> [B, M, D], weighed where captions have weights."""
+    joined = join_chunks(states.unflatten(0, tokens[name].shape[:2]))
+    return weigh(joined, tokens[weights_of(name)]) if weights_of(name) in tokens else joined
 
 
 def join_chunks(chunks: Tensor) -> Tensor:

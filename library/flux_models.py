@@ -80,7 +80,7 @@ class FluxParams:
 
     @classmethod
     def of(cls, shapes: Mapping[str, tuple[int, ...]]) -> FluxParams:
-        """Sizes from tensor shapes under original names. Raises `KeyError` when a tensor is missing."""
+        """Sizes from tensor shapes under original names."""
         width, in_channels = shapes["img_in.weight"]
         approximator = None
         if "distilled_guidance_layer.in_proj.weight" in shapes:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
@@ -16,7 +15,7 @@ from library.family_base import LatentSpec, ModelBundle, ModelFamily, SampleRequ
 from library.flux_models import Flux, image_ids, pack, unpack
 from library.flux_saving import FluxCheckpoint
 from library.flux_utils import CLIP_L, FLUX_LAYERS, TITLE, FluxModel, describe, open_denoiser
-from library.memory_policy import read_to
+from library.model_loading import lazy_bundle
 from library.model_parts import Component, enable_encoder_checkpointing
 from library.objectives import RectifiedFlow, range_and_huber, resolution_shift
 from library.offload_plan import SwapDivision
@@ -115,29 +114,8 @@ class FluxFamily(ModelFamily):
         quantizers: Mapping[str, Quantizer] | None = None,
     ) -> ModelBundle:
         model = describe(options)
-        dtypes, chosen = {name: dtype for name in model.parts} | dict(learning or {}), quantizers or {}
-        if options.precision.no_half_vae:
-            dtypes["vae"] = torch.float32
-        loaders = {
-            name: partial(part.load, dtype=dtypes[name], device=read_to(name, options, device), quantizer=chosen.get(name))
-            for name, part in model.parts.items()
-        }
-        identity = {
-            name: part.identity_as(dtypes[name], chosen.get(name)) for name, part in model.parts.items() if name != "denoiser"
-        }
-        return ModelBundle(
-            loaders=loaders,
-            text_encoder_names=model.text_encoders,
-            device=device,
-            dtype=dtype,
-            identity=identity,
-            facts={
-                "source": model.path,
-                "format": model.format,
-                "model": model,
-                "tokenizers": tokenizer_folders(model, options),
-            },
-        )
+        facts = {"tokenizers": tokenizer_folders(model, options)}
+        return lazy_bundle(model, options, device=device, dtype=dtype, learning=learning, quantizers=quantizers, facts=facts)
 
     def open_denoiser(self, path: Path) -> Component:
         return open_denoiser(path)
@@ -159,7 +137,9 @@ class FluxFamily(ModelFamily):
             ),
             text_encoding=FluxTextEncodingStrategy(conditioning=conditioning, mask_t5=masked),
             latents_caching=FluxLatentsCachingStrategy(scale=scale, shift=shift),
-            text_caching=FluxTextEncoderOutputsCachingStrategy(conditioning=conditioning, length=length, mask_t5=masked),
+            text_caching=FluxTextEncoderOutputsCachingStrategy(
+                conditioning=conditioning, mask_t5=masked, shapes=_entry_shapes(model, length)
+            ),
         )
 
     def enable_gradient_checkpointing(self, part: str, module: nn.Module) -> None:
@@ -251,6 +231,12 @@ class FluxFamily(ModelFamily):
             transformer=bundle.denoiser if bundle.loaded("denoiser") else None,
             tokenizers=bundle.facts["tokenizers"],
         ).write(path, format=format, dtype=dtype, metadata=metadata, max_shard_size=max_shard_size)
+
+
+def _entry_shapes(model: FluxModel, length: int) -> dict[str, tuple[int, ...]]:
+    """What the text encoders give for one caption of `length` tokens of T5."""
+    shapes: dict[str, tuple[int, ...]] = {"context": (length, model.parts["t5xxl"].config["d_model"]), "mask": (length,)}
+    return shapes if CLIP_L not in model.parts else shapes | {"pooled": (model.parts[CLIP_L].config["hidden_size"],)}
 
 
 def _masks_text(model: FluxModel, flags: FluxOptions) -> bool:

@@ -65,10 +65,6 @@ class FluxModel:
     """denoiser, vae, t5xxl, and clip_l but for Chroma."""
 
     @property
-    def text_encoders(self) -> tuple[str, ...]:
-        return tuple(name for name in (CLIP_L, T5XXL) if name in self.parts)
-
-    @property
     def spare_tokens(self) -> int:
         """Tokens of padding that are attended to where padding is hidden: Chroma was trained with one."""
         return 1 if self.kind == "chroma" else 0
@@ -105,7 +101,7 @@ def describe(options: TrainOptions) -> FluxModel:
 @functools.lru_cache(maxsize=4)
 def _describe(path: Path, given: tuple[tuple[str, Path], ...], state: object) -> FluxModel:
     source, whole = _open_transformer(path)
-    denoiser = _transformer(path, source)
+    denoiser = _transformer(source)
     params: FluxParams = denoiser.config["params"]
     if params.in_channels != params.out_channels:
         raise UserError(
@@ -128,15 +124,11 @@ def _describe(path: Path, given: tuple[tuple[str, Path], ...], state: object) ->
 
 def open_denoiser(path: Path) -> Component:
     """The transformer of a file or a diffusers folder."""
-    return _transformer(path, _open_transformer(path)[0])
+    return _transformer(_open_transformer(path)[0])
 
 
-def _transformer(path: Path, source: TensorSource) -> Component:
-    try:
-        params = FluxParams.of(source.shapes())
-    except KeyError as error:
-        raise UserError(f"{path} is incomplete: it lacks {error.args[0]}. Download it again.") from error
-    return Component(source, IDENTITY, {"params": params}, _make_flux)
+def _transformer(source: TensorSource) -> Component:
+    return Component(source, IDENTITY, {"params": FluxParams.of(source.shapes())}, _make_flux)
 
 
 def _make_flux(config: Mapping[str, Any]) -> nn.Module:
@@ -216,8 +208,7 @@ def open_clip(path: Path, flag: str) -> Component:
         config = read_json(path / "config.json")
         return Component(open_component(path), CLIP_FOLDER_NAMES, config, make_clip, optional=optional, folder=path)
     source = _text_tensors(path, CLIP_L)
-    origins, _ = CLIP_FOLDER_NAMES.origins(source.keys())
-    shapes = {name: source.shape(origin.key) for name, origin in origins.items()}
+    shapes = source.shapes(CLIP_FOLDER_NAMES)
     if "embeddings.token_embedding.weight" not in shapes:
         raise UserError(f"{flag} {path} has no CLIP-L in it{_is(source)}.")
     return Component(source, CLIP_FOLDER_NAMES, clip_config(shapes), make_clip, optional=optional)

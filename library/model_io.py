@@ -23,9 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from library.errors import UserError
-from library.key_layout import RENAME, KeyMap, Origin, Rule
+from library.key_layout import IDENTITY, KeyMap, Rule
 from library.quantization import E4M3, StoredWeight, as_grid, dequantize
-from library.quantized_layers import Quantizer, kept_fp8, quantize
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -59,7 +58,7 @@ SCALED_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8)
 _BESIDE_SCALES = (".scale_input", ".input_scale", ".comfy_quant", "scaled_fp8")
 _MAX_HEADER = 100 * 2**20  # safetensors' own limit
 _PIECE = 2**16  # elements read at a time while casting; larger pieces fragment the heap
-_SHARD = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.\w+)")
+_SHARD = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>(\.\w+)+)")
 
 
 class _Inert:
@@ -193,11 +192,12 @@ class ScaledEntry(TensorEntry):
 
 @dataclass(frozen=True)
 class TensorSource:
-    """Named tensors on disk."""
+    """Named tensors on disk. `prefix`: what their names in the file have before those here."""
 
     path: Path
     entries: Mapping[str, TensorEntry]
     metadata: Mapping[str, str] = field(default_factory=dict)
+    prefix: str = ""
 
     def __contains__(self, key: str) -> bool:
         return key in self.entries
@@ -208,8 +208,14 @@ class TensorSource:
     def keys(self) -> list[str]:
         return list(self.entries)
 
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {key: entry.shape for key, entry in self.entries.items()}
+    def shapes(self, key_map: KeyMap = IDENTITY) -> ShapeTable:
+        """Of all tensors that `key_map` knows, under our names; each part of a concatenation has the whole's."""
+        origins, _ = key_map.origins(self.entries)
+        return ShapeTable(self, key_map, {name: self.shape(origin.key) for name, origin in origins.items()})
+
+    def name_in_file(self, name: str, key_map: KeyMap = IDENTITY) -> str:
+        """What the tensor that is ours by `name` is called there."""
+        return self.prefix + (key_map.their_name(name) or name)
 
     def shape(self, key: str) -> tuple[int, ...]:
         return self.entries[key].shape
@@ -224,7 +230,7 @@ class TensorSource:
     def under(self, prefix: str) -> TensorSource:
         """The tensors whose names begin with `prefix`, without it."""
         kept = {key[len(prefix) :]: entry for key, entry in self.entries.items() if key.startswith(prefix)}
-        return replace(self, entries=kept)
+        return replace(self, entries=kept, prefix=self.prefix + prefix)
 
     def only(self, keys: Iterable[str]) -> TensorSource:
         return replace(self, entries={key: self.entries[key] for key in keys})
@@ -245,6 +251,18 @@ class TensorSource:
             digest.update(f"{key} {entry.shape} {entry.dtype}".encode())
             digest.update(entry.sample())
         return digest.hexdigest()
+
+
+class ShapeTable(dict[str, tuple[int, ...]]):
+    """Shapes by name. To ask for one that is not there is a `UserError`: the sizes of the model are told from it."""
+
+    def __init__(self, source: TensorSource, key_map: KeyMap, shapes: Shapes) -> None:
+        super().__init__(shapes)
+        self.source, self.key_map = source, key_map
+
+    def __missing__(self, name: str) -> tuple[int, ...]:
+        lacking = self.source.name_in_file(name, self.key_map)
+        raise UserError(f"{self.source.path} is incomplete: it lacks {lacking}. Get a whole file.")
 
 
 def count_indices(shapes: Shapes, pattern: str) -> int:
@@ -404,70 +422,7 @@ def _pickle_entry(path: Path, tensor: Tensor) -> TensorEntry:
     return TensorEntry(path, start, tensor.dtype, tuple(tensor.shape), int(tensor.storage_offset()), stride)
 
 
-# ---- filling a module ----------------------------------------------------------------------------------------------
-
-
-def load_into(
-    module: nn.Module,
-    source: TensorSource,
-    key_map: KeyMap,
-    *,
-    dtype: torch.dtype | None = None,
-    device: torch.device | str = "cpu",
-    optional: tuple[str, ...] = (),
-    quantizer: Quantizer | None = None,
-) -> nn.Module:
-    """Fill `module`, whose parameters are on the meta device, with `source`'s tensors; frozen and in eval mode.
-
-    Strict: missing and unexpected keys, and shapes that differ, are one `UserError`. Names of `source` that match a
-    pattern of `optional` may be there without being used. Returns `module`.
-
-    With a `quantizer`, each weight it takes is quantised on `device` as soon as it is read, from what the file has, never from
-    a rounded copy. Where fp8 is asked for, what is in fp8 already stays as it is.
-    """
-    origins, unknown = key_map.origins(source.keys())
-    expected = module.state_dict()
-    missing = sorted(expected.keys() - origins.keys())
-    unexpected = sorted(unknown + [origins[name].key for name in origins.keys() - expected.keys()])
-    unexpected = [key for key in unexpected if not any(re.fullmatch(pattern, key) for pattern in optional)]
-    if missing or unexpected:
-        listed = [f"{len(keys)} {kind}: {', '.join(keys[:8])}" for kind, keys in _kinds(missing, unexpected) if keys]
-        raise UserError(f"{source.path} does not fit {type(module).__name__}. {'; '.join(listed)}.")
-    quantized = quantizer.replace_layers(module, dtype or torch.float32) if quantizer is not None else {}
-    tensors: dict[str, Tensor] = {}
-    for name, parameter in expected.items():
-        read = functools.partial(_take, source, origins[name], parameter.shape, type(module).__name__)
-        if name in quantized:
-            layer, scheme = quantized[name]
-            assert quantizer is not None
-            key = origins[name].key
-            kept = source.entries[key].as_fp8() if quantizer.keeps_fp8 and _is_renamed(origins[name]) else None
-            weight = kept_fp8(kept, key) if kept else quantize(read(None).to(quantizer.device or device), scheme, key)
-            layer.fill(StoredWeight(*(part.to(device) for part in weight)), functools.partial(read, None))
-            tensors |= {f"{name.removesuffix('weight')}{kind}": buffer for kind, buffer in layer.named_buffers()}
-        else:
-            tensors[name] = read(dtype).to(device)
-    module.load_state_dict(tensors, strict=True, assign=True)
-    return module.to(device).requires_grad_(False).eval()
-
-
-def _take(source: TensorSource, origin: Origin, shape: torch.Size, owner: str, dtype: torch.dtype | None = None) -> Tensor:
-    """One tensor of a module of class `owner`, in memory of its own."""
-    tensor = origin.take(source.get(origin.key, dtype)).contiguous()
-    if tensor.shape != shape:
-        raise UserError(f"{source.path}: '{origin.key}' has shape {tuple(tensor.shape)}, and {owner} needs {tuple(shape)}.")
-    if tensor.untyped_storage().nbytes() > tensor.nbytes:
-        return tensor.clone()  # a part of a fused tensor, which would keep the whole of it in memory
-    return tensor
-
-
-def _is_renamed(origin: Origin) -> bool:
-    """Whether the tensor is the file's, under another name at most."""
-    return origin.rule.op is RENAME and len(origin.rule.parts) == 1
-
-
-def _kinds(missing: list[str], unexpected: list[str]) -> tuple[tuple[str, list[str]], ...]:
-    return ("missing", missing), ("unexpected", unexpected)
+# ---- where a model is ----------------------------------------------------------------------------------------------
 
 
 def empty_module(make: Callable[[], nn.Module]) -> nn.Module:
@@ -480,17 +435,27 @@ def empty_module(make: Callable[[], nn.Module]) -> nn.Module:
         return make()
 
 
-# ---- where a model is ----------------------------------------------------------------------------------------------
+_COMPONENT_FILES = ("*.safetensors", "*pytorch_model*.bin", "*.bin")
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether `open_component` finds any."""
+    return any(path for pattern in _COMPONENT_FILES for path in folder.glob(pattern))
 
 
 def open_component(folder: Path) -> TensorSource:
     """The weights of one diffusers or transformers component folder: safetensors before pickles, plain before variants."""
-    for pattern in ("*.safetensors", "*.bin"):
-        found = sorted(folder.glob(pattern), key=lambda path: (path.name.count("."), "ema" in path.name, path.name))
-        whole = [path for path in found if _SHARD.fullmatch(path.name) is None]
-        if found:
-            return open_checkpoint((whole or found)[0])
+    for pattern in _COMPONENT_FILES:
+        if found := sorted(folder.glob(pattern), key=_preference):
+            return open_checkpoint(found[0])
     raise UserError(f"{folder} has no weights (*.safetensors or *.bin). Is the model downloaded completely?")
+
+
+def _preference(path: Path) -> tuple[bool, bool, bool, str]:
+    """Variants (`model.fp16.safetensors`) come after plain files, averaged weights last, shards after whole files."""
+    shard = _SHARD.fullmatch(path.name)
+    name = path.name if shard is None else f"{shard['stem']}{shard['suffix']}"
+    return name.count(".") > 1, "ema" in name, shard is not None, path.name
 
 
 def read_json(path: Path) -> dict[str, Any]:

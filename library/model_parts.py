@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from library.key_layout import KeyMap, Origin
-from library.model_io import TensorSource, load_into
+from library.model_io import TensorSource
+from library.module_loading import check_fit, load_into
 from library.quantized_layers import Quantizer
 from library.sharding import write_weights
 
@@ -26,15 +27,22 @@ class Component:
     key_map: KeyMap
     config: Mapping[str, Any]
     make: Callable[[Mapping[str, Any]], nn.Module]
-    prefix: str = ""
     optional: tuple[str, ...] = ()
     """Patterns of names that may be there without being used."""
     folder: Path | None = None
+    _checked: list[nn.Module] = field(default_factory=list, init=False, repr=False, compare=False)
+    """The module that `check` has made, for `load` to fill: making it takes its time."""
+
+    def check(self) -> None:
+        """Raise the `UserError`s that `load` would, from names and shapes alone."""
+        module = self.make(self.config)
+        check_fit(module, self.source, self.key_map, self.optional)
+        self._checked[:] = [module]
 
     def load(self, *, dtype: torch.dtype, device: torch.device | str, quantizer: Quantizer | None = None) -> nn.Module:
         """The module, frozen, in eval mode; the layers that `quantizer` takes in few bits."""
         return load_into(
-            self.make(self.config),
+            self._checked.pop() if self._checked else self.make(self.config),
             self.source,
             self.key_map,
             dtype=dtype,

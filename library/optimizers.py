@@ -39,11 +39,28 @@ class ParamGroup:
 
 @dataclass(frozen=True)
 class LearningRates:
-    """The rates the user asked for. None: `default`."""
+    """The rates the user asked for. None: `default`. What has a rate of 0 does not learn."""
 
     default: float
     denoiser: float | None
     text_encoders: tuple[float | None, ...]
+    """One for each, or one for all."""
+
+    @property
+    def of_denoiser(self) -> float:
+        return self.default if self.denoiser is None else self.denoiser
+
+    def of_text_encoder(self, part: str, text_parts: Sequence[str]) -> tuple[str, float]:
+        """Log name and learning rate of one of `text_parts`, all that the model has."""
+        given = self.text_encoders or (None,)
+        if len(given) not in (1, len(text_parts)):
+            raise UserError(
+                f"--text_encoder_lr has {len(given)} values, this model has {len(text_parts)} text encoders "
+                f"({', '.join(text_parts)}). Give one for all, or one each."
+            )
+        index = text_parts.index(part)
+        rate = given[index if len(given) > 1 else 0]
+        return "textencoder" if len(text_parts) == 1 else f"textencoder{index + 1}", self.default if rate is None else rate
 
 
 @dataclass(frozen=True)

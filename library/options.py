@@ -97,6 +97,10 @@ class NoFamilyOptions:
         None stands for the default rate, 0 for one that does not learn."""
         return () if shared is None else (shared,)
 
+    def denoiser_learns(self, rate: float) -> bool:
+        """Whether any of the denoiser has a rate above 0 in full fine-tuning. rate: of what has none of its own."""
+        return rate > 0
+
     @property
     def swapped_blocks(self) -> int:
         """`--blocks_to_swap`, in families that have it."""

@@ -153,10 +153,10 @@ class FullPlan(RunPlan):
         self.frozen_dtype = compute_dtype(options.precision)
 
     def learning_dtypes(self, family: ModelFamily) -> dict[str, torch.dtype]:
-        parts = {DENOISER}
+        parts = {DENOISER} if self.options.family.denoiser_learns(self.rates.of_denoiser) else set()
         if self.options.full.trains_text_encoder:
-            frozen = {part for part, rate in zip(family.arch.text_parts, self.rates.text_encoders, strict=False) if rate == 0}
-            parts |= set(family.arch.text_parts) - frozen
+            text = family.arch.text_parts
+            parts |= {part for part in text if self.rates.of_text_encoder(part, text)[1]}
         return {part: learning_dtype(self.options.precision) for part in sorted(parts)}
 
     def learning_parts(self, family: ModelFamily) -> frozenset[str]:
@@ -168,6 +168,8 @@ class FullPlan(RunPlan):
         return {part: quantizer for part in sorted(frozen)} if quantizer else {}
 
     def check(self, family: ModelFamily) -> None:
+        if not self.learning_dtypes(family):
+            raise UserError("every learning rate is 0, so nothing would learn. Set --learning_rate.")
         full = self.options.full
         if full.max_shard_size is not None and saved_format(full, family.source_format(self.options)) == "ckpt":
             raise UserError(

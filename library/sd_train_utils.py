@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
-from library.clip_text import ClipCaptions
-from library.clip_tokenizer import SD1_TOKENIZER, SD2_TOKENIZER, find_tokenizer, load_clip_tokenizer
+from library.clip_tokenizer import SD1_TOKENIZER, SD2_TOKENIZER, find_tokenizer
 from library.sd_saving import SdCheckpoint
 from library.sd_utils import TITLE, SdModel, check_flags, describe
 from library.strategy_base import Strategies
 from library.strategy_sd import (
+    TEXT_ENCODER,
     SdConditioning,
     SdLatentsCachingStrategy,
     SdTextEncoderOutputsCachingStrategy,
@@ -68,18 +68,13 @@ class SdFamily(UnetFamily):
         return "stable-diffusion-v2-768-v" if options.model.v_parameterization else "stable-diffusion-v2-512"
 
     def strategies(self, options: TrainOptions) -> Strategies:
-        size = self.describe(options).text_encoder.config.get("max_position_embeddings", 77)
-        captions = ClipCaptions(
-            tokenizer=load_clip_tokenizer(self.tokenizers(options)["tokenizer"]),
-            max_length=options.training.max_token_length or size - 2,
-            size=size,
-            weighted=options.loss.weighted_captions,
-        )
+        captions = self.clip_captions(options, TEXT_ENCODER, self.tokenizers(options)["tokenizer"])
+        width = self.describe(options).text_encoder.config["hidden_size"]
         return Strategies(
             tokenize=SdTokenizeStrategy(captions),
             text_encoding=SdTextEncodingStrategy(clip_skip=options.training.clip_skip),
             latents_caching=SdLatentsCachingStrategy(),
-            text_caching=SdTextEncoderOutputsCachingStrategy(),
+            text_caching=SdTextEncoderOutputsCachingStrategy(shapes={"context": (captions.length, width)}),
         )
 
     def predict(

@@ -6,7 +6,7 @@ import functools
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from library import clip_parts, sd_models, unet_parts
 from library.errors import UserError
@@ -15,7 +15,6 @@ from library.model_parts import Component
 from library.model_signatures import detect_family, require_family
 from library.strategy_sd import TEXT_ENCODER
 from library.unet_parts import UnetModel
-from library.vae_parts import open_vae
 
 if TYPE_CHECKING:
     from library.option_groups import ModelOptions
@@ -27,8 +26,6 @@ TITLE = "Stable Diffusion 1.x/2.x"
 VAE_SCALE = 0.18215
 CLIP_PREFIX = "cond_stage_model.transformer."
 OPEN_CLIP_PREFIX = "cond_stage_model.model."
-_VAE: dict[str, Any] = {"flag": "--vae", "title": TITLE, "scale": VAE_SCALE}
-"""What `open_vae` has to be told."""
 
 Version = Literal["v1", "v2"]
 
@@ -66,22 +63,12 @@ def _describe_file(path: Path, vae: Path | None) -> SdModel:
     require_family(path, detected, ("sd1", "sd2"), TITLE, SCRIPT)
     assert detected is not None
     version: Version = "v2" if detected.family == "sd2" else "v1"
-    prediction, prediction_from = unet_parts.file_prediction(whole)
     parts = {
         "denoiser": unet_parts.file_unet(whole),
-        "vae": open_vae(vae, **_VAE) if vae else unet_parts.own_vae(whole, VAE_SCALE),
+        "vae": unet_parts.choose_vae(vae, whole, title=TITLE, scale=VAE_SCALE),
         TEXT_ENCODER: _open_clip(whole) if version == "v2" else clip_parts.file_clip(whole, CLIP_PREFIX),
     }
-    return SdModel(
-        path=path,
-        format=unet_parts.file_format(path),
-        parts=parts,
-        prediction=prediction,
-        prediction_from=prediction_from,
-        zero_terminal_snr=unet_parts.ZERO_SNR_MARKER in whole,
-        whole=whole,
-        version=version,
-    )
+    return SdModel.of_file(whole, parts, version=version)
 
 
 def _open_clip(whole: TensorSource) -> Component:
@@ -94,7 +81,6 @@ def _open_clip(whole: TensorSource) -> Component:
         clip_parts.OPEN_CLIP_NAMES,
         sd_models.sd2_clip_config(shapes),
         clip_parts.make_clip,
-        OPEN_CLIP_PREFIX,
         optional,
     )
 
@@ -102,22 +88,12 @@ def _open_clip(whole: TensorSource) -> Component:
 def _describe_folder(path: Path, vae: Path | None) -> SdModel:
     unet_parts.require_folder(path, ("sd1", "sd2"), TITLE, SCRIPT)
     unet = unet_parts.folder_unet(path / "unet")
-    prediction, prediction_from, zero_terminal_snr = unet_parts.folder_prediction(path)
     parts = {
         "denoiser": unet,
-        "vae": open_vae(vae or path / "vae", **_VAE),
+        "vae": unet_parts.choose_vae(vae, path, title=TITLE, scale=VAE_SCALE),
         TEXT_ENCODER: clip_parts.folder_clip(path / TEXT_ENCODER),
     }
-    return SdModel(
-        path=path,
-        format=unet_parts.folder_format(unet),
-        parts=parts,
-        prediction=prediction,
-        prediction_from=prediction_from,
-        zero_terminal_snr=zero_terminal_snr,
-        whole=None,
-        version="v2" if unet.config.get("use_linear_projection") else "v1",
-    )
+    return SdModel.of_folder(path, parts, version="v2" if unet.config.get("use_linear_projection") else "v1")
 
 
 # ---- what the files say against what the flags say -------------------------------------------------------------------

@@ -94,6 +94,9 @@ class SdxlFullOptions(SdxlOptions):
         rates = tuple(float(part) for part in self.block_lr.split(","))
         return rates * NUM_BLOCKS if len(rates) == 1 else rates
 
+    def denoiser_learns(self, rate: float) -> bool:
+        return any(self.block_rates or (rate,))
+
     def text_encoder_rates(self, shared: float | None) -> tuple[float | None, ...]:
         own = (self.learning_rate_te1, self.learning_rate_te2)
         return tuple(shared if rate is None else rate for rate in own)

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from library.clip_text import ClipCaptions
-from library.clip_tokenizer import CLIP, SD1_TOKENIZER, find_tokenizer, load_clip_tokenizer
+from library.clip_tokenizer import CLIP, SD1_TOKENIZER, find_tokenizer
 from library.errors import UserError
 from library.sdxl_models import block_number, unused_modules
 from library.sdxl_saving import SECOND_TOKENIZER, SdxlCheckpoint
@@ -20,6 +19,7 @@ from library.sdxl_utils import TITLE, check_flags, describe, ends_in_noise, pred
 from library.strategy_base import Strategies
 from library.strategy_sdxl import (
     CLIP_L,
+    OPEN_CLIP,
     SdxlConditioning,
     SdxlLatentsCachingStrategy,
     SdxlTextEncoderOutputsCachingStrategy,
@@ -94,20 +94,20 @@ class SdxlFamily(UnetFamily):
     # ---- the model ---------------------------------------------------------------------------------------------------
 
     def strategies(self, options: TrainOptions) -> Strategies:
-        size = self.describe(options).parts[CLIP_L].config.get("max_position_embeddings", 77)
-        folders = self.tokenizers(options)
-        first = ClipCaptions(
-            tokenizer=load_clip_tokenizer(folders["tokenizer"]),
-            max_length=options.training.max_token_length or size - 2,
-            size=size,
-            weighted=options.loss.weighted_captions,
-        )
-        second = replace(first, tokenizer=replace(load_clip_tokenizer(folders[SECOND_TOKENIZER]), pad=0))
+        folders, parts = self.tokenizers(options), self.describe(options).parts
+        first = self.clip_captions(options, CLIP_L, folders["tokenizer"])
+        second = self.clip_captions(options, OPEN_CLIP, folders[SECOND_TOKENIZER])
+        second = replace(second, tokenizer=replace(second.tokenizer, pad=0))
+        shapes = {
+            "hidden_state1": (first.length, parts[CLIP_L].config["hidden_size"]),
+            "hidden_state2": (second.length, parts[OPEN_CLIP].config["hidden_size"]),
+            "pool2": (parts[OPEN_CLIP].config["projection_dim"],),
+        }
         return Strategies(
             tokenize=SdxlTokenizeStrategy(first, second),
             text_encoding=SdxlTextEncodingStrategy(eos=second.tokenizer.eos),
             latents_caching=SdxlLatentsCachingStrategy(),
-            text_caching=SdxlTextEncoderOutputsCachingStrategy(length=first.length),
+            text_caching=SdxlTextEncoderOutputsCachingStrategy(shapes=shapes),
         )
 
     def unused_modules(self, part: str, module: nn.Module) -> tuple[nn.Module, ...]:

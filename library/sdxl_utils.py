@@ -6,7 +6,7 @@ import functools
 import logging
 from collections.abc import Collection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from library import clip_parts, unet_parts
 from library.errors import UserError
@@ -15,7 +15,6 @@ from library.model_signatures import detect_family, require_family
 from library.sdxl_models import added_width
 from library.strategy_sdxl import CLIP_L, OPEN_CLIP
 from library.unet_parts import UnetModel
-from library.vae_parts import open_vae
 
 if TYPE_CHECKING:
     from library.option_groups import ModelOptions
@@ -29,8 +28,6 @@ CLIP_L_PREFIX = "conditioner.embedders.0.transformer."
 OPEN_CLIP_PREFIX = "conditioner.embedders.1.model."
 FOLDERS = {CLIP_L: "text_encoder", OPEN_CLIP: "text_encoder_2"}
 """Text encoder -> its folder in a diffusers model."""
-_VAE: dict[str, Any] = {"flag": "--vae", "title": TITLE, "scale": VAE_SCALE}
-"""What `open_vae` has to be told."""
 
 
 # ---- opening ---------------------------------------------------------------------------------------------------------
@@ -64,21 +61,13 @@ def _describe_file(path: Path, vae: Path | None) -> UnetModel:
             raise UserError(f"{path} has no text encoder {name} ({prefix}...). Give a whole SDXL checkpoint.")
     if marks := [key for key in ("edm_vpred.sigma_max", "edm_mean", "edm_std") if key in whole]:
         _refuse_edm(path, marks[0])
-    prediction, prediction_from = unet_parts.file_prediction(whole)
-    return UnetModel(
-        path=path,
-        format=unet_parts.file_format(path),
-        parts={
-            "denoiser": unet_parts.file_unet(whole),
-            "vae": open_vae(vae, **_VAE) if vae else unet_parts.own_vae(whole, VAE_SCALE),
-            CLIP_L: clip_parts.file_clip(whole, CLIP_L_PREFIX),
-            OPEN_CLIP: clip_parts.file_projected_clip(whole, OPEN_CLIP_PREFIX),
-        },
-        prediction=prediction,
-        prediction_from=prediction_from,
-        zero_terminal_snr=unet_parts.ZERO_SNR_MARKER in whole,
-        whole=whole,
-    )
+    parts = {
+        "denoiser": unet_parts.file_unet(whole),
+        "vae": unet_parts.choose_vae(vae, whole, title=TITLE, scale=VAE_SCALE),
+        CLIP_L: clip_parts.file_clip(whole, CLIP_L_PREFIX),
+        OPEN_CLIP: clip_parts.file_projected_clip(whole, OPEN_CLIP_PREFIX),
+    }
+    return UnetModel.of_file(whole, parts)
 
 
 def _refuse_edm(path: Path, sign: str) -> NoReturn:
@@ -94,22 +83,13 @@ def _describe_folder(path: Path, vae: Path | None) -> UnetModel:
     name = read_json(scheduler).get("_class_name", "") if scheduler.is_file() else ""
     if name.startswith("EDM"):
         _refuse_edm(path, name)
-    unet = unet_parts.folder_unet(path / "unet")
-    prediction, prediction_from, zero_terminal_snr = unet_parts.folder_prediction(path)
-    return UnetModel(
-        path=path,
-        format=unet_parts.folder_format(unet),
-        parts={
-            "denoiser": unet,
-            "vae": open_vae(vae or path / "vae", **_VAE),
-            CLIP_L: clip_parts.folder_clip(path / FOLDERS[CLIP_L]),
-            OPEN_CLIP: clip_parts.folder_clip(path / FOLDERS[OPEN_CLIP], projected=True),
-        },
-        prediction=prediction,
-        prediction_from=prediction_from,
-        zero_terminal_snr=zero_terminal_snr,
-        whole=None,
-    )
+    parts = {
+        "denoiser": unet_parts.folder_unet(path / "unet"),
+        "vae": unet_parts.choose_vae(vae, path, title=TITLE, scale=VAE_SCALE),
+        CLIP_L: clip_parts.folder_clip(path / FOLDERS[CLIP_L]),
+        OPEN_CLIP: clip_parts.folder_clip(path / FOLDERS[OPEN_CLIP], projected=True),
+    }
+    return UnetModel.of_folder(path, parts)
 
 
 # ---- what the files say against what the flags say -------------------------------------------------------------------

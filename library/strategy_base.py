@@ -170,6 +170,8 @@ class TextEncoderOutputsCachingStrategy(ABC):
     conditioning: type[Conditioning]
     legacy_keys: ClassVar[Mapping[str, str]] = {}
     """Field name -> key in sd-scripts' npz, where the two differ."""
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict, kw_only=True)
+    """Field name -> its shape in an entry: what was cached for another model, or for captions of another length, differs."""
 
     def foreign_arrays(self, arrays: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
         """What sd-scripts looks for in a file beside `arrays`, which stand in it: it makes files without it again."""

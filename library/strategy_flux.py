@@ -142,11 +142,10 @@ class FluxLatentsCachingStrategy(LatentsCachingStrategy):
 
 @dataclass(frozen=True)
 class FluxTextEncoderOutputsCachingStrategy(TextEncoderOutputsCachingStrategy):
-    """length and mask_t5: what sd-scripts' files have to agree with."""
+    """mask_t5: what sd-scripts' files have to agree with."""
 
     format: ClassVar[TextFormat] = TEXT_FORMATS["flux"]
     legacy_keys: ClassVar[Mapping[str, str]] = {"pooled": "l_pooled", "context": "t5_out", "mask": "t5_attn_mask"}
-    length: int
     mask_t5: bool
 
     def foreign_arrays(self, arrays: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
@@ -157,8 +156,6 @@ class FluxTextEncoderOutputsCachingStrategy(TextEncoderOutputsCachingStrategy):
         return {"txt_ids": txt_ids, "apply_t5_attn_mask": np.array(self.mask_t5), **stand_in}
 
     def foreign_problem(self, arrays: Mapping[str, np.ndarray]) -> str:
-        if len(arrays["t5_out"]) != self.length:
-            return f"a T5 length of {len(arrays['t5_out'])}, not {self.length} (--t5xxl_max_token_length)"
         masked = bool(arrays.get("apply_t5_attn_mask", self.mask_t5))
         if masked != self.mask_t5:
             return f"--apply_t5_attn_mask, which was {'on' if masked else 'off'}"

@@ -12,20 +12,18 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from library.cache_formats import LATENT_FORMATS, TEXT_FORMATS, LatentFormat, TextFormat
-from library.clip_text import ClipCaptions, join_chunks, weigh
+from library.clip_text import ClipCaptions, chunk_ids, joined_states, tokenize_for
 from library.strategy_base import (
     Conditioning,
-    LatentsCachingStrategy,
     TextEncoderOutputsCachingStrategy,
     TextEncodingStrategy,
     TokenizeStrategy,
     Tokens,
     tensor_field,
 )
-from library.vae_parts import encode_images
+from library.strategy_unet import UnetLatentsCachingStrategy
 
 TEXT_ENCODER = "text_encoder"
-WEIGHTS = f"{TEXT_ENCODER}.weights"
 
 
 @dataclass(frozen=True)
@@ -42,8 +40,7 @@ class SdTokenizeStrategy(TokenizeStrategy):
     captions: ClipCaptions
 
     def tokenize(self, captions: Sequence[str]) -> Tokens:
-        ids, weights = self.captions.ids_and_weights(captions)
-        return {TEXT_ENCODER: ids, WEIGHTS: weights} if self.captions.weighted else {TEXT_ENCODER: ids}
+        return tokenize_for({TEXT_ENCODER: self.captions}, captions)
 
     def fingerprint(self) -> str:
         return self.captions.fingerprint()
@@ -70,29 +67,18 @@ class SdTextEncodingStrategy(TextEncodingStrategy):
         if only is not None and TEXT_ENCODER not in only:
             return SdConditioning()
         encoder = encoders[TEXT_ENCODER]
-        device = next(encoder.parameters()).device
-        ids = tokens[TEXT_ENCODER].to(device)  # [B, N, 77]
-        states = clip_hidden_states(encoder, ids.flatten(0, 1), self.clip_skip)  # [B * N, 77, D]
-        context = join_chunks(states.unflatten(0, ids.shape[:2]))  # [B, M, D]
-        if WEIGHTS in tokens:
-            context = weigh(context, tokens[WEIGHTS])
-        return SdConditioning(context=context)
+        states = clip_hidden_states(encoder, chunk_ids(tokens, TEXT_ENCODER, encoder), self.clip_skip)
+        return SdConditioning(context=joined_states(states, tokens, TEXT_ENCODER))
 
     def fingerprint(self) -> str:
         return f"clip-skip-{self.clip_skip}"
 
 
 @dataclass(frozen=True)
-class SdLatentsCachingStrategy(LatentsCachingStrategy):
-    """A sample of the VAE's posterior, not yet scaled."""
+class SdLatentsCachingStrategy(UnetLatentsCachingStrategy):
+    """See `UnetLatentsCachingStrategy`."""
 
     format: ClassVar[LatentFormat] = LATENT_FORMATS["sd"]
-
-    def encode(self, vae: nn.Module, images: Tensor, seeds: Sequence[int]) -> Tensor:
-        return encode_images(vae, images, seeds)
-
-    def fingerprint(self) -> str:
-        return "posterior-sample-1"
 
 
 @dataclass(frozen=True)

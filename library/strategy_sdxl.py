@@ -9,21 +9,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import numpy as np
 from torch import Tensor, nn
 
 from library.cache_formats import LATENT_FORMATS, TEXT_FORMATS, LatentFormat, TextFormat
-from library.clip_text import ClipCaptions, join_chunks, weigh
+from library.clip_text import ClipCaptions, chunk_ids, joined_states, tokenize_for
 from library.strategy_base import (
     Conditioning,
-    LatentsCachingStrategy,
     TextEncoderOutputsCachingStrategy,
     TextEncodingStrategy,
     TokenizeStrategy,
     Tokens,
     tensor_field,
 )
-from library.vae_parts import encode_images
+from library.strategy_unet import UnetLatentsCachingStrategy
 
 CLIP_L, OPEN_CLIP = "text_encoder1", "text_encoder2"
 
@@ -37,11 +35,6 @@ class SdxlConditioning(Conditioning):
     pool2: Tensor = tensor_field(source=OPEN_CLIP)  # [B, P]
 
 
-def weights_of(encoder: str) -> str:
-    """Where the tokens' weights stand beside the ids."""
-    return f"{encoder}.weights"
-
-
 @dataclass(frozen=True)
 class SdxlTokenizeStrategy(TokenizeStrategy):
     """Captions to chunks of ids for either encoder; they differ in padding: the first's is EOS, the second's is id 0."""
@@ -50,12 +43,7 @@ class SdxlTokenizeStrategy(TokenizeStrategy):
     second: ClipCaptions
 
     def tokenize(self, captions: Sequence[str]) -> Tokens:
-        tokens: dict[str, Tensor] = {}
-        for name, own in ((CLIP_L, self.first), (OPEN_CLIP, self.second)):
-            tokens[name], weights = own.ids_and_weights(captions)
-            if own.weighted:
-                tokens[weights_of(name)] = weights
-        return tokens
+        return tokenize_for({CLIP_L: self.first, OPEN_CLIP: self.second}, captions)
 
     def fingerprint(self) -> str:
         return f"{self.first.fingerprint()}-{self.second.fingerprint()}"
@@ -74,12 +62,12 @@ class SdxlTextEncodingStrategy(TextEncodingStrategy):
         wanted = SdxlConditioning.sources() if only is None else only
         found: dict[str, Tensor] = {}
         if CLIP_L in wanted:
-            output = _run(encoders[CLIP_L], tokens[CLIP_L])
-            found["hidden_state1"] = _joined(output.hidden_states[-2], tokens, CLIP_L)
+            output = _run(encoders[CLIP_L], tokens, CLIP_L)
+            found["hidden_state1"] = joined_states(output.hidden_states[-2], tokens, CLIP_L)
         if OPEN_CLIP in wanted:
             encoder: Any = encoders[OPEN_CLIP]
-            output = _run(encoder.text_model, tokens[OPEN_CLIP])
-            found["hidden_state2"] = _joined(output.hidden_states[-2], tokens, OPEN_CLIP)
+            output = _run(encoder.text_model, tokens, OPEN_CLIP)
+            found["hidden_state2"] = joined_states(output.hidden_states[-2], tokens, OPEN_CLIP)
             found["pool2"] = encoder.text_projection(self._pooled(output.last_hidden_state, tokens[OPEN_CLIP]))
         return SdxlConditioning(**found)
 
@@ -93,38 +81,21 @@ class SdxlTextEncodingStrategy(TextEncodingStrategy):
         return f"sdxl-hidden-2-pooled-at-{self.eos}"
 
 
-def _run(encoder: nn.Module, ids: Tensor) -> Any:
-    """[B, N, 77] ids through a CLIPTextModel, chunk by chunk."""
-    return encoder(input_ids=ids.to(next(encoder.parameters()).device).flatten(0, 1), output_hidden_states=True)
-
-
-def _joined(states: Tensor, tokens: Tokens, name: str) -> Tensor:
-    """[B * N, 77, D] -> [B, M, D], weighed where captions have weights."""
-    joined = join_chunks(states.unflatten(0, tokens[name].shape[:2]))
-    return weigh(joined, tokens[weights_of(name)]) if weights_of(name) in tokens else joined
+def _run(encoder: nn.Module, tokens: Tokens, name: str) -> Any:
+    """What a CLIPTextModel gives for all chunks."""
+    return encoder(input_ids=chunk_ids(tokens, name, encoder), output_hidden_states=True)
 
 
 @dataclass(frozen=True)
-class SdxlLatentsCachingStrategy(LatentsCachingStrategy):
-    """A sample of the VAE's posterior, not yet scaled."""
+class SdxlLatentsCachingStrategy(UnetLatentsCachingStrategy):
+    """See `UnetLatentsCachingStrategy`."""
 
     format: ClassVar[LatentFormat] = LATENT_FORMATS["sdxl"]
-
-    def encode(self, vae: nn.Module, images: Tensor, seeds: Sequence[int]) -> Tensor:
-        return encode_images(vae, images, seeds)
-
-    def fingerprint(self) -> str:
-        return "posterior-sample-1"
 
 
 @dataclass(frozen=True)
 class SdxlTextEncoderOutputsCachingStrategy(TextEncoderOutputsCachingStrategy):
-    """sd-scripts' file. length: tokens of a caption's conditioning."""
+    """sd-scripts' file."""
 
     format: ClassVar[TextFormat] = TEXT_FORMATS["sdxl"]
     conditioning: type[Conditioning] = SdxlConditioning
-    length: int = 77
-
-    def foreign_problem(self, arrays: Mapping[str, np.ndarray]) -> str:
-        states = [arrays[name] for name in ("hidden_state1", "hidden_state2") if name in arrays]
-        return "" if all(state.shape[0] == self.length for state in states) else "the tokenizer's length"

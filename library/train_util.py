@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from library.batch import TrainBatch
-from library.caching import Share, cache_latents, cache_text_outputs
+from library.caching import Share, cache_latents, cache_text_outputs, check_latents
 from library.checkpoint import check_output
 from library.compiling import ComputePlan
 from library.dataset import TrainData, batches_per_rank, build_train_data, make_loader
@@ -102,6 +102,8 @@ class Trainer:
         self.state = TrainState()
         self.resumed = False
         self.best = BestLoss()
+        self.vae_is_sound = False
+        """Whether what it encodes need not be looked at any more."""
         self.recent_losses: list[float] = []
         """Those `loss/average` goes on from, of the state that is resumed."""
         self.rng = StepRng(options.training.seed or 0, rank=accelerator.process_index)
@@ -157,8 +159,14 @@ class Trainer:
         if batch.latents is not None:
             return batch.latents
         assert batch.images is not None
+        vae = self.bundle.vae
         with torch.no_grad():
-            return self.strategies.latents_caching.stored(self.bundle.vae, batch.images, batch.latent_seeds).float()
+            latents = self.strategies.latents_caching.stored(vae, batch.images, batch.latent_seeds).float()
+        if not self.vae_is_sound:
+            check_latents(latents, vae, batch.names)
+            # fp16 overflows with some pictures and not with others, and its loss scaling waits for the device in any case
+            self.vae_is_sound = next(vae.parameters()).dtype != torch.float16
+        return latents
 
     def conditioning(self, batch: TrainBatch) -> Conditioning:
         """Cached fields as they are; the others from their encoders, with gradient where an encoder learns."""

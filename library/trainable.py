@@ -251,7 +251,7 @@ class FullTrainable(Trainable):
         for part, part_name, part_rate in self._rates(rates):
             for key, parameter in self.bundle.part(part).named_parameters():
                 name, rate = self.family.own_group(part, key, self.options) or (part_name, part_rate)
-                if name != part_name and rate == 0:
+                if rate == 0:
                     parameter.requires_grad_(False)
                 if parameter.requires_grad:
                     groups.setdefault(name, ParamGroup(name, [], rate)).params.append(parameter)
@@ -260,13 +260,11 @@ class FullTrainable(Trainable):
     def _rates(self, rates: LearningRates) -> Iterator[tuple[str, str, float]]:
         """(part, log name, rate) of every learning part, the denoiser first."""
         if DENOISER in self.parts:
-            yield DENOISER, "unet", rates.default if rates.denoiser is None else rates.denoiser
+            yield DENOISER, "unet", rates.of_denoiser
         names = self.bundle.text_encoder_names
-        for index, part in enumerate(names):
+        for part in names:
             if part in self.parts:
-                rate = rates.text_encoders[index] if index < len(rates.text_encoders) else None
-                name = "textencoder" if len(names) == 1 else f"textencoder{index + 1}"
-                yield part, name, rates.default if rate is None else rate
+                yield part, *rates.of_text_encoder(part, names)
 
     def state_dict(self) -> dict[str, Tensor]:
         with self.memory.host_weights():
@@ -283,7 +281,7 @@ class FullTrainable(Trainable):
         raise UserError("prior preservation needs the frozen model, and full fine-tuning changes it. Train an adapter instead.")
 
     def train(self, mode: bool = True) -> None:
-        for part in self.parts:
+        for part in self.parts | {DENOISER}:  # a frozen one, too: see `AdapterTrainable.train`
             self.bundle.part(part).train(mode)
 
     def before_step(self, step: int) -> None:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from library.clip_text import ClipCaptions
+from library.clip_tokenizer import load_clip_tokenizer
 from library.family_base import LatentSpec, ModelBundle, ModelFamily, SampleRequest
 from library.model_io import open_checkpoint
+from library.model_loading import lazy_bundle
 from library.model_parts import Component, enable_encoder_checkpointing
 from library.objectives import DiscreteDDPM, range_and_huber
 from library.quantization import UNET_LAYERS, LayerTable
@@ -80,6 +82,16 @@ class UnetFamily(ModelFamily):
     def prediction_type(self, options: TrainOptions) -> str | None:
         return "v" if self.predicts_v(options) else "epsilon"
 
+    def clip_captions(self, options: TrainOptions, part: str, folder: Path) -> ClipCaptions:
+        """How captions become ids of the tokenizer in `folder` for the text encoder `part`."""
+        size = self.describe(options).parts[part].config.get("max_position_embeddings", 77)
+        return ClipCaptions(
+            tokenizer=load_clip_tokenizer(folder),
+            max_length=options.training.max_token_length or size - 2,
+            size=size,
+            weighted=options.loss.weighted_captions,
+        )
+
     # ---- the model ---------------------------------------------------------------------------------------------------
 
     def load(
@@ -91,33 +103,13 @@ class UnetFamily(ModelFamily):
         learning: Mapping[str, torch.dtype] | None = None,
         quantizers: Mapping[str, Quantizer] | None = None,
     ) -> ModelBundle:
-        model = self.describe(options)
-        dtypes, chosen = {name: dtype for name in model.parts} | dict(learning or {}), quantizers or {}
-        if options.precision.no_half_vae:
-            dtypes["vae"] = torch.float32
-        loaders = {
-            name: partial(part.load, dtype=dtypes[name], device=device, quantizer=chosen.get(name))
-            for name, part in model.parts.items()
+        facts = {
+            "v_prediction": self.predicts_v(options),
+            "zero_terminal_snr": self.ends_in_noise(options),
+            "tokenizers": self.tokenizers(options),
         }
-        return ModelBundle(
-            loaders=loaders,
-            text_encoder_names=tuple(name for name in model.parts if name not in ("denoiser", "vae")),
-            device=device,
-            dtype=dtype,
-            identity={
-                name: part.identity_as(dtypes[name], chosen.get(name))
-                for name, part in model.parts.items()
-                if name != "denoiser"
-            },
-            facts={
-                "source": model.path,
-                "format": model.format,
-                "model": model,
-                "v_prediction": self.predicts_v(options),
-                "zero_terminal_snr": self.ends_in_noise(options),
-                "tokenizers": self.tokenizers(options),
-            },
-        )
+        model = self.describe(options)
+        return lazy_bundle(model, options, device=device, dtype=dtype, learning=learning, quantizers=quantizers, facts=facts)
 
     def open_denoiser(self, path: Path) -> Component:
         return folder_unet(path / "unet") if path.is_dir() else file_unet(open_checkpoint(path))
@@ -186,6 +178,11 @@ class UnetFamily(ModelFamily):
         ).write(path, format=format, dtype=dtype, metadata=metadata, max_shard_size=max_shard_size)
 
 
+def _learns_from_within(denoiser: Any) -> bool:
+    """Whether the first layers are frozen and later ones learn themselves."""
+    return not denoiser.conv_in.weight.requires_grad and any(parameter.requires_grad for parameter in denoiser.parameters())
+
+
 def run_unet(denoiser: nn.Module, x_t: Tensor, t: Tensor, context: Tensor, added: Mapping[str, Tensor] | None = None) -> Tensor:
     """The UNet's prediction, the shape of x_t [B, C, h, w]; context [B, M, D]. added: further conditions, by diffusers' name.
 
@@ -194,6 +191,9 @@ def run_unet(denoiser: nn.Module, x_t: Tensor, t: Tensor, context: Tensor, added
     if not torch.is_autocast_enabled(x_t.device.type):
         dtype = next(denoiser.parameters()).dtype
         x_t, context = x_t.to(dtype), context.to(dtype)
+    if x_t.device.type == "cpu" and torch.is_grad_enabled() and _learns_from_within(denoiser):
+        # GroupNorm's backward pass crashes (torch 2.13) where its weight learns and its channels-last input has no gradient
+        x_t = x_t.detach().requires_grad_()
     extra = {} if added is None else {"added_cond_kwargs": dict(added)}
     output: Tensor = denoiser(x_t, t, encoder_hidden_states=context, return_dict=False, **extra)[0]
     return output

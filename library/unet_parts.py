@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from torch import nn
 
@@ -24,6 +24,7 @@ from library.model_io import (
     download_snapshot,
     empty_module,
     find_model,
+    has_weights,
     looks_like_hub_id,
     open_component,
     read_json,
@@ -31,7 +32,7 @@ from library.model_io import (
 from library.model_parts import Component, stamp
 from library.model_signatures import detect_folder, require_family
 from library.unet_names import unet_key_map_for
-from library.vae_parts import file_vae
+from library.vae_parts import file_vae, open_vae
 
 if TYPE_CHECKING:
     from library.option_groups import ModelOptions
@@ -54,7 +55,19 @@ SPECIAL_INPUTS = {
 
 _HUB_SMALL = ("*.json", "*/*.json", "*/*.txt")
 _HUB_VAE = ("config.json", "diffusion_pytorch_model*", "vae/config.json", "vae/diffusion_pytorch_model*")
-_HUB_VARIANTS = ("*.fp16.*", "*.non_ema.*", "*.fp32.*")
+_VARIANTS = ("*.fp16*", "*.bf16*", "*.non_ema*", "*.fp32*")
+_HUB_WEIGHTS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("*.safetensors", _VARIANTS),
+    ("*pytorch_model*.bin", _VARIANTS),
+    ("*.fp16*.safetensors", ()),
+    ("*.fp16*.bin", ()),
+    ("*.safetensors", ()),
+    ("*.bin", ()),
+)
+"""(files of a part, but for those), the first choice first; the next is for parts of which there are none of these."""
+
+
+UnetModelT = TypeVar("UnetModelT", bound="UnetModel")
 
 
 @dataclass(frozen=True)
@@ -73,6 +86,36 @@ class UnetModel:
     zero_terminal_snr: bool
     whole: TensorSource | None
     """Every tensor of a single file, those no part uses too; None for a folder."""
+
+    @classmethod
+    def of_file(cls: type[UnetModelT], whole: TensorSource, parts: Mapping[str, Component], **own: Any) -> UnetModelT:
+        """A single file. own: what a family knows of it beside that."""
+        prediction, prediction_from = file_prediction(whole)
+        return cls(
+            path=whole.path,
+            format=file_format(whole.path),
+            parts=parts,
+            prediction=prediction,
+            prediction_from=prediction_from,
+            zero_terminal_snr=ZERO_SNR_MARKER in whole,
+            whole=whole,
+            **own,
+        )
+
+    @classmethod
+    def of_folder(cls: type[UnetModelT], path: Path, parts: Mapping[str, Component], **own: Any) -> UnetModelT:
+        """A diffusers folder."""
+        prediction, prediction_from, zero_terminal_snr = folder_prediction(path)
+        return cls(
+            path=path,
+            format=folder_format(parts["denoiser"]),
+            parts=parts,
+            prediction=prediction,
+            prediction_from=prediction_from,
+            zero_terminal_snr=zero_terminal_snr,
+            whole=None,
+            **own,
+        )
 
     @property
     def unet(self) -> Component:
@@ -136,7 +179,7 @@ def make_unet(config: Mapping[str, Any]) -> nn.Module:
 def file_unet(whole: TensorSource) -> Component:
     unet = whole.under(UNET_PREFIX)
     config = unet_config(unet.shapes())
-    return Component(unet, unet_key_map_for(config), config, make_unet, UNET_PREFIX)
+    return Component(unet, unet_key_map_for(config), config, make_unet)
 
 
 def folder_unet(folder: Path) -> Component:
@@ -154,7 +197,7 @@ def find_models(options: ModelOptions, parts: tuple[str, ...]) -> tuple[Path, Pa
             "no base model: give --pretrained_model_name_or_path a checkpoint file, a diffusers folder or a hub id."
         )
     vae = find_model(options.vae, "--vae", allow_patterns=_HUB_VAE) if options.vae else None
-    return _find_base(name, parts), vae
+    return _find_base(name, tuple(part for part in parts if part != "vae" or vae is None)), vae
 
 
 def models_state(path: Path, vae: Path | None) -> object:
@@ -168,12 +211,14 @@ def _find_base(name: str, parts: tuple[str, ...]) -> Path:
     if path.exists() or not looks_like_hub_id(name):
         return find_model(name, flag)
 
-    def download(suffix: str) -> Path:
-        weights = tuple(f"{part}/*.{suffix}" for part in parts)
-        return download_snapshot(name, flag, allow_patterns=_HUB_SMALL + weights, ignore_patterns=_HUB_VARIANTS)
-
-    folder = download("safetensors")
-    return folder if list(folder.glob("unet/*.safetensors")) else download("bin")
+    lacking = parts
+    for pattern, but_for in _HUB_WEIGHTS:
+        wanted = tuple(f"{part}/{pattern}" for part in lacking)
+        folder = download_snapshot(name, flag, allow_patterns=_HUB_SMALL + wanted, ignore_patterns=but_for or None)
+        lacking = tuple(part for part in parts if not has_weights(folder / part))
+        if not lacking:
+            break
+    return folder
 
 
 def require_folder(path: Path, families: tuple[str, ...], title: str, script: str) -> None:
@@ -185,11 +230,15 @@ def require_folder(path: Path, families: tuple[str, ...], title: str, script: st
     require_family(path, detect_folder(path), families, title, script)
 
 
-def own_vae(whole: TensorSource, scale: float) -> Component:
-    """The VAE of a single file."""
-    if f"{VAE_PREFIX}encoder.conv_in.weight" not in whole:
-        raise UserError(f"{whole.path} has no VAE. Give one as --vae (a file, a diffusers folder or a hub id).")
-    return file_vae(whole, VAE_PREFIX, scale)
+def choose_vae(given: Path | None, own: TensorSource | Path, *, title: str, scale: float) -> Component:
+    """That of --vae where it is given, else the model's own. own: a single file or a diffusers folder."""
+    folder = own / "vae" if isinstance(own, Path) else None
+    if (path := given or folder) is not None:
+        return open_vae(path, flag="--vae", title=title, scale=scale)
+    assert isinstance(own, TensorSource)
+    if f"{VAE_PREFIX}encoder.conv_in.weight" not in own:
+        raise UserError(f"{own.path} has no VAE. Give one as --vae (a file, a diffusers folder or a hub id).")
+    return file_vae(own, VAE_PREFIX, scale)
 
 
 def file_format(path: Path) -> str:

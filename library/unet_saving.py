@@ -128,7 +128,7 @@ class UnetCheckpoint(ABC):
     def _layout(self, name: str, component: Component) -> tuple[str, KeyMap]:
         """(prefix, table): the source file's own where there is one, else the published one."""
         if self._own(name):
-            return component.prefix, component.key_map
+            return component.source.prefix, component.key_map
         if name == "denoiser":
             return UNET_PREFIX, unet_key_map_for(component.config)
         if name == "vae":

@@ -106,7 +106,7 @@ def file_vae(whole: TensorSource, prefix: str, scale: float, shift: float | None
     source = whole.under(prefix)
     config = vae_config(source.shapes(), scale, shift)
     key_map = vae_key_map(len(config["block_out_channels"]))
-    return Component(source, key_map, config, make_vae, prefix, (r"loss\..*", r"model_ema\..*"))
+    return Component(source, key_map, config, make_vae, (r"loss\..*", r"model_ema\..*"))
 
 
 def open_vae(path: Path, *, flag: str, title: str, scale: float, shift: float | None = None) -> Component:
@@ -128,7 +128,7 @@ def open_vae(path: Path, *, flag: str, title: str, scale: float, shift: float | 
         if f"{prefix}encoder.down_blocks.0.resnets.0.conv1.weight" in whole:
             source = whole.under(prefix)
             config = _beside(path) or _diffusers_vae_config(source, scale, shift)
-            return Component(source, VAE_FOLDER_NAMES, config, make_vae, prefix)
+            return Component(source, VAE_FOLDER_NAMES, config, make_vae)
     detected = detect_family(whole)
     raise UserError(f"{flag} {path} has no VAE in it" + (f": it is {detected.title}." if detected else "."))
 

@@ -17,7 +17,7 @@ from library.errors import UserError, suggest
 from library.optimizers import LearningRates, ParamGroup
 from library.rng import key_to_seed
 from networks.network_files import by_layer, describe_family, shorten
-from networks.network_interface import AdapterNetwork, FileWeights, NetworkModule, NetworkRequest, text_encoder_rate
+from networks.network_interface import AdapterNetwork, FileWeights, NetworkModule, NetworkRequest
 from networks.network_targets import DENOISER, NetworkArch, infer_arch, same_name
 
 OUR_MODULES = ("networks.lora", "networks.lora_flux")
@@ -291,7 +291,7 @@ class ForeignNetwork(AdapterNetwork):
         """As the foreign module groups them; a rate it returns none for is the default rate."""
         unet_rate = rates.default if rates.denoiser is None else rates.denoiser
         text_parts = [part for part in self._model[0].text_parts if part in self.parts]
-        text_rates = [text_encoder_rate(rates, part, self._model[0].text_parts)[1] for part in text_parts]
+        text_rates = [rates.of_text_encoder(part, self._model[0].text_parts)[1] for part in text_parts]
         several = getattr(self.network, "prepare_optimizer_params_with_multiple_te_lrs", None)
         prepare: Any = several or self.network.prepare_optimizer_params
         if several is None and len(set(text_rates)) > 1:

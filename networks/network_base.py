@@ -20,7 +20,7 @@ from library.optimizers import LearningRates, ParamGroup
 from library.rng import keyed_generator
 from networks.network_args import SIZE_ARGS, ArchArgs, NetworkArgs, parse_network_args, split_args
 from networks.network_files import by_layer, describe_family, shorten, under_own_keys
-from networks.network_interface import AdapterNetwork, FileWeights, NetworkModule, NetworkRequest, text_encoder_rate
+from networks.network_interface import AdapterNetwork, FileWeights, NetworkModule, NetworkRequest
 from networks.network_targets import (
     DENOISER,
     BlockTable,
@@ -219,8 +219,8 @@ class LayerNetwork(AdapterNetwork):
         """Name and rate of the parameter group of the layer `key`."""
         part = self._part_of[key]
         if part != DENOISER:
-            return text_encoder_rate(rates, part, self.arch.text_parts)
-        rate = rates.default if rates.denoiser is None else rates.denoiser
+            return rates.of_text_encoder(part, self.arch.text_parts)
+        rate = rates.of_denoiser
         own = self.arch_args.rate(key)
         if own is not None:
             return f"unet_lr{own:g}", own

@@ -12,7 +12,6 @@ from typing import Any, ClassVar, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
-from library.errors import UserError
 from library.optimizers import LearningRates, ParamGroup
 from networks.network_files import read_weights, write_weights
 from networks.network_targets import NetworkArch
@@ -131,19 +130,6 @@ class AdapterNetwork(nn.Module, ABC):
         """Merge `weights_sd` into the base. Computed in float32 where the base weights are; the last two are not needed."""
         self.load_file_state_dict(weights_sd, "the given weights")
         self.merge_into_base()
-
-
-def text_encoder_rate(rates: LearningRates, part: str, text_parts: Sequence[str]) -> tuple[str, float]:
-    """Log name and learning rate of one text encoder. One given rate is for all of them; None is the default rate."""
-    given = rates.text_encoders or (None,)
-    if len(given) not in (1, len(text_parts)):
-        raise UserError(
-            f"--text_encoder_lr has {len(given)} values, this model has {len(text_parts)} text encoders "
-            f"({', '.join(text_parts)}). Give one for all, or one each."
-        )
-    index = text_parts.index(part)
-    rate = given[index if len(given) > 1 else 0]
-    return "textencoder" if len(text_parts) == 1 else f"textencoder{index + 1}", rates.default if rate is None else rate
 
 
 NetworkT = TypeVar("NetworkT", bound=AdapterNetwork)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import runs
+import tiny_sdxl
 import torch
 from runs import CASES
 from test_flux_parity import inputs, native
@@ -153,6 +154,19 @@ def test_a_unet_gives_the_same_by_our_attention_as_by_its_own(tmp_path: Path) ->
     assert len(losses[0]) == len(losses[1]) > 100
     for one, other in zip(*losses, strict=True):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-3)
+
+
+def test_so_does_sdxls(tmp_path: Path) -> None:
+    """Which has linear projections, and heads of one width at all levels."""
+    outputs = []
+    for chosen in ("sdpa", "math"):
+        unet: Any = tiny_sdxl.modules()["denoiser"]
+        use_attention(unet, chosen)
+        added = {"text_embeds": randn(2, 64, key="pool"), "time_ids": torch.ones(2, 6)}
+        given = randn(2, 4, 8, 8, key="x"), torch.tensor([3, 700]), randn(2, 77, 128, key="context")
+        with torch.no_grad():
+            outputs.append(unet(*given, added_cond_kwargs=added).sample)
+    torch.testing.assert_close(*outputs, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize(

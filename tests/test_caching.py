@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from data_tools import CPU, Case, build, make_bundle, make_options, make_strategies, write_folder, write_picture, write_toml
 
@@ -327,14 +328,30 @@ def test_a_cache_folder_that_cannot_be_written_is_named(case: Case) -> None:
         case.latents(case.data(cache_latents_to_disk=True, cache_dir=str(case.folder / "taken")))
 
 
-def test_nan_latents_name_the_image(case: Case) -> None:
-    bundle = make_bundle()
-    with torch.no_grad():
-        next(bundle.vae.parameters()).fill_(float("nan"))
+def test_a_vae_that_overflows_names_the_images_and_what_to_do(case: Case) -> None:
     data = case.data(cache_latents=True)
-    with pytest.raises(UserError, match=r"p0\.png") as caught:
+    bundle = make_bundle()
+    tiny.overflow_in_fp16(bundle.vae)
+    cache_latents(data, case.strategies, bundle, data.options, CPU)
+    bundle.vae.half()
+    with pytest.raises(UserError, match=r"p0\.png(?s:.*)Use --no_half_vae"):
         cache_latents(data, case.strategies, bundle, data.options, CPU)
-    assert "--no_half_vae" in str(caught.value)
+    with torch.no_grad():
+        next(bundle.vae.float().parameters()).fill_(float("nan"))
+    with pytest.raises(UserError, match=r"p0\.png(?s:.*)The VAE is damaged. Give another --vae"):
+        cache_latents(data, case.strategies, bundle, data.options, CPU)
+
+
+def test_latents_on_disk_that_are_not_finite_are_never_trained(case: Case) -> None:
+    case.latents(case.data(cache_latents_to_disk=True))
+    path = case.folder / "img" / "p1_0064x0064_sd.npz"
+    arrays = dict(np.load(path))
+    arrays["latents"][0, 0, 0] = np.inf
+    np.savez(path, **arrays)
+    data = case.data(cache_latents_to_disk=True)
+    case.latents(data)
+    with pytest.raises(UserError, match=r"p1_0064x0064_sd.npz does not fit .latents with NaN or infinite values.* Remove it"):
+        _ = [data.train[(0, index)] for index in range(data.train.num_batches)]
 
 
 def test_pictures_that_change_cannot_be_cached(case: Case) -> None:

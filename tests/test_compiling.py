@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import runs
+import tiny_sdxl
 import torch
 from runs import CASES, Mode, Workspace
 from safetensors.torch import load_file
@@ -15,11 +16,12 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 from library.batch import TrainBatch
-from library.compiling import check_compiler
+from library.compiling import check_compiler, compile_blocks, repeated_blocks
 from library.errors import UserError
+from library.rng import keyed_generator
 from library.train_util import Trainer
 
-FAMILIES = ("sd", "flux")
+FAMILIES = ("sd", "sdxl", "flux")
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +73,9 @@ def compare(
 
 FLUX_GRAPHS = 3
 """The first block, whose text comes without a gradient; the other double blocks; the single blocks."""
-UNET_GRAPHS = 20
+LEVEL_GRAPHS = 5
+"""Residual blocks of three shapes, transformer blocks of two; once more, where the first picture was a square."""
+UNET_GRAPHS = 22
 """13 of residual blocks, which differ in their shapes, and 5 of transformer blocks; more, where a tiny picture is one pixel."""
 
 
@@ -99,8 +103,30 @@ def test_compiled_blocks_that_learn_give_the_same_in_few_graphs(workspaces: dict
     compare(workspaces["flux"], "full", tmp_path, FLUX_GRAPHS)
 
 
-def test_a_compiled_unet_gives_the_same_in_few_graphs(workspaces: dict[str, Workspace], tmp_path: Path) -> None:
-    compare(workspaces["sd"], "network", tmp_path, UNET_GRAPHS)
+def test_graphs_of_a_unets_blocks_serve_every_bucket() -> None:
+    """Of one level of SDXL's and its middle; the whole network takes its time (below)."""
+    plain, compiled = (tiny_sdxl.modules()["denoiser"] for _ in range(2))
+    compile_blocks([*repeated_blocks(compiled.down_blocks[1]), *repeated_blocks(compiled.mid_block)], "eager")
+    added = {"text_embeds": torch.ones(2, tiny_sdxl.WIDTH), "time_ids": torch.ones(2, 6)}
+    t, context = torch.tensor([3, 700]), torch.ones(2, 77, 2 * tiny_sdxl.WIDTH)
+    graphs = []
+    for height, width in ((8, 8), (8, 16), (24, 8), (16, 16), (16, 24)):
+        found = []
+        for unet in (compiled, plain):
+            x = torch.randn(2, 4, height, width, generator=keyed_generator("compile", height)).requires_grad_()
+            out = unet(x, t, context, added_cond_kwargs=added).sample
+            out.square().mean().backward()
+            found.append((out.detach(), x.grad))
+        torch.testing.assert_close(*found, atol=1e-5, rtol=1e-4)
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert not counters["graph_break"]
+    assert LEVEL_GRAPHS <= graphs[1] == graphs[-1] <= 2 * LEVEL_GRAPHS, graphs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["sd", "sdxl"])
+def test_a_compiled_unet_gives_the_same_in_few_graphs(family: str, workspaces: dict[str, Workspace], tmp_path: Path) -> None:
+    compare(workspaces[family], "network", tmp_path, UNET_GRAPHS)
 
 
 @pytest.mark.slow

@@ -361,9 +361,17 @@ def test_hooks_step_wherever_the_backward_pass_runs(kind: str, device: str) -> N
     runs.assert_same_tensors(*ends)
 
 
-def test_the_blockwise_flag_is_another_name(workspaces: dict[str, Workspace], tmp_path: Path) -> None:
-    trainer = workspaces["flux"].trainer("full", tmp_path, "--blockwise_fused_optimizers", UNCLIPPED)
+@pytest.mark.parametrize(
+    ("family", "flag"), [("flux", "--blockwise_fused_optimizers"), ("sdxl", "--fused_optimizer_groups=10")]
+)
+def test_the_other_flags_of_fused_steps_are_names_of_the_same(
+    family: str, flag: str, workspaces: dict[str, Workspace], tmp_path: Path
+) -> None:
+    trainer = workspaces[family].trainer("full", tmp_path / "a", flag, UNCLIPPED)
     assert peak_of_gradients(trainer)[1] < 0.5
+    ordinary = workspaces[family].trainer("full", tmp_path / "b", UNCLIPPED)
+    updates(ordinary, count=1)
+    runs.assert_same_tensors(weights(trainer), weights(ordinary))
 
 
 def peak_of_gradients(trainer: Trainer) -> tuple[int, float]:

@@ -8,15 +8,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import runs
 import tiny
 import tiny_flux
+import tiny_sdxl
 import torch
 from huggingface_hub import constants
 from runs import CASES, Workspace
+from safetensors.torch import save_file
 
-from library import model_io
+from library import model_io, unet_parts
 from library.errors import UserError
 from library.family_base import family_class
 from library.option_groups import FullTrainOptions, ModelOptions
@@ -68,6 +71,72 @@ def test_a_diffusers_model_and_a_vae_are_found_in_the_cache(safe: bool, cache: P
     assert bundle.facts["tokenizers"]["tokenizer"] == snapshot / "tokenizer"
 
 
+def as_variant(folder: Path) -> Path:
+    """The same model with its weights as `*.fp16.safetensors`, as a download of the variant alone has them."""
+    for path in sorted(folder.rglob("*.safetensors")):
+        path.rename(path.with_suffix(".fp16.safetensors"))
+    return folder
+
+
+def test_a_model_whose_weights_are_a_variant_alone_is_found(cache: Path, tmp_path: Path) -> None:
+    folder = as_variant(tiny_sdxl.write_folder(tmp_path / "sdxl"))
+    put(cache, "someone/tiny-sdxl", folder)
+    family = family_class("sdxl")()
+    expected = tiny_sdxl.modules()
+    for name in (str(folder), "someone/tiny-sdxl"):
+        bundle = family.load(options(pretrained_model_name_or_path=name), device=torch.device("cpu"), dtype=torch.float32)
+        for part, module in expected.items():
+            assert tiny.same_tensors(dict(bundle.part(part).state_dict()), dict(module.state_dict())), part
+
+
+@pytest.mark.parametrize(
+    ("change", "taken"),
+    [
+        ({}, {"unet": "x.safetensors", "vae": "x.safetensors"}),
+        ({"x.safetensors": ""}, {"unet": "diffusion_pytorch_model.bin", "vae": "diffusion_pytorch_model.bin"}),
+        ({"x.safetensors": "unet"}, {"unet": "diffusion_pytorch_model.bin", "vae": "x.safetensors"}),
+        (
+            {"x.safetensors": "", "diffusion_pytorch_model.bin": "vae"},
+            {"unet": "diffusion_pytorch_model.bin", "vae": "x.fp16-00001-of-00002.safetensors"},
+        ),
+    ],
+)
+def test_of_a_repository_each_parts_best_files_alone_are_downloaded(
+    change: dict[str, str], taken: dict[str, str], cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """change: files that are not there, in which part ("" is both)."""
+    from huggingface_hub.utils import filter_repo_objects
+
+    names = ["x.safetensors", "diffusion_pytorch_model.bin", "openvino_model.bin", "x.non_ema.safetensors"]
+    names += [f"x.fp16-0000{number}-of-00002.safetensors" for number in (1, 2)]
+    files = [f"{part}/{name}" for part in ("unet", "vae") for name in names if change.get(name) not in ("", part)]
+
+    def snapshot_download(name: str, *, allow_patterns: list[str], ignore_patterns: list[str] | None) -> str:
+        """The hub's, without a hub."""
+        for file in filter_repo_objects(files, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns):
+            (tmp_path / file).parent.mkdir(exist_ok=True)
+            (tmp_path / file).touch()
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    unet_parts.find_models(ModelOptions(pretrained_model_name_or_path="someone/some-model"), ("unet", "vae"))
+    for part, first in taken.items():
+        downloaded = sorted(path.name for path in (tmp_path / part).iterdir())
+        assert downloaded == [first, first.replace("-00001-", "-00002-")][: 1 + ("-00001-" in first)]
+
+
+def test_whole_plain_weights_go_before_shards_and_variants(tmp_path: Path) -> None:
+    names = ["m.safetensors", "m-00001-of-00002.safetensors", "m-00002-of-00002.safetensors"]
+    names += ["m.fp16.safetensors", "m-00001-of-00002.non_ema.safetensors", "m-00002-of-00002.non_ema.safetensors"]
+    for name in names:
+        save_file({f"a{name}": torch.zeros(1)}, tmp_path / name)
+    for chosen in ({names[0]}, {*names[1:3]}, {names[3]}, {*names[4:]}):
+        assert set(model_io.open_component(tmp_path).keys()) == {f"a{name}" for name in chosen}
+        for name in chosen:
+            (tmp_path / name).unlink()
+    assert not model_io.has_weights(tmp_path)
+
+
 def test_a_script_trains_flux_from_the_cache_and_saves_the_tokenizers_themselves(cache: Path, tmp_path: Path) -> None:
     put(cache, "someone/tiny-flux", tiny_flux.write_flux_folder(tmp_path / "flux"))
     images = tiny.write_images(tmp_path / "images" / "1_thing", 2, (64, 64)).parent
@@ -102,7 +171,7 @@ def test_runs_are_the_same_from_the_cache_and_from_the_folder(cache: Path, tmp_p
     for model in (folder, Path("someone/tiny-sd")):
         workspace = Workspace(CASES["sd"], model, folder / "tokenizer", images)
         losses.append(runs.losses(workspace.train("network", tmp_path / model.name, *flags)))
-        written = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.npz")}
+        written = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*_sd.npz")}
         assert written
         if len(losses) == 1:
             first = written

@@ -154,14 +154,15 @@ PAIRWISE: Sequence[tuple[str, Mode, bool, str, int]] = (
     ("flux", "full", False, "no", 2),
     ("flux", "full", True, "bf16", 1),
     ("sd", "network", False, "no", 1),
-    ("sd", "network", True, "bf16", 2),
+    ("sdxl", "network", True, "bf16", 2),
     ("sd", "full", False, "bf16", 2),
     ("sd", "full", True, "no", 1),
 )
+"""SD and SDXL stand for each other: all but their text encoders and the size conditions is one code."""
 EVERYTHING = [
     (family, mode, recomputes, precision, batch)
     for family, mode, recomputes, precision, batch in itertools.product(
-        ("sd", "flux", "chroma"), runs.MODES, (False, True), ("no", "bf16"), (1, 2)
+        ("sd", "sdxl", "flux", "chroma"), runs.MODES, (False, True), ("no", "bf16"), (1, 2)
     )
 ]
 

@@ -21,7 +21,8 @@ from library.errors import UserError
 from library.flux_utils import FLUX_LAYERS, describe, open_t5
 from library.key_layout import IDENTITY
 from library.memory_tracker import MemoryTracker
-from library.model_io import load_into, open_checkpoint
+from library.model_io import open_checkpoint
+from library.module_loading import load_into
 from library.quantization import (
     E4M3,
     NF4_CODE,

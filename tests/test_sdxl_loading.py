@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import shutil
 from pathlib import Path
@@ -21,15 +22,11 @@ from library.sdxl_options import SdxlFullOptions
 from library.sdxl_train_utils import SdxlFamily
 from library.sdxl_utils import OPEN_CLIP_PREFIX
 from library.strategy_sdxl import CLIP_L, OPEN_CLIP
+from library.unet_parts import UNET_PREFIX
 
 FAMILY = SdxlFamily()
 CPU = torch.device("cpu")
 PARTS = ("denoiser", "vae", CLIP_L, OPEN_CLIP)
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.write_clip_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 @pytest.fixture(scope="module")
@@ -46,9 +43,7 @@ def load(path: Path, tokenizer: Path | None = None, dtype: torch.dtype = torch.f
     return FAMILY.load(options(path, tokenizer, **flags), device=CPU, dtype=dtype)
 
 
-def save(bundle: Any, path: Path, format: str, dtype: torch.dtype | None = None) -> Path:
-    FAMILY.save_checkpoint(bundle, path, format=format, dtype=dtype, metadata={"ss_epoch": "3", "ss_steps": "12"})
-    return path
+save = functools.partial(tiny.save, FAMILY)
 
 
 # ---- round trips -----------------------------------------------------------------------------------------------------
@@ -246,6 +241,8 @@ def test_other_models_are_refused_with_what_they_are(tmp_path: Path, tokenizer: 
         ({"drop": "conditioner.embedders.1."}, "has no text encoder OpenCLIP bigG"),
         ({"drop": "conditioner.embedders.0."}, "has no text encoder CLIP-L"),
         ({"drop": "first_stage_model."}, "has no VAE. Give one as --vae"),
+        ({"drop": f"{OPEN_CLIP_PREFIX}text_proj"}, "is incomplete: it lacks conditioner.embedders.1.model.text_projection"),
+        ({"drop": f"{UNET_PREFIX}middle_block.1.proj_in."}, "it lacks model.diffusion_model.middle_block.1.proj_in.weight"),
     ]
     for number, (change, message) in enumerate(cases):
         with pytest.raises(UserError, match=message):
@@ -255,6 +252,22 @@ def test_other_models_are_refused_with_what_they_are(tmp_path: Path, tokenizer: 
         FAMILY.check(options(sd1, tokenizer))
     with pytest.raises(UserError, match=r"No CLIP tokenizer|no CLIP tokenizer"):
         FAMILY.check(options(single, tmp_path))
+
+
+def test_tensors_that_do_not_fit_are_named_before_any_is_read(tmp_path: Path, tokenizer: Path) -> None:
+    """Whatever part they are of: captions and pictures are not encoded first."""
+    lacking = ("model.diffusion_model.out.0.weight", f"{OPEN_CLIP_PREFIX}transformer.resblocks.1.attn.in_proj_bias")
+    for name in lacking:
+        with pytest.raises(UserError, match=f"does not fit .*missing: {name}"):
+            load(changed(tmp_path / "lacks.safetensors", drop=name), tokenizer)
+    name = f"{OPEN_CLIP_PREFIX}transformer.resblocks.1.attn.in_proj_weight"
+    tensors = tiny_sdxl.ldm_tensors() | {name: torch.zeros(190, 64)}
+    save_file(tensors, tmp_path / "rows.safetensors")
+    with pytest.raises(UserError, match="190 rows do not divide"):
+        load(tmp_path / "rows.safetensors", tokenizer)
+    save_file(tensors | {name: torch.zeros(192, 32)}, tmp_path / "shape.safetensors")
+    with pytest.raises(UserError, match=rf"'{name}' has shape \(64, 32\), and CLIPTextModelWithProjection needs \(64, 64\)"):
+        load(tmp_path / "shape.safetensors", tokenizer)
 
 
 @pytest.mark.parametrize(

@@ -67,9 +67,53 @@ def test_each_block_learns_at_its_own_rate_and_a_block_of_rate_zero_stays(worksp
 
 
 def test_one_rate_for_all_blocks_is_the_rate_of_the_unet(workspace: Workspace, tmp_path: Path) -> None:
-    one = workspace.train("full", tmp_path / "one", "--block_lr=1e-3", "--no-train_text_encoder")
-    other = workspace.train("full", tmp_path / "other", "--learning_rate=1e-3", "--no-train_text_encoder")
+    flags = ("--no-train_text_encoder", "--max_train_steps=2")
+    one = workspace.train("full", tmp_path / "one", "--block_lr=1e-3", *flags)
+    other = workspace.train("full", tmp_path / "other", "--learning_rate=1e-3", *flags)
     assert runs.losses(one) == pytest.approx(runs.losses(other), rel=1e-4)  # norms add up in another order
+
+
+def test_a_unet_of_rate_zero_is_frozen_and_the_text_encoders_learn_through_it(workspace: Workspace, tmp_path: Path) -> None:
+    flags = ("--learning_rate=0", "--learning_rate_te2=1e-3", "--mixed_precision=bf16", "--gradient_checkpointing")
+    trainer = workspace.trainer("full", tmp_path / "a", *flags)
+    assert trainer.trainable.parts == {OPEN_CLIP}  # the other one's rate is --learning_rate, too
+    assert {parameter.dtype for parameter in trainer.bundle.denoiser.parameters()} == {torch.bfloat16}
+    trainer.trainable.train()
+    assert trainer.bundle.denoiser.training  # without which nothing would be recomputed
+    trainer.loss(trainer.data.train[(0, 0)]).backward()
+    assert all(parameter.grad is None for parameter in trainer.bundle.denoiser.parameters())
+    assert any(parameter.grad is not None for parameter in trainer.bundle.part(OPEN_CLIP).parameters())
+    output = workspace.train("full", tmp_path / "b", *flags, "--max_train_steps=1")
+    before, after = load_file(workspace.model), load_file(output / "tiny.safetensors")
+    moved = {key for key in before if not torch.equal(before[key], after[key])}
+    assert moved and all(key.startswith("conditioner.embedders.1.") for key in moved)
+
+
+def test_blocks_may_learn_where_the_rate_of_the_rest_is_zero(workspace: Workspace, tmp_path: Path) -> None:
+    rates = ["0"] * NUM_BLOCKS
+    rates[5] = "1e-3"
+    trainer = workspace.trainer("full", tmp_path, "--learning_rate=0", f"--block_lr={','.join(rates)}")
+    assert trainer.trainable.parts == {"denoiser"}
+    assert [group["name"] for group in trainer.optimizer.param_groups] == ["block5"]
+    trainer.loss(trainer.data.train[(0, 0)]).backward()
+    with_gradient = {name for name, p in trainer.bundle.denoiser.named_parameters() if p.grad is not None}
+    assert with_gradient and all(name.startswith("down_blocks.1.") and ".0." in name for name in with_gradient)
+
+
+def test_a_run_in_which_nothing_would_learn_is_an_error(workspace: Workspace, tmp_path: Path) -> None:
+    for mode, flags in (("full", ["--no-train_text_encoder"]), ("full", []), ("network", [])):
+        with pytest.raises(UserError, match="every learning rate .*is 0, so nothing would learn"):
+            workspace.trainer(mode, tmp_path, "--learning_rate=0", *flags)  # type: ignore[arg-type]
+
+
+def test_the_text_encoder_of_sd_is_frozen_by_a_rate_of_zero() -> None:
+    from library.option_groups import DreamBoothOptions
+    from library.run_plan import FullPlan
+    from library.sd_train_utils import SdFamily
+
+    for flags, parts in (({"learning_rate_te": 0.0}, {"denoiser"}), ({"learning_rate": 0.0}, set()), ({}, None)):
+        learning = FullPlan(from_flags(DreamBoothOptions, **flags)).learning_parts(SdFamily())
+        assert learning == ({"denoiser", "text_encoder"} if parts is None else parts)
 
 
 @pytest.mark.parametrize(
@@ -121,10 +165,11 @@ def test_lora_has_a_rate_for_each_text_encoder(workspace: Workspace, tmp_path: P
 
 def test_a_v_model_is_trained_as_one_and_the_adapter_says_so(workspace: Workspace, tmp_path: Path) -> None:
     model = tiny_sdxl.write_checkpoint(tmp_path / "v.safetensors", extra=tiny_sdxl.MARKERS)
-    marked = workspace.train("network", tmp_path / "marked", f"--pretrained_model_name_or_path={model}")
-    told = workspace.train("network", tmp_path / "told", "--v_parameterization", "--zero_terminal_snr")
+    short = "--max_train_steps=2"
+    marked = workspace.train("network", tmp_path / "marked", f"--pretrained_model_name_or_path={model}", short)
+    told = workspace.train("network", tmp_path / "told", "--v_parameterization", "--zero_terminal_snr", short)
     assert runs.losses(marked) == runs.losses(told)
-    assert runs.losses(workspace.train("network", tmp_path / "plain")) != runs.losses(told)
+    assert runs.losses(workspace.train("network", tmp_path / "plain", short)) != runs.losses(told)
     with safe_open(marked / "tiny.safetensors", "pt") as file:
         metadata = file.metadata()
     assert metadata["modelspec.prediction_type"] == "v"
@@ -248,7 +293,41 @@ def test_caches_by_sd_scripts_are_used_where_their_length_fits(workspace: Worksp
         assert not trainer.bundle.loaded("vae") and not trainer.bundle.loaded(OPEN_CLIP)
         assert "have no fingerprint" in caplog.text
         workspace.trainer("network", tmp_path / "c", *flags, "--max_token_length=150")
-    assert "because of the tokenizer's length" in caplog.text
+    assert "because of hidden_state1 of the shape (77, 64), not (152, 64)" in caplog.text
+
+
+def test_text_caches_of_another_width_are_made_again(workspace: Workspace, tmp_path: Path, caplog: Any) -> None:
+    """Whoever wrote them; nothing else tells the text encoder of a file by sd-scripts."""
+    flags = (
+        *("--network_train_unet_only", "--cache_text_encoder_outputs_to_disk"),
+        f"--cache_dir={tmp_path / 'cache'}",
+    )
+    workspace.trainer("network", tmp_path / "a", *flags)
+    paths = sorted((tmp_path / "cache").rglob("*_te_outputs*.npz"))
+    for path in paths[1:]:
+        np.savez(path, **{**np.load(path), "pool2": np.zeros(1280, np.float32)})
+    np.savez(paths[0], **{name: array[..., :32] for name, array in np.load(paths[0]).items() if name != "fingerprint"})
+    unchecked = workspace.trainer("network", tmp_path / "b", *flags, "--skip_cache_check")
+    with pytest.raises(UserError, match=r"does not fit .(pool2|hidden_state1) of the shape.*Remove it, or --skip_cache_check"):
+        runs.first_batches(unchecked, 7)
+    with caplog.at_level(logging.WARNING):
+        trainer = workspace.trainer("network", tmp_path / "c", *flags)
+    assert "because of pool2 of the shape (1280,), not (64,)" in caplog.text
+    assert "because of hidden_state1 of the shape (77, 32), not (77, 64)" in caplog.text
+    assert "have no fingerprint" not in caplog.text
+    trainer.loss(trainer.data.train[(0, 0)])
+
+
+@pytest.mark.parametrize("family", ["sd", "sdxl"])
+def test_a_vae_that_overflows_is_told_before_anything_is_trained(family: str, tmp_path: Path) -> None:
+    """Where pictures are encoded live, as where latents are cached (`test_caching`)."""
+    trainer = runs.make_workspace(CASES[family], tmp_path).trainer("network", tmp_path / "out")
+    tiny.overflow_in_fp16(trainer.bundle.vae)
+    trainer.bundle.vae.half()
+    with pytest.raises(UserError, match=r"NaN or infinite latents for .*\.png(?s:.*)Use --no_half_vae"):
+        trainer.update([trainer.data.train[(0, 0)]])
+    trainer.bundle.vae.float()
+    assert trainer.update([trainer.data.train[(0, 0)]])["loss"].isfinite()
 
 
 def test_cache_files_are_named_as_sd_scripts_names_them() -> None:

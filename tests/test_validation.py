@@ -24,6 +24,11 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     return runs.make_workspace(CASES["sd"], tmp_path_factory.mktemp("sd"))
 
 
+@pytest.fixture(scope="module")
+def sdxl_workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    return runs.make_workspace(CASES["sdxl"], tmp_path_factory.mktemp("sdxl"))
+
+
 def test_quantiles_are_the_middles_of_equal_parts() -> None:
     assert quantiles_of(4) == [0.125, 0.375, 0.625, 0.875]
 
@@ -49,7 +54,11 @@ def test_logs_have_a_mean_a_distance_from_training_and_a_curve_for_each_quantile
     }
 
 
-def test_a_round_is_the_mean_over_pictures_and_times_and_every_round_is_alike(workspace: Workspace, tmp_path: Path) -> None:
+@pytest.mark.parametrize("of", ["workspace", "sdxl_workspace"])
+def test_a_round_is_the_mean_over_pictures_and_times_and_every_round_is_alike(
+    of: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    workspace: Workspace = request.getfixturevalue(of)
     trainer = workspace.trainer("network", tmp_path, *HELD_OUT)
     validation = Validation.of(trainer)
     assert validation is not None

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from library import clip_parts, unet_names, unet_parts, vae_parts
-from library.family_base import ModelBundle
+from library.family_base import ModelBundle, ModelFamily
 from library.key_layout import KeyMap
 from library.option_groups import FullTrainOptions, ModelOptions
 from library.rng import keyed_generator
@@ -232,6 +232,13 @@ def write_sd_diffusers(
     return path
 
 
+@torch.no_grad()
+def overflow_in_fp16(vae: Any) -> None:
+    """A sound VAE, some of whose activations are beyond the numbers of fp16, as SDXL's first one has them."""
+    vae.encoder.conv_in.weight.mul_(1e4)
+    vae.encoder.conv_in.bias.fill_(6e4)
+
+
 def sd_options(path: Path | str, tokenizer: Path | None = None, **model: Any) -> FullTrainOptions:
     """Options that name a model and nothing else."""
     named = {"pretrained_model_name_or_path": str(path), "tokenizer": str(tokenizer) if tokenizer else None}
@@ -240,6 +247,12 @@ def sd_options(path: Path | str, tokenizer: Path | None = None, **model: Any) ->
 
 def load_sd(path: Path, tokenizer: Path | None = None, dtype: torch.dtype = torch.float32, **model: Any) -> ModelBundle:
     return SdFamily().load(sd_options(path, tokenizer, **model), device=torch.device("cpu"), dtype=dtype)
+
+
+def save(family: ModelFamily, bundle: ModelBundle, path: Path, format: str, dtype: torch.dtype | None = None) -> Path:
+    """The bundle's model as a file or folder of this format."""
+    family.save_checkpoint(bundle, path, format=format, dtype=dtype, metadata={"ss_epoch": "3", "ss_steps": "12"})
+    return path
 
 
 # ---- pictures --------------------------------------------------------------------------------------------------------
