@@ -201,7 +201,10 @@ class ImageDataset(Dataset[TrainBatch]):
             self._unreadable = self.quarantine.known()  # complete, and not only what this process has met
         if str(record.path) in self._unreadable:  # there may be an entry, of what the file once was
             raise BadFile(record.path, "it could not be read when latents were cached")
-        return cache.get(entry_key(record.path, record.recipe))
+        try:
+            return cache.get(entry_key(record.path, record.recipe))
+        except UserError as error:  # it was there when training began
+            raise BadFile(record.path, str(error)) from error
 
     def _pair(self, beside: Beside) -> Paired:
         mask = None if beside.mask is None else latent_mask(beside.mask, self.mask_stride)

@@ -361,12 +361,22 @@ def test_pictures_that_change_cannot_be_cached(case: Case) -> None:
         case.data(subset="token_warmup_step = 5\n", cache_text_encoder_outputs=True)
 
 
-def test_a_cache_file_removed_while_training_is_told(case: Case) -> None:
+def test_a_cache_file_that_is_lost_while_training_costs_its_picture_and_all_of_them_the_run(case: Case) -> None:
     data = case.data(cache_latents_to_disk=True)
     case.latents(data)
+    names = npz_files(case.folder / "img")
+    whole = (case.folder / "img" / names[0]).read_bytes()
+    (case.folder / "img" / names[0]).write_bytes(whole[: len(whole) // 2])
+    (case.folder / "img" / names[1]).unlink()
+    seen = [caption for index in range(data.train.num_batches) for caption in data.train[(0, index)].captions]
+    assert set(seen) == {"picture 2, tag", "picture 3, tag"}
+    reasons = {path.stem: reason for path, reason in data.train.quarantine.found.items()}
+    assert reasons.keys() == {"p0", "p1"} and all("was removed or damaged while training" in r for r in reasons.values())
+    (case.folder / "img" / names[0]).write_bytes(whole)  # a disk that is back
+    assert "picture 0, tag" in [c for index in range(data.train.num_batches) for c in data.train[(1, index)].captions]
     for name in npz_files(case.folder / "img"):
         (case.folder / "img" / name).unlink()
-    with pytest.raises(UserError, match="was removed or damaged while training"):
+    with pytest.raises(UserError, match="no picture can be used any more"):
         data.train[(0, 0)]
 
 
