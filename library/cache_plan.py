@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -39,6 +41,15 @@ def caches_of_run(prepared: PreparedRun, caption: Conditioning | None) -> dict[s
     if prepared.options.cache.text_outputs and caption is not None:
         found["text_encoder_outputs"] = _text(prepared, caption)
     return found
+
+
+def disk_of_run(prepared: PreparedRun, caches: Mapping[str, Any]) -> dict[str, int]:
+    """What the caches will add to the disk they are kept on, and what is free there. Bytes; empty where none is on disk."""
+    if not any(cache["where"] == "disk" for cache in caches.values()):
+        return {}
+    place = Path(prepared.options.cache.cache_dir or prepared.data.train.records[0].path.parent).absolute()
+    there = next(folder for folder in (place, *place.parents) if folder.exists())
+    return {"new_bytes": sum(cache["new_bytes"] for cache in caches.values()), "free_bytes": shutil.disk_usage(there).free}
 
 
 def _on_disk(
@@ -93,8 +104,9 @@ def _text(prepared: PreparedRun, caption: Conditioning) -> dict[str, Any]:
 
 
 def leaks(data: TrainData) -> list[dict[str, Any]]:
-    """Pictures held out that look like one that is trained. Decodes every picture when there is a validation set."""
+    """Pictures held out that look like one that is trained. Where there is a validation set, every picture is decoded, once."""
     if data.validation is None:
         return []
-    pairs = near_duplicates([r.path for r in data.validation.records], [r.path for r in data.train.records])
+    held_out, trained = ([record.path for record in dataset.records] for dataset in (data.validation, data.train))
+    pairs = near_duplicates(held_out, trained, data.files)
     return [{"held_out": str(pair.held_out), "trained": str(pair.trained), "distance": pair.distance} for pair in pairs]

@@ -301,6 +301,15 @@ class KnownFiles:
         index.note(text, replace(facts, text=caption, guessed=guessed))
         return caption, guessed
 
+    def look(self, path: Path, find: Callable[[Path], int]) -> int:
+        """What `find` (see `library.near_duplicates`) says of the picture."""
+        index, text, facts = self._look_up(path)
+        if facts.look is not None:
+            return facts.look
+        look = find(path)
+        index.note(text, replace(facts, look=look))
+        return look
+
     def digest(self, path: Path) -> str:
         """`content_hash` of the file."""
         index, text, facts = self._look_up(path)

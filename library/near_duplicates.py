@@ -7,19 +7,18 @@ neighbour. It hardly changes when a picture is resized, recompressed or a little
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from library.errors import UserError
+from library.file_index import KnownFiles, in_threads
 from library.image_io import decode, resize
 
 MAX_DISTANCE = 4
 """Bits of 64 in which two pictures that count as the same may differ; unrelated ones differ in 32 on average."""
-_THREADS = 4
-_ROWS = 512  # compared at a time
+_ROWS = 256  # compared at a time
 
 
 class Pair(NamedTuple):
@@ -37,34 +36,38 @@ def difference_hash(pixels: np.ndarray) -> int:
     return int.from_bytes(np.packbits(grey[:, 1:] > grey[:, :-1]).tobytes(), "big")
 
 
-def _hash_of(path: Path) -> int | None:
-    """None for a file that cannot be read: others report it."""
-    try:
-        return difference_hash(decode(path)[0])
-    except UserError:
-        return None
+def _look(path: Path) -> int:
+    return difference_hash(decode(path, rough=(72, 64))[0])
 
 
-def _hashes(paths: Sequence[Path]) -> tuple[list[Path], np.ndarray]:
-    """Those that can be read, with their hashes [N, 8] uint8."""
-    with ThreadPoolExecutor(_THREADS) as pool:
-        found = [(path, value) for path, value in zip(paths, pool.map(_hash_of, paths), strict=True) if value is not None]
-    hashes = np.array([list(value.to_bytes(8, "big")) for _, value in found], np.uint8).reshape(-1, 8)
-    return [path for path, _ in found], hashes
+def _hashes(paths: Sequence[Path], files: KnownFiles) -> tuple[list[Path], np.ndarray]:
+    """Those that can be read (others report the rest), with their hashes [N] uint64."""
+
+    def attempt(path: Path) -> int | None:
+        try:
+            return files.look(path, _look)
+        except UserError:
+            return None
+
+    values = in_threads(attempt, list(paths))
+    readable = [(path, value) for path, value in zip(paths, values, strict=True) if value is not None]
+    return [path for path, _ in readable], np.array([value for _, value in readable], np.uint64)
 
 
-def near_duplicates(held_out: Sequence[Path], trained: Sequence[Path]) -> list[Pair]:
-    """For each picture held out that has one among those trained, the most similar. Every picture is decoded once."""
-    own, own_hashes = _hashes(list(dict.fromkeys(held_out)))
-    others, other_hashes = _hashes(list(dict.fromkeys(trained)))
+def near_duplicates(held_out: Sequence[Path], trained: Sequence[Path], files: KnownFiles | None = None) -> list[Pair]:
+    """For each picture held out that has one among those trained, the most similar.
+
+    Every picture is decoded once, and never again where `files` knows it.
+    """
+    files = files or KnownFiles()
+    own, own_hashes = _hashes(list(dict.fromkeys(held_out)), files)
+    others, other_hashes = _hashes(list(dict.fromkeys(trained)), files)
+    files.save()
     if not own or not others:
         return []
-    ones = np.array([value.bit_count() for value in range(256)], np.uint8)
     pairs = []
     for start in range(0, len(own), _ROWS):
-        distances = np.zeros((len(own_hashes[start : start + _ROWS]), len(others)), np.uint8)
-        for byte in range(8):
-            distances += ones[own_hashes[start : start + _ROWS, None, byte] ^ other_hashes[None, :, byte]]
+        distances = np.bitwise_count(own_hashes[start : start + _ROWS, None] ^ other_hashes[None])
         nearest = distances.argmin(1)
         for row, column in enumerate(nearest.tolist()):
             distance = int(distances[row, column])

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import sys
+import textwrap
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from library.cache_plan import caches_of_run, leaks
+from library.cache_plan import caches_of_run, disk_of_run, leaks
 from library.checkpoint import atomic_write
 from library.device_rates import DeviceRates, measure_rates, own_memory, process_memory
 from library.memory_plan import Forecast, Phase, forecast
@@ -15,10 +16,13 @@ from library.model_parts import write_json
 from library.run_setup import compute_dtype
 
 if TYPE_CHECKING:
+    from library.dataset import ImageDataset
     from library.train_util import PreparedRun
 
 PLAN_FILE = "plan.json"
 Rows = list[tuple[str, str]]
+_SHOWN, _WIDTH = 5, 100
+"""Files of a list that the table has, and characters of a line of it."""
 
 
 def write_plan(prepared: PreparedRun) -> None:
@@ -37,9 +41,11 @@ def write_plan(prepared: PreparedRun) -> None:
 
 def plan_of_run(prepared: PreparedRun, found: Forecast, rates: DeviceRates) -> dict[str, Any]:
     """The content of `plan.json`: bytes, seconds, counts."""
+    caches = caches_of_run(prepared, found.caption)
     return {
         "data": _data(prepared),
-        "caches": caches_of_run(prepared, found.caption),
+        "caches": caches,
+        "disk": disk_of_run(prepared, caches),
         "held_out_lookalikes": leaks(prepared.data),
         "learning": [group._asdict() for group in found.groups],
         "memory": _memory(prepared, found),
@@ -47,17 +53,30 @@ def plan_of_run(prepared: PreparedRun, found: Forecast, rates: DeviceRates) -> d
     }
 
 
-def _data(prepared: PreparedRun) -> dict[str, Any]:
-    train, length = prepared.data.train, prepared.length
-    buckets: dict[str, int] = {}
-    for part in train.parts:
+def _buckets(dataset: ImageDataset) -> dict[str, int]:
+    """Pictures by bucket, counting repeats."""
+    found: dict[str, int] = {}
+    for part in dataset.parts:
         for (width, height), items in part.buckets.items():
-            buckets[f"{width}x{height}"] = buckets.get(f"{width}x{height}", 0) + len(items)
+            found[f"{width}x{height}"] = found.get(f"{width}x{height}", 0) + len(items)
+    return found
+
+
+def _data(prepared: PreparedRun) -> dict[str, Any]:
+    data, length = prepared.data, prepared.length
+    train = data.train
     return {
         "images": len(train.records),
         "left_out": {str(path): reason for path, reason in train.quarantine.found.items()},
+        "subsets": [
+            {"name": one.config.name, "images": one.num_images, "repeats": one.config.num_repeats, "is_reg": one.config.is_reg}
+            for dataset in data.datasets
+            for one in dataset.counts
+        ],
         "images_with_repeats": train.num_images,
-        "buckets": buckets,
+        "buckets": _buckets(train),
+        "held_out": data.validation.num_images if data.validation else 0,
+        "held_out_buckets": _buckets(data.validation) if data.validation else {},
         "batches_per_epoch": length.batches_per_epoch,
         "updates_per_epoch": length.updates_per_epoch,
         "epochs": length.num_epochs,
@@ -139,11 +158,9 @@ def as_table(content: dict[str, Any]) -> str:
     data, memory, timing = content["data"], content["memory"], content["time"]
     sections = {
         "data": [
-            ("images", f"{data['images']}, with repeats {data['images_with_repeats']}"),
-            ("buckets", ", ".join(f"{size}: {count}" for size, count in data["buckets"].items())),
-            ("batches an epoch", str(data["batches_per_epoch"])),
-            ("updates", f"{data['updates']} ({data['updates_per_epoch']} an epoch, {data['epochs']} epochs)"),
+            *_data_rows(data),
             *_cache_rows(content["caches"]),
+            *_disk_rows(content["disk"]),
             *_lookalike_rows(content["held_out_lookalikes"]),
         ],
         "what learns": [
@@ -161,6 +178,28 @@ def as_table(content: dict[str, Any]) -> str:
     return "\n".join(_lines(sections.items()))
 
 
+def _data_rows(data: dict[str, Any]) -> Rows:
+    rows = [
+        (f"folder {one['name']}", f"{one['images']} {'regularisation ' if one['is_reg'] else ''}images, {one['repeats']} times")
+        for one in data["subsets"]
+    ]
+    rows += [("left out", f"{path}: {reason}") for path, reason in list(data["left_out"].items())[:_SHOWN]]
+    rows += _more(len(data["left_out"]))
+    rows += [
+        ("trained", f"{data['images']} images, {data['images_with_repeats']} with repeats"),
+        ("buckets", ", ".join(f"{size}: {count}" for size, count in data["buckets"].items())),
+    ]
+    if data["held_out"]:
+        sizes = ", ".join(f"{size}: {count}" for size, count in data["held_out_buckets"].items())
+        rows.append(("held out", f"{data['held_out']} images; {sizes}"))
+    updates = f"{data['updates']} ({data['updates_per_epoch']} an epoch, {data['epochs']} epochs)"
+    return [*rows, ("batches an epoch", str(data["batches_per_epoch"])), ("updates", updates)]
+
+
+def _more(total: int) -> Rows:
+    return [("", f"... and {total - _SHOWN} more, see {PLAN_FILE}")] if total > _SHOWN else []
+
+
 def _cache_rows(caches: dict[str, Any]) -> Rows:
     rows = []
     for name, cache in caches.items():
@@ -171,10 +210,14 @@ def _cache_rows(caches: dict[str, Any]) -> Rows:
     return rows
 
 
+def _disk_rows(disk: dict[str, int]) -> Rows:
+    return [("disk", f"{readable(disk['new_bytes'])} more for caches, {readable(disk['free_bytes'])} free")] if disk else []
+
+
 def _lookalike_rows(pairs: list[dict[str, Any]]) -> Rows:
     """The first few; all are in the file."""
-    rows = [("trained and held out", f"{pair['held_out']} looks like {pair['trained']}") for pair in pairs[:5]]
-    return rows + ([("", f"... and {len(pairs) - 5} more, see {PLAN_FILE}")] if len(pairs) > 5 else [])
+    rows = [("trained and held out", f"{pair['held_out']} looks like {pair['trained']}") for pair in pairs[:_SHOWN]]
+    return rows + _more(len(pairs))
 
 
 def _rate(rate: float | None) -> str:
@@ -198,7 +241,10 @@ def _lines(sections: Iterable[tuple[str, Rows]]) -> Iterator[str]:
     width = max(len(name) for _, rows in sections for name, _ in rows)
     for title, rows in sections:
         yield title
-        yield from (f"  {name:<{width}}  {value}" for name, value in rows)
+        for name, value in rows:
+            first, *rest = textwrap.wrap(value, _WIDTH, break_long_words=False, break_on_hyphens=False) or [""]
+            yield f"  {name:<{width}}  {first}"
+            yield from (f"  {'':<{width}}  {line}" for line in rest)
 
 
 __all__ = ["PLAN_FILE", "Phase", "as_table", "duration", "plan_of_run", "readable", "write_plan"]

@@ -18,7 +18,7 @@ from torch import Tensor
 from library.family_base import family_class
 
 if TYPE_CHECKING:
-    from library.train_util import Trainer
+    from library.train_util import PreparedRun, Trainer
 
 Mode = Literal["network", "full"]
 
@@ -114,12 +114,18 @@ class Workspace:
         importlib.import_module(self.script(mode)).main(self.arguments(mode, output, *extra))
         return output
 
-    def trainer(self, mode: Mode, output: Path, *extra: str) -> Trainer:
-        """Everything built and nothing trained."""
-        from library.train_util import build_trainer
+    def prepared(self, mode: Mode, output: Path, *extra: str) -> PreparedRun:
+        """Everything checked and nothing loaded."""
+        from library.train_util import prepare_run
 
         parse = importlib.import_module(self.script(mode)).parse_options
-        return build_trainer(family_class(self.case.family)(), parse(self.arguments(mode, output, *extra)), mode)
+        return prepare_run(family_class(self.case.family)(), parse(self.arguments(mode, output, *extra)), mode)
+
+    def trainer(self, mode: Mode, output: Path, *extra: str) -> Trainer:
+        """Everything built and nothing trained."""
+        from library.train_util import finish_building
+
+        return finish_building(self.prepared(mode, output, *extra))
 
 
 def make_workspace(case: FamilyCase, folder: Path) -> Workspace:

@@ -20,6 +20,7 @@ from PIL import Image, ImageFilter
 from runs import CASES, Workspace
 
 from library.batch_page import PAGE_FILE, page, picture
+from library.cache_plan import caches_of_run, disk_of_run
 from library.dataset import TrainData, pixels_to_tensor
 from library.near_duplicates import MAX_DISTANCE, difference_hash, near_duplicates
 
@@ -149,37 +150,34 @@ def test_a_browser_shows_the_pictures_their_shades_and_captions_as_text(masked: 
 # ---- the plan --------------------------------------------------------------------------------------------------------
 
 
-def plan_of(workspace: Workspace, output: Path, *extra: str) -> dict:
-    workspace.train("network", output, "--plan", *extra)
-    return json.loads((output / "plan.json").read_text())
-
-
-def test_the_plan_says_what_is_cached_and_how_much_disk_the_rest_takes(
-    workspace: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_plan_says_what_is_cached_and_how_much_disk_the_rest_takes(workspace: Workspace, tmp_path: Path) -> None:
     caches = [
         "--cache_latents_to_disk", "--cache_text_encoder_outputs_to_disk", "--network_train_unet_only",
         f"--cache_dir={tmp_path / 'cache'}",
     ]  # fmt: skip
-    before = plan_of(workspace, tmp_path / "before", *caches)["caches"]
+    memory = ["--cache_latents", "--cache_text_encoder_outputs", "--network_train_unet_only"]
+    train = workspace.trainer("network", tmp_path / "trainer", *memory).data.train
+    assert train.latent_cache is not None and train.text_cache is not None
+    caption = train.text_cache.memory[""]
+    kept = caches_of_run(workspace.prepared("network", tmp_path / "memory", *memory), caption)["latents"]
+    assert (kept["where"], kept["entries"]) == ("memory", 7)
+    assert kept["bytes"] == sum(entry.latents.nbytes for entry in train.latent_cache.memory.values())
+
+    run = workspace.prepared("network", tmp_path / "before", *caches)
+    before = caches_of_run(run, caption)
     assert not list(tmp_path.glob("cache/**/*_sd*.npz")), "a plan makes no entry"
     assert {name: (cache["found"], cache["to_make"]) for name, cache in before.items()} == {
         "latents": (0, 7),
         "text_encoder_outputs": (0, before["text_encoder_outputs"]["entries"]),
     }
-    assert "cached latents" in capsys.readouterr().out
-    workspace.train("network", tmp_path / "run", "--max_train_steps=1", *caches)
+    disk = disk_of_run(run, before)
+    assert disk["new_bytes"] == sum(cache["new_bytes"] for cache in before.values()) < disk["free_bytes"]
+    workspace.trainer("network", tmp_path / "run", *caches)
     for name, pattern in (("latents", "**/*_sd.npz"), ("text_encoder_outputs", "**/*_sd_te*.npz")):
         written = sum(path.stat().st_size for path in (tmp_path / "cache").glob(pattern))
         assert before[name]["new_bytes"] == pytest.approx(written, rel=0.2)
-    after = plan_of(workspace, tmp_path / "after", *caches)["caches"]
+    after = caches_of_run(workspace.prepared("network", tmp_path / "after", *caches), caption)
     assert all(cache["to_make"] == 0 and cache["new_bytes"] == 0 for cache in after.values())
-    memory = plan_of(workspace, tmp_path / "memory", "--cache_latents")["caches"]["latents"]
-    assert memory["where"] == "memory" and memory["entries"] == 7
-    trainer = workspace.trainer("network", tmp_path / "trainer", "--cache_latents")
-    cache = trainer.data.train.latent_cache
-    assert cache is not None
-    assert memory["bytes"] == sum(entry.latents.nbytes for entry in cache.memory.values())
 
 
 def test_the_plan_names_a_held_out_picture_that_looks_like_a_trained_one(
@@ -194,12 +192,20 @@ def test_the_plan_names_a_held_out_picture_that_looks_like_a_trained_one(
         "[[datasets]]\nresolution = 64\nvalidation_split = 0.25\nvalidation_seed = 1\n"
         f"[[datasets.subsets]]\nimage_dir = '{folder.as_posix()}'\nclass_tokens = 'a'\n"
     )
-    found = plan_of(workspace, tmp_path / "out", f"--dataset_config={data}")["held_out_lookalikes"]
+    (folder / "broken.png").write_bytes(b"no picture")
+    workspace.train("network", tmp_path / "out", "--plan", f"--dataset_config={data}", "--cache_latents_to_disk")
+    plan = json.loads((tmp_path / "out" / "plan.json").read_text())
+    assert list(plan["data"]["left_out"]) == [str(folder / "broken.png")]
+    assert plan["data"]["subsets"] == [{"name": "img", "images": 12, "repeats": 1, "is_reg": False}]
+    assert (plan["data"]["images"], plan["data"]["held_out"]) == (9, 3)
+    assert plan["caches"]["latents"]["to_make"] == 12 and plan["disk"]["new_bytes"] > 0
+    found = plan["held_out_lookalikes"]
     assert found
     for pair in found:
         one, other = (re.sub("-larger$", "", Path(pair[side]).stem) for side in ("held_out", "trained"))
         assert one == other and pair["distance"] <= MAX_DISTANCE
-    assert "looks like" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "looks like" in said and "held out" in said and "12: 0 found" in said and "broken.png: not a readable image" in said
 
 
 def smooth(key: int, size: tuple[int, int] = (96, 64)) -> Image.Image:

@@ -10,10 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from data_tools import write_picture
+from PIL import Image
 
 from library.cache_io import read_npz
 from library.file_index import INDEX_FILE, KnownFiles, in_threads
 from library.image_io import content_hash
+from library.near_duplicates import near_duplicates
 from library.quarantine import BadFile
 
 HOUR = 3600 * 10**9
@@ -73,6 +75,18 @@ def test_a_second_run_reads_no_file_that_has_not_changed(folder: Path) -> None:
     index_of(folder).unlink()
     with pytest.raises(BadFile):
         ask(folder)
+
+
+def test_pictures_are_compared_without_being_decoded_again(folder: Path) -> None:
+    (folder.parent / "held").mkdir()
+    Image.open(folder / "p0.png").resize((80, 60)).save(other := folder.parent / "held" / "p9.png")
+    settle(other)
+    trained = [folder / f"p{key}.png" for key in range(3)]
+    first = near_duplicates([other], trained, known(folder))
+    assert [pair.trained.name for pair in first] == ["p0.png"]
+    for path in (other, *trained):
+        spoil(path)
+    assert near_duplicates([other], trained, known(folder)) == first
 
 
 @pytest.mark.parametrize("by", ["time", "length"])

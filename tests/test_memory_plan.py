@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import itertools
 import json
 import logging
@@ -21,7 +20,6 @@ from torch import nn
 from library.auto_fit import fit_to_memory, needed
 from library.custom_offloading_utils import BlockGroup, BlockSwap
 from library.errors import UserError
-from library.family_base import family_class
 from library.memory_plan import SimulatedOffload, forecast, forecasts, largest_batch, swap_footprint
 from library.memory_tracker import MemoryTracker, simulated, stored_bytes
 from library.model_io import empty_module
@@ -47,13 +45,6 @@ DEEP = FamilyCase(
 def workspaces(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Workspace]:
     cases = {**CASES, "deep": DEEP}
     return {name: runs.make_workspace(case, tmp_path_factory.mktemp(name)) for name, case in cases.items()}
-
-
-def prepared(workspace: Workspace, mode: Mode, output: Path, *extra: str) -> PreparedRun:
-    from library.train_util import prepare_run
-
-    parse = importlib.import_module(workspace.script(mode)).parse_options
-    return prepare_run(family_class(workspace.case.family)(), parse(workspace.arguments(mode, output, *extra)), mode)
 
 
 def built(run: PreparedRun) -> Trainer:
@@ -177,7 +168,7 @@ EVERYTHING = [
 def test_the_plan_is_within_ten_percent_of_what_training_takes(
     family: str, mode: Mode, recomputes: bool, precision: str, batch: int, workspaces: dict[str, Workspace], tmp_path: Path
 ) -> None:
-    assert_accurate(prepared(workspaces[family], mode, tmp_path, *flags(mode, recomputes, precision, batch)))
+    assert_accurate(workspaces[family].prepared(mode, tmp_path, *flags(mode, recomputes, precision, batch)))
 
 
 @pytest.mark.parametrize(
@@ -192,11 +183,11 @@ def test_the_plan_follows_the_way_weights_are_stepped(
     extra: list[str], workspaces: dict[str, Workspace], tmp_path: Path
 ) -> None:
     """All of them with everything live: pictures and captions are encoded in the step."""
-    assert_accurate(prepared(workspaces["sd"], "full", tmp_path, *extra))
+    assert_accurate(workspaces["sd"].prepared("full", tmp_path, *extra))
 
 
 def test_caching_has_its_own_phases_and_they_leave_no_trace(workspaces: dict[str, Workspace], tmp_path: Path) -> None:
-    run = prepared(workspaces["flux"], "network", tmp_path, *CACHED, FROZEN_TEXT["network"])
+    run = workspaces["flux"].prepared("network", tmp_path, *CACHED, FROZEN_TEXT["network"])
     plan = forecast(run)
     assert [phase.name for phase in plan.phases] == ["caching latents", "caching text encoder outputs", "training"]
     assert all(dataset.latent_cache is dataset.text_cache is None for dataset in run.data.image_datasets)
@@ -232,7 +223,7 @@ def test_swap_takes_the_slots_and_host_buffers_that_the_plan_says(num_blocks: in
 
 def test_offloaded_activations_are_those_that_offloading_moves(workspaces: dict[str, Workspace], tmp_path: Path) -> None:
     extra = (*CACHED, FROZEN_TEXT["network"], "--cpu_offload_checkpointing", "--gradient_checkpointing")
-    trainer = built(prepared(workspaces["flux"], "network", tmp_path, *extra))
+    trainer = built(workspaces["flux"].prepared("network", tmp_path, *extra))
     offload = trainer.memory.offload
     assert offload is not None
     batch = trainer.data.train[(0, 0)]
@@ -248,8 +239,8 @@ def test_offloaded_activations_are_those_that_offloading_moves(workspaces: dict[
 def test_what_is_swapped_or_offloaded_leaves_the_device(workspaces: dict[str, Workspace], tmp_path: Path) -> None:
     base = (*CACHED, "--gradient_checkpointing")
     for mode in runs.MODES:
-        plain = forecast(prepared(workspaces["deep"], mode, tmp_path, *base))
-        swapped = forecast(prepared(workspaces["deep"], mode, tmp_path, *base, "--blocks_to_swap=2"))
+        plain = forecast(workspaces["deep"].prepared(mode, tmp_path, *base))
+        swapped = forecast(workspaces["deep"].prepared(mode, tmp_path, *base, "--blocks_to_swap=2"))
         assert swapped.training.device.total < plain.training.device.total
         assert swapped.swapped > 0 == plain.swapped
 
@@ -306,22 +297,22 @@ def in_gigabytes(num_bytes: float) -> str:
 
 
 def test_what_fits_is_left_as_it_is(workspaces: dict[str, Workspace], tmp_path: Path) -> None:
-    run = prepared(workspaces["sd"], "network", tmp_path, *CACHED, FROZEN_TEXT["network"], "--auto_fit", ROOMY)
+    run = workspaces["sd"].prepared("network", tmp_path, *CACHED, FROZEN_TEXT["network"], "--auto_fit", ROOMY)
     assert fit_to_memory(run) == run.options
 
 
 def test_checkpointing_comes_first_and_then_the_fewest_blocks(
     workspaces: dict[str, Workspace], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    run = prepared(workspaces["deep"], "network", tmp_path, *LARGE_STEP, ROOMY)
-    recomputing = prepared(workspaces["deep"], "network", tmp_path, *LARGE_STEP, ROOMY, "--gradient_checkpointing")
+    run = workspaces["deep"].prepared("network", tmp_path, *LARGE_STEP, ROOMY)
+    recomputing = workspaces["deep"].prepared("network", tmp_path, *LARGE_STEP, ROOMY, "--gradient_checkpointing")
     division = run.family.swap_division(run.options)
     assert division is not None
     plain, less = needed(run, forecast(run)), needed(run, forecast(recomputing))
     least = [needed(run, found) for found in forecasts(recomputing, [division.plans(n) for n in (1, 2)])]
     assert plain > less > least[0] > least[1]
     for limit, chosen in ((less, (True, None)), (least[1], (True, 2))):
-        limited = prepared(workspaces["deep"], "network", tmp_path, *LARGE_STEP, in_gigabytes(limit + 1))
+        limited = workspaces["deep"].prepared("network", tmp_path, *LARGE_STEP, in_gigabytes(limit + 1))
         caplog.clear()
         with caplog.at_level(logging.INFO):
             found = fit_to_memory(limited)
@@ -333,17 +324,17 @@ def test_quantising_comes_last_and_is_named(
     workspaces: dict[str, Workspace], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     arguments = [*LARGE_STEP, "--gradient_checkpointing", "--blocks_to_swap=2", "--no-cpu_offload_checkpointing"]
-    run = prepared(workspaces["deep"], "network", tmp_path, *arguments, ROOMY)
+    run = workspaces["deep"].prepared("network", tmp_path, *arguments, ROOMY)
     limit = needed(run, forecast(run)) - 1
     with caplog.at_level(logging.INFO):
-        found = fit_to_memory(prepared(workspaces["deep"], "network", tmp_path, *arguments, in_gigabytes(limit)))
+        found = fit_to_memory(workspaces["deep"].prepared("network", tmp_path, *arguments, in_gigabytes(limit)))
     assert found.denoiser_scheme == "fp8"
     assert "WHAT IS LEARNED CHANGES" in caplog.text
 
 
 def test_what_the_user_chose_stays_and_nothing_that_fits_is_an_error(workspaces: dict[str, Workspace], tmp_path: Path) -> None:
     left = ["--no-gradient_checkpointing", "--blocks_to_swap=0", "--no-cpu_offload_checkpointing", "--no-quantize_base"]
-    run = prepared(workspaces["flux"], "network", tmp_path, *left, "--auto_fit", "--auto_fit_memory=1MB")
+    run = workspaces["flux"].prepared("network", tmp_path, *left, "--auto_fit", "--auto_fit_memory=1MB")
     with pytest.raises(UserError, match=r"nothing fits in 1 MiB\. The least is .* with the options as they are"):
         fit_to_memory(run)
 
@@ -352,8 +343,8 @@ def test_a_run_that_was_fitted_learns_what_its_flags_would_and_says_that_a_resum
     workspaces: dict[str, Workspace], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     base = (*CACHED, FROZEN_TEXT["network"])
-    run = prepared(workspaces["flux"], "network", tmp_path, *base)
-    limit = needed(run, forecast(prepared(workspaces["flux"], "network", tmp_path, *base, "--gradient_checkpointing"))) + 1
+    run = workspaces["flux"].prepared("network", tmp_path, *base)
+    limit = needed(run, forecast(workspaces["flux"].prepared("network", tmp_path, *base, "--gradient_checkpointing"))) + 1
     begun = workspaces["flux"].train("network", tmp_path / "begun", *base, "--max_train_steps=1", "--save_state")
     base = (*base, f"--resume={begun / 'tiny-state'}", "--max_train_steps=3")
     with caplog.at_level(logging.WARNING):
