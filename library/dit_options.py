@@ -32,7 +32,7 @@ class DitOptions(NoFamilyOptions):
 
 def _weights_of_ddpm(o: TrainOptions) -> bool:
     loss = o.loss
-    given = loss.min_snr_gamma or loss.debiased_estimation_loss or loss.v_pred_like_loss
+    given = loss.min_snr_gamma or loss.debiased_estimation_loss or loss.v_pred_like_loss or loss.p2_gamma
     return bool(given or loss.scale_v_pred_loss_like_noise_pred)
 
 
@@ -48,8 +48,8 @@ FLOW_RULES: tuple[Rule, ...] = (
     ),
     Rule(
         _weights_of_ddpm,
-        "--min_snr_gamma, --debiased_estimation_loss, --v_pred_like_loss and --scale_v_pred_loss_like_noise_pred have no "
-        "effect: they weight by the SNR of a noise schedule, which a flow does not have.",
+        "--min_snr_gamma, --debiased_estimation_loss, --p2_gamma, --v_pred_like_loss and --scale_v_pred_loss_like_noise_pred "
+        "have no effect: they weight by the SNR of a noise schedule, which a flow does not have.",
         warning=True,
     ),
     Rule(

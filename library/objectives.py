@@ -90,6 +90,8 @@ class DiscreteDDPM:
     debiased: bool = False
     scale_v_like_noise: bool = False
     v_like_loss: float | None = None
+    p2_gamma: float | None = None
+    p2_k: float = 1.0
     huber_schedule: str = "snr"
     huber_c: float = 0.1
     huber_scale: float = 1.0
@@ -151,6 +153,8 @@ class DiscreteDDPM:
             weight = weight * clamped / (clamped + 1)
         if self.v_like_loss is not None:
             weight = weight * (1 + self.v_like_loss * (clamped + 1) / clamped.clamp(min=1e-8))
+        if self.p2_gamma is not None:  # Choi et al. 2022, arXiv 2204.00227
+            weight = weight * (self.p2_k + snr).pow(-self.p2_gamma)
         if self.debiased:  # Yu et al. 2023, arXiv 2310.08442
             weight = weight * (1 / (clamped + 1) if self.v_prediction else clamped.clamp(min=1e-8).rsqrt())
         return weight

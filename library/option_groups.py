@@ -182,7 +182,7 @@ class OptimizerOptions:
 class ScheduleOptions:
     """How learning rates change over the run."""
 
-    lr_scheduler: str = opt("constant", "schedule: constant, constant_with_warmup, linear, cosine, cosine_with_restarts, ...")
+    lr_scheduler: str = opt("constant", "schedule: constant, constant_with_warmup, linear, cosine, rex, ...")
     lr_scheduler_type: str = opt("", "dotted path to a scheduler class, instead of --lr_scheduler")
     lr_scheduler_args: tuple[str, ...] | None = opt(None, "arguments of that class: T_max=100 ...")
     lr_warmup_steps: int | float = opt(0, "steps until the full rate: a number, a ratio below 1, or 10%", type=steps_or_ratio)
@@ -191,7 +191,7 @@ class ScheduleOptions:
     lr_scheduler_power: float = opt(1.0, "power of polynomial")
     lr_scheduler_timescale: int | None = opt(None, "time scale of inverse_sqrt; the warm-up's length unless given", minimum=1)
     lr_scheduler_min_lr_ratio: float | None = opt(
-        None, "lowest rate, as a ratio, of cosine_with_min_lr and warmup_stable_decay", minimum=0, maximum=1
+        None, "lowest rate, as a ratio, of cosine_with_min_lr, warmup_stable_decay and rex", minimum=0, maximum=1
     )
 
 
@@ -225,6 +225,8 @@ class LossOptions:
     scale_v_pred_loss_like_noise_pred: bool = opt(False, "weight a v prediction's loss as a noise prediction's")
     v_pred_like_loss: float | None = opt(None, "add a v prediction's loss, times this, to a noise prediction's", minimum=0)
     debiased_estimation_loss: bool = opt(False, "weight the loss by debiased estimation")
+    p2_gamma: float | None = opt(None, "weight the loss by P2 with this gamma, 0.5 to 1: favours much noise", minimum=0)
+    p2_k: float = opt(1.0, "k of P2: bounds the weight where there is almost no signal", minimum=0)
     prior_loss_weight: float = opt(1.0, "weight of regularization pictures", minimum=0)
     weighted_captions: bool = opt(False, "read weights in captions, as in (word:1.3)")
     masked_loss_normalize: bool = opt(

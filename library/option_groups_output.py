@@ -58,9 +58,11 @@ class StateOptions:
     save_state: bool = opt(False, "save a state with every saved model, to resume from")
     save_state_on_train_end: bool = opt(False, "save a state at the end")
     resume: str | None = opt(None, "state folder to go on from, exactly; auto: the newest whole one in --output_dir, or none")
-    initial_step: int | None = opt(None, "count steps from here; goes before --initial_epoch", minimum=0, planned=True)
-    initial_epoch: int | None = opt(None, "count epochs from here, 1 the first", minimum=1, planned=True)
-    skip_until_initial_step: bool = opt(False, "skip the data before --initial_step", planned=True)
+    initial_step: int | None = opt(
+        None, "count steps from here, as if those before had been made; goes before --initial_epoch", minimum=0
+    )
+    initial_epoch: int | None = opt(None, "count epochs from here, 1 the first", minimum=1)
+    skip_until_initial_step: bool = opt(False, "begin inside the epoch, with the pictures that come at --initial_step")
 
 
 @dataclass(frozen=True, kw_only=True)

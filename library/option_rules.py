@@ -285,6 +285,18 @@ _ATTENTION = (
     ),
 )
 
+_START = (
+    Rule(
+        lambda o: o.state.resume is not None and (o.state.initial_step is not None or o.state.initial_epoch is not None),
+        "--initial_step and --initial_epoch have no effect beside --resume, whose state says where the run stands.",
+        warning=True,
+    ),
+    Rule(
+        lambda o: o.state.skip_until_initial_step and o.state.initial_step is None,
+        "--skip_until_initial_step needs --initial_step, the step to skip to.",
+    ),
+)
+
 _VALIDATION = (
     Rule(
         lambda o: (
@@ -364,6 +376,7 @@ RULES: tuple[Rule, ...] = (
     *_NOISE_AND_LOSS,
     *_DATA,
     *_RUN,
+    *_START,
     *_VALIDATION,
     *_NETWORK,
     *_FULL,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ from library.errors import UserError
 from library.optimizers import find_optimizer, load_exactly
 from library.option_groups_output import NEWEST_STATE
 from library.rng import key_to_seed
-from library.run_setup import RunLength
+from library.run_setup import RunLength, TrainState
 from library.saved_state import SavedState, changed_options, load_state, newest_state, result_options
 
 if TYPE_CHECKING:
@@ -127,6 +128,33 @@ def restore_optimizer(optimizer: AcceleratedOptimizer, saved: SavedState, option
         ) from error
     if options.precision.bf16_update != "kahan":
         drop_compensation(inner)
+
+
+def start_state(options: TrainOptions, length: RunLength) -> TrainState:
+    """Where a run that is not resumed begins: at `--initial_step` or `--initial_epoch`, else at 0.
+
+    The epoch is that of the step, begun anew unless `--skip_until_initial_step`. Raises `UserError` past the end.
+    """
+    flags = options.state
+    step = flags.initial_step
+    if step is None:
+        step = ((flags.initial_epoch or 1) - 1) * length.updates_per_epoch
+    if step and step >= length.total_updates:
+        raise UserError(
+            f"nothing is left to train: the run is to begin at step {step} (--initial_step, --initial_epoch) and ends at step "
+            f"{length.total_updates}. Raise --max_train_steps (or --max_train_epochs)."
+        )
+    epoch, inside = divmod(step, length.updates_per_epoch)
+    position = inside * length.accumulation if flags.skip_until_initial_step else 0
+    return TrainState(step, epoch, position, epoch * length.batches_per_epoch + position)
+
+
+def place_schedule(scheduler: LRScheduler, step: int) -> None:
+    """The schedule as after `step` updates."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that no update was made before
+        for _ in range(step):
+            scheduler.step()
 
 
 def restore_schedule(scheduler: LRScheduler, saved: SavedState) -> None:

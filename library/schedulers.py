@@ -32,14 +32,35 @@ SCHEDULERS: dict[str, str] = {
     "inverse_sqrt": "transformers.optimization:get_inverse_sqrt_schedule",
     "cosine_with_min_lr": "transformers.optimization:get_cosine_with_min_lr_schedule_with_warmup",
     "warmup_stable_decay": "transformers.optimization:get_wsd_schedule",
+    "rex": "library.schedulers:rex",
     "adafactor": "library.schedulers:adafactor",
 }
-"""sd-scripts' names -> module:function, imported when asked for. A function gets those of `_keywords` it has parameters for."""
+"""sd-scripts' names, and rex -> module:function, imported when asked for.
+
+A function gets those of `_keywords` it has parameters for."""
 
 
 def constant(optimizer: Optimizer) -> LRScheduler:
     """The rates as they are; also for optimizers that schedule themselves."""
     return LambdaLR(optimizer, lambda step: 1.0)
+
+
+def rex(
+    optimizer: Optimizer, num_warmup_steps: int, num_training_steps: int, min_lr_rate: float = 0.0, depth: float = 0.5
+) -> LRScheduler:
+    """Slow at first, ever faster towards the end (Chen et al. 2021, arXiv 2107.04197): (1 - p) / (1 - depth * p) at progress p.
+
+    depth: in [0, 1); 0 falls along a line, larger ones stay high for longer. min_lr_rate: where it ends, as a ratio.
+    """
+
+    def factor(step: int) -> float:
+        if step < num_warmup_steps:
+            return step / num_warmup_steps
+        progress = (step - num_warmup_steps) / max(1, num_training_steps - num_warmup_steps)
+        left = max(0.0, 1 - progress)
+        return min_lr_rate + (1 - min_lr_rate) * left / (1 - depth * (1 - left))
+
+    return LambdaLR(optimizer, factor)
 
 
 def adafactor(optimizer: Optimizer) -> LRScheduler:
@@ -116,6 +137,8 @@ def _keywords(options: ScheduleOptions, name: str, factory: Callable[..., Any], 
     }
     if name == "cosine_with_restarts":
         keywords["num_cycles"] = cycles
+    elif name == "rex":
+        keywords["min_lr_rate"] = ratio
     elif name == "cosine_with_min_lr":
         keywords |= {"num_cycles": cycles / 2, "min_lr_rate": ratio}  # a cycle of ours is half a wave: once down
     elif name == "warmup_stable_decay":

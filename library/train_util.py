@@ -35,9 +35,11 @@ from library.processes import Processes
 from library.resume import (
     check_resumable,
     find_state,
+    place_schedule,
     restore_optimizer,
     restore_schedule,
     run_record,
+    start_state,
     tell_changed_options,
 )
 from library.rng import StepRng, key_to_seed
@@ -396,6 +398,8 @@ def prepare_run(family: ModelFamily, options: TrainOptions, mode: Mode) -> Prepa
     if saved is not None:
         record = run_record(options, prepared.length, accelerator.num_processes, data.train)
         check_resumable(saved, record, prepared.length)
+    else:
+        start_state(options, prepared.length)  # for its errors
     return prepared
 
 
@@ -425,6 +429,9 @@ def finish_building(prepared: PreparedRun) -> Trainer:
     trainer = prepared.assemble(bundle, previews)
     if prepared.saved is not None:
         trainer.restore(prepared.saved)
+    else:
+        trainer.state = start_state(prepared.options, prepared.length)
+        place_schedule(trainer.scheduler, trainer.state.step)
     return trainer
 
 

@@ -130,6 +130,8 @@ class UnetFamily(ModelFamily):
             zero_terminal_snr=self.ends_in_noise(options),
             min_snr_gamma=loss.min_snr_gamma or None,
             debiased=loss.debiased_estimation_loss,
+            p2_gamma=loss.p2_gamma,
+            p2_k=loss.p2_k,
             scale_v_like_noise=loss.scale_v_pred_loss_like_noise_pred,
             v_like_loss=loss.v_pred_like_loss or None,
             **range_and_huber(options.noise, loss),

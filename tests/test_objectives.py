@@ -293,3 +293,9 @@ def test_no_global_generator_is_touched():
     perturb(make_noise(latents(), options, StepRng(seed=1)), options, StepRng(seed=1))
     DiscreteDDPM().sample_times(latents(), keyed_generator("t"))
     assert torch.equal(before, torch.get_rng_state())
+
+
+def test_p2_is_its_formula():
+    objective = DiscreteDDPM(p2_gamma=0.7, p2_k=2.0)
+    weight = objective.weight(TIMES)
+    torch.testing.assert_close(weight, (2.0 + objective.snr(TIMES)) ** -0.7)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+
 import pytest
 import torch
 from accelerate import Accelerator
@@ -209,3 +211,33 @@ def test_evaluating_changes_nothing_for_other_optimizers():
         inside = [parameter.detach().clone() for group in made.param_groups for parameter in group["params"]]
     assert before
     assert all(torch.equal(one, other) for one, other in zip(before, inside, strict=True))
+
+
+OWN_PACKAGES = (
+    "pytorch_optimizer.CAME",
+    "pytorch_optimizer.StableAdamW",
+    "prodigyplus.ProdigyPlusScheduleFree",
+    "torch.optim.NAdam",
+)
+
+
+@pytest.mark.parametrize("name", [*OPTIMIZERS, *OWN_PACKAGES])
+def test_every_optimizer_lowers_the_loss_and_keeps_a_state_that_is_read_safely(name):
+    """Six steps, since RAdam's first five are not rectified and its schedule-free form makes none of them."""
+    rate = 1.0 if "dadapt" in name.lower() or "prodigy" in name.lower() else 1e-2
+    torch.manual_seed(0)
+    model = torch.nn.Linear(8, 8)
+    groups = [ParamGroup("unet", list(model.parameters()), rate)]
+    optimizer = create_optimizer(OptimizerOptions(optimizer_type=name, learning_rate=rate), groups)
+    losses = []
+    for _ in range(7):
+        loss = (model(torch.ones(4, 8)) - 1).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0]
+    stored = io.BytesIO()
+    torch.save(optimizer.state_dict(), stored)
+    stored.seek(0)
+    assert torch.load(stored, weights_only=True).keys() == optimizer.state_dict().keys()

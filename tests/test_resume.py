@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,10 @@ from runs import CASES, MODES, Mode, Workspace
 from safetensors.torch import load_file
 
 from library.errors import UserError
+from library.rng import keyed_random
+from library.run_setup import TrainState
+from library.run_writer import RunWriter
+from library.train_util import Trainer
 
 TOTAL, STOP = 10, 6
 STATE = "tiny-state"
@@ -253,3 +259,68 @@ def test_lycoris_trains_saves_and_resumes_exactly(args: list[str], suffix: str, 
     before = load_file(step_state(whole, 2) / "trainable.safetensors")
     after = load_file(whole / STATE / "trainable.safetensors")
     assert any(not torch.equal(before[name], after[name]) for name in after if "te" in name)
+
+
+# Beginning later without a state
+
+
+def test_a_run_can_begin_at_a_later_step_with_its_rate_and_its_pictures(workspace: Workspace, tmp_path: Path) -> None:
+    """Seven batches are four updates an epoch: step 6 is two updates, four batches, into the second one."""
+    flags = ("--gradient_accumulation_steps=2", "--max_train_steps=8", "--lr_scheduler=linear")
+    whole = workspace.train("network", tmp_path / "whole", *flags)
+    skipping = (*flags, "--initial_step=6", "--skip_until_initial_step")
+    later = workspace.train("network", tmp_path / "later", *skipping)
+    assert runs.rows(later, "lr/unet") == runs.rows(whole, "lr/unet")[6:]
+    trainer = workspace.trainer("network", tmp_path / "x", *skipping)
+    assert trainer.state == TrainState(step=6, epoch=1, position=4, micro_step=11)
+    trainer = workspace.trainer("network", tmp_path / "x", *flags, "--initial_epoch=2")
+    assert trainer.state == TrainState(step=4, epoch=1, position=0, micro_step=7)
+    with pytest.raises(UserError, match=r"begin at step 8 .* ends at step 8"):
+        workspace.trainer("network", tmp_path / "x", *flags, "--initial_epoch=3")
+
+
+# Killed at any moment
+
+KILLED_FLAGS = (
+    "--max_train_steps=30", "--save_every_n_steps=1", "--save_state", "--save_last_n_steps_state=3", "--save_last_n_steps=2",
+    "--network_train_unet_only", "--cache_latents", "--cache_text_encoder_outputs", "--network_args", "rank_dropout=0.3",
+)  # fmt: skip
+
+
+def train_until_killed(workspace: Workspace, output: Path, seconds: float) -> bool:
+    """Whether a process of its own, going on from the newest state, came to its end within `seconds` of the processor's
+    time, which a busy machine does not shorten."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            begin = Trainer.fit
+
+            def fit(trainer: Trainer, writer: RunWriter) -> None:
+                signal.signal(signal.SIGPROF, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+                signal.setitimer(signal.ITIMER_PROF, seconds)
+                begin(trainer, writer)
+                signal.setitimer(signal.ITIMER_PROF, 0)
+
+            Trainer.fit = fit  # type: ignore[method-assign]
+            workspace.train("network", output, *KILLED_FLAGS, "--resume=auto")
+            code = 0
+        finally:
+            os._exit(code)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0, "the run failed by itself"
+    return not os.WIFSIGNALED(status)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_killed_at_any_moment_and_resumed_a_run_ends_as_if_nothing_had_happened(workspace: Workspace, tmp_path: Path) -> None:
+    """Saves after every step, so that many of the kills fall into one."""
+    whole = workspace.train("network", tmp_path / "whole", *KILLED_FLAGS)
+    output, rng, kills = tmp_path / "killed", keyed_random("kills"), 0
+    while not train_until_killed(workspace, output, rng.uniform(0.02, 0.4)):
+        kills += 1
+        assert kills < 200, "the run does not come forward"
+    print(f"{kills} kills")
+    runs.assert_same_tensors(load_file(output / "tiny.safetensors"), load_file(whole / "tiny.safetensors"))
+    assert kills >= 10
+    assert runs.losses(output) == runs.losses(whole)

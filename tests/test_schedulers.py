@@ -75,6 +75,10 @@ CASES = {
         ScheduleOptions(lr_warmup_steps=4, lr_scheduler_min_lr_ratio=0.25),
         lambda s: s / 4 if s < 4 else cosine(s, 4, low=0.25),
     ),
+    "rex": (
+        ScheduleOptions(lr_warmup_steps=4, lr_scheduler_min_lr_ratio=0.1),
+        lambda s: s / 4 if s < 4 else 0.1 + 0.9 * (1 - (s - 4) / 16) / (0.5 + 0.5 * (1 - (s - 4) / 16)),
+    ),
     "warmup_stable_decay": (
         ScheduleOptions(lr_warmup_steps=4, lr_decay_steps=0.4, lr_scheduler_min_lr_ratio=0.1),
         lambda s: 0.1 + 0.9 * s / 4 if s < 4 else 1.0 if s < 12 else 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * (s - 12) / 8)),
