@@ -146,6 +146,8 @@ class _CaptionReader:
         self.subset, self.folder, self.beside = subset, folder, beside
         self.extensions = (subset.caption_extension,) if subset.caption_extension else (".txt", ".caption")
         self.listed = read_folder_captions(folder)
+        self.used: set[str] = set()
+        """Entries of `listed` that belong to a picture."""
 
     def _listed(self, image: Path) -> str | None:
         if not self.listed:
@@ -153,6 +155,7 @@ class _CaptionReader:
         inside = image.relative_to(self.folder)
         for name in (inside.as_posix(), inside.with_suffix("").as_posix()):
             if name in self.listed:
+                self.used.add(name)
                 return "\n".join(line for text in self.listed[name] for line in text.split("\n") if line.strip())
         return None
 
@@ -166,7 +169,7 @@ class _CaptionReader:
         self, images: Sequence[Path], files: Sequence[tuple[str, tuple[str, bool] | BadFile] | None], bad: list[BadFile]
     ) -> list[Found]:
         """The pictures with their captions. files: for each, what `find` names and what is in it."""
-        found, missing, guessed = [], [], []
+        found, missing, guessed, cut = [], [], [], []
         for image, file in zip(images, files, strict=True):
             caption = self._listed(image)
             if file is not None:
@@ -176,21 +179,23 @@ class _CaptionReader:
                     continue
                 caption = read_lines(text[0], self.subset.captions)
                 guessed += [path] if text[1] else []
+                cut += [path] if not self.subset.captions.wildcard and "\n" in text[0].strip() else []
             elif caption is None:
                 missing.append(image)
                 caption = self.subset.class_tokens or ""
             found.append(Found(image, caption, counted=caption))
-        self._warn(len(images), missing, guessed)
+        self._tell("caption files are not UTF-8 and were read as Latin-1. First: %s. Save them as UTF-8.", guessed)
+        self._tell("caption files have further lines, which only enable_wildcard uses. First: %s.", cut)
+        self._tell("entries of captions.json belong to no image. First: %s.", sorted(self.listed.keys() - self.used))
+        self._warn_missing(len(images), missing)
         return found
 
-    def _warn(self, total: int, missing: list[Path], guessed: list[str]) -> None:
-        if guessed:
-            logger.warning(
-                "%s: %d caption files are not UTF-8 and were read as Latin-1. First: %s. Save them as UTF-8.",
-                self.folder,
-                len(guessed),
-                os.path.basename(guessed[0]),
-            )
+    def _tell(self, what: str, names: Sequence[str]) -> None:
+        """One line, if there are any. Several pictures may have one file."""
+        if names:
+            logger.warning(f"%s: %d {what}", self.folder, len(set(names)), os.path.basename(names[0]))
+
+    def _warn_missing(self, total: int, missing: list[Path]) -> None:
         if missing and self.subset.class_tokens is None:
             beside = {os.path.basename(path) for path in self.beside}
             _warn_missing_captions(self.folder, missing, total, self.extensions, beside)

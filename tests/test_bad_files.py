@@ -455,12 +455,15 @@ def test_folders_below_are_searched_on_request_and_a_loop_of_links_ends(tmp_path
     assert {record.key for record in data.train.records} == {"0/0/b/p0.png", "0/0/p0.png"}
 
 
-def test_a_listed_picture_has_several_captions_of_which_each_reading_picks_one(tmp_path: Path, strategies: Strategies) -> None:
+def test_a_listed_picture_has_several_captions_of_which_each_reading_picks_one(
+    tmp_path: Path, strategies: Strategies, caplog: pytest.LogCaptureFixture
+) -> None:
     folder = write_folder(tmp_path / "img", [(64, 64)] * 2)
-    (folder / "captions.json").write_text(json.dumps({"p0": ["one", "two", "three"]}), encoding="utf-8")
+    (folder / "captions.json").write_text(json.dumps({"p0": ["one", "two", "three"], "p7": "typing error"}), encoding="utf-8")
     data = data_of(tmp_path, strategies, "caption_prefix = 'a'\n")
     seen = {caption for epoch in range(20) for index in range(2) for caption in data.train[(epoch, index)].captions}
     assert seen == {"a one", "a two", "a three", "a picture 1, tag"}
+    assert "1 entries of captions.json belong to no image. First: p7." in caplog.text
     (folder / "captions.json").write_text(json.dumps({"p0": 3}), encoding="utf-8")
     with pytest.raises(UserError, match=r"captions\.json: the entry of 'p0' is 3"):
         data_of(tmp_path, strategies)

@@ -316,7 +316,9 @@ def captions_of(data: TrainData) -> dict[str, str]:
     return {record.path.name: record.caption for record in data.train.records}
 
 
-def test_captions_come_from_txt_then_caption_then_the_class_tokens(tmp_path: Path, strategies: Strategies) -> None:
+def test_captions_come_from_txt_then_caption_then_the_class_tokens(
+    tmp_path: Path, strategies: Strategies, caplog: pytest.LogCaptureFixture
+) -> None:
     for name in ("a.png", "b.png", "c.png", "a_1_2_3_4.png"):
         write_picture(tmp_path / "img" / name)
     (tmp_path / "img" / "a.txt").write_text("from txt\nsecond line\n", encoding="utf-8")
@@ -325,6 +327,7 @@ def test_captions_come_from_txt_then_caption_then_the_class_tokens(tmp_path: Pat
     text = f"[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = '{tmp_path / 'img'}'\nclass_tokens = 'sks'\n"
     expected = {"a.png": "from txt", "b.png": "from caption é", "c.png": "sks", "a_1_2_3_4.png": "from txt"}
     assert captions_of(from_toml(tmp_path, strategies, text)) == expected
+    assert "1 caption files have further lines, which only enable_wildcard uses. First: a.txt." in caplog.text
 
 
 def test_a_folder_without_captions_is_warned_about_once_with_the_extension_that_is_there(
