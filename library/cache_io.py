@@ -11,7 +11,7 @@ import os
 import re
 import secrets
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from hashlib import blake2b
@@ -151,11 +151,14 @@ def _unfit(path: Path, problem: str) -> UserError:
     return UserError(f"the cache file {path} does not fit ({problem}). Remove it, or --skip_cache_check.")
 
 
-def _gone(path: Path) -> UserError:
-    return UserError(
-        f"the cache file {path} was removed or damaged while training. Remove what is left of it, and start again: then it is "
-        "made anew."
-    )
+class LostEntry(UserError):
+    """A cache file that was there when training began, and cannot be read now."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(
+            f"the cache file {path} was removed or damaged while training. Remove what is left of it, and start again: then it "
+            "is made anew."
+        )
 
 
 # Fingerprints
@@ -346,7 +349,7 @@ class LatentFile:
         arrays = read_npz(self.path)
         suffix = self._found_suffix(arrays) if arrays is not None else None
         if arrays is None or suffix is None:
-            raise _gone(self.path)
+            raise LostEntry(self.path)
         problem = self._problem(arrays, suffix) or self._not_finite(arrays, suffix)
         if problem:
             raise _unfit(self.path, problem)
@@ -448,7 +451,7 @@ class TextFile:
         arrays = read_npz(self.path)
         keys = self._keys()
         if arrays is None or any(key not in arrays for key in keys.values()):
-            raise _gone(self.path)
+            raise LostEntry(self.path)
         if problem := self._problem(arrays):
             raise _unfit(self.path, problem)
         dtypes = (stored_fingerprint(arrays) or {}).get("dtypes", {})
@@ -471,10 +474,8 @@ class TextCache:
     memory: Mapping[str, Conditioning] = field(default_factory=dict)
     files: Mapping[str, TextFile] = field(default_factory=dict)
 
-    def batch(self, captions: Sequence[str]) -> Conditioning:
-        return self.conditioning.collate([self._entry(caption) for caption in captions])
-
-    def _entry(self, caption: str) -> Conditioning:
+    def get(self, caption: str) -> Conditioning:
+        """Raises `LostEntry` where its file is not there any more."""
         if caption in self.memory:
             return self.memory[caption]
         if caption in self.files:

@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -24,7 +25,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from library.batch import TrainBatch
-from library.cache_io import CachedLatents, LatentCache, TextCache, entry_key
+from library.cache_io import CachedLatents, LatentCache, LostEntry, TextCache, entry_key
 from library.captions import CaptionMoment, final_caption, is_dropped
 from library.compact import Chained
 from library.config_util import Mode, load_data_config, rejects_preservation
@@ -39,7 +40,7 @@ from library.picture_views import choose_view, load_view, view_beside
 from library.quarantine import BadFile, Quarantine
 from library.records import Record
 from library.rng import keyed_random
-from library.strategy_base import Strategies, TokenizeStrategy
+from library.strategy_base import Conditioning, Strategies, TokenizeStrategy
 
 if TYPE_CHECKING:
     from library.option_groups import TrainOptions
@@ -79,6 +80,8 @@ class Row:
     crop: Crop
     caption: str
     paired: Paired = Paired()
+    text: Conditioning | None = None
+    """What is cached of the caption, unbatched."""
 
 
 @dataclass(eq=False)
@@ -194,17 +197,17 @@ class ImageDataset(Dataset[TrainBatch]):
         caption = "" if dropped else self._reading(record, repeat, moment)
         if flipped:
             crop, paired = crop.mirrored(), paired.mirrored()
-        return Row(pixels, seed, crop, caption, paired)
+        with _still_there(record):
+            text = None if self.text_cache is None else self.text_cache.get(caption)
+        return Row(pixels, seed, crop, caption, paired, text)
 
     def _cached(self, cache: LatentCache, record: Record) -> CachedLatents:
         if self._unreadable is None:
             self._unreadable = self.quarantine.known()  # complete, and not only what this process has met
         if str(record.path) in self._unreadable:  # there may be an entry, of what the file once was
             raise BadFile(record.path, "it could not be read when latents were cached")
-        try:
+        with _still_there(record):
             return cache.get(entry_key(record.path, record.recipe))
-        except UserError as error:  # it was there when training began
-            raise BadFile(record.path, str(error)) from error
 
     def _pair(self, beside: Beside) -> Paired:
         mask = None if beside.mask is None else latent_mask(beside.mask, self.mask_stride)
@@ -239,7 +242,9 @@ class ImageDataset(Dataset[TrainBatch]):
         """The batch of `rows`, which show `records`."""
         stacked = torch.stack([row.pixels for row in rows])
         captions = tuple(row.caption for row in rows)
-        cached = self.text_cache.batch(captions) if self.text_cache is not None else None
+        cached = None
+        if self.text_cache is not None:
+            cached = self.text_cache.conditioning.collate([row.text or self.text_cache.get(row.caption) for row in rows])
         needs_tokens = self.text_cache is None or not self.text_cache.complete
         tokens = self.tokenizer.tokenize(captions) if needs_tokens else None
         lengths = self.tokenizer.lengths(captions)
@@ -268,6 +273,15 @@ class ImageDataset(Dataset[TrainBatch]):
             latent_seeds=tuple(row.seed for row in rows),
             multiplier=multiplier,
         )
+
+
+@contextmanager
+def _still_there(record: Record) -> Iterator[None]:
+    """Around reading what was cached when training began: where it is lost, `record` is left out, and the run goes on."""
+    try:
+        yield
+    except LostEntry as error:
+        raise BadFile(record.path, str(error)) from error
 
 
 def _choose(entry: CachedLatents, flipped: bool) -> Tensor:

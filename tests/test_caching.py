@@ -480,6 +480,16 @@ def test_encoders_left_out_of_the_cache_stay_live(case: Case) -> None:
     assert batch.conditioning.missing() == {"text_encoder"}
 
 
+def test_an_entry_that_is_lost_while_training_costs_its_caption_and_not_the_run(case: Case) -> None:
+    data = case.data(cache_text_encoder_outputs_to_disk=True)
+    case.text(data)
+    (case.folder / "img" / "p0_sd_te.npz").unlink()
+    (case.folder / "img" / "p1_sd_te.npz").write_bytes(b"damaged")
+    seen = [caption for index in range(data.train.num_batches) for caption in data.train[(0, index)].captions]
+    assert set(seen) == {"picture 2, tag", "picture 3, tag"}
+    assert {path.stem for path in data.train.quarantine.found} == {"p0", "p1"}
+
+
 def test_one_picture_with_two_captions_has_two_entries(case: Case) -> None:
     more = f"[[datasets.subsets]]\nimage_dir = '{case.folder / 'img'}'\ncaption_prefix = 'P'\n"
     flags = {"more": more, "cache_text_encoder_outputs_to_disk": True}
