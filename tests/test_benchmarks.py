@@ -1,4 +1,4 @@
-"""The benchmark of the real FLUX.1 runs at toy size on a CPU, and counts what it should."""
+"""The benchmark of the real FLUX.1 runs at toy size on a CPU, and counts what it should; that of the real SDXL is one."""
 
 from __future__ import annotations
 
@@ -71,3 +71,29 @@ def test_the_operations_of_a_step_are_those_of_its_matrices(gpu_flux: ModuleType
     attention = 57 * 4 * tokens**2 * width
     counted = gpu_flux.operations(size)
     assert linear + 3.0 * attention < counted < 1.03 * (linear + 3.5 * attention)
+
+
+def test_the_sdxl_of_the_benchmark_has_the_published_sizes_and_its_file_is_a_model(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import sdxl_full_size
+    import tiny_sdxl
+
+    from library.option_groups import ModelOptions
+    from library.sdxl_utils import describe
+
+    published = {  # parameters of the base model's parts
+        "model.diffusion_model.": 2_567_463_684,
+        "first_stage_model.": 83_653_863,
+        "conditioner.embedders.0.": 123_060_480,
+        "conditioner.embedders.1.": 694_659_840,
+    }
+    shapes = dict(sdxl_full_size.layout("full"))
+    for prefix, expected in published.items():
+        assert sum(value.numel() for name, value in shapes.items() if name.startswith(prefix)) == expected, prefix
+    sdxl_full_size.write_checkpoint(tmp_path / "tiny.safetensors", "tiny")
+    model = describe(ModelOptions(pretrained_model_name_or_path=str(tmp_path / "tiny.safetensors")))
+    for part in model.parts.values():
+        part.check()
+    assert model.unet.config["block_out_channels"] == tiny_sdxl.configs()["denoiser"]["block_out_channels"]
