@@ -20,7 +20,7 @@ from library.strategy_base import Conditioning, Strategies
 
 if TYPE_CHECKING:
     from library.batch import TrainBatch
-    from library.model_parts import Component
+    from library.model_parts import Component, SaveSettings
     from library.objectives import Objective
     from library.option_groups import TrainOptions
     from networks.network_base import NetworkArch
@@ -205,20 +205,11 @@ class ModelFamily(ABC):
         return None
 
     @abstractmethod
-    def save_checkpoint(
-        self,
-        bundle: ModelBundle,
-        path: Path,
-        *,
-        format: str,
-        dtype: torch.dtype | None,
-        metadata: Mapping[str, str],
-        max_shard_size: int | None = None,
-    ) -> None:
-        """A full checkpoint under its published key names. format: safetensors, ckpt, diffusers or diffusers_safetensors.
+    def save_checkpoint(self, bundle: ModelBundle, path: Path, settings: SaveSettings) -> None:
+        """A full checkpoint under its published key names.
 
         Writes to `path` only (a file, or a folder for the diffusers formats and, with `max_shard_size`, for safetensors); the
-        caller makes that atomic. max_shard_size: most bytes of tensors in a file; larger parts become several.
+        caller makes that atomic.
         """
 
     @abstractmethod

@@ -17,7 +17,7 @@ from library.flux_models import FluxParams
 from library.flux_names import FLUX_DIFFUSERS
 from library.flux_utils import CLIP_L, T5XXL, FluxModel
 from library.model_io import read_json
-from library.model_parts import cast, write_config, write_json, write_tensors
+from library.model_parts import SaveSettings, cast, write_config, write_json, write_tensors
 from library.sharding import write_whole
 
 FORMATS = ("safetensors", "ckpt", "diffusers", "diffusers_safetensors")
@@ -31,25 +31,17 @@ class FluxCheckpoint:
     transformer: nn.Module | None
     tokenizers: Mapping[str, Path]
 
-    def write(
-        self,
-        path: Path,
-        *,
-        format: str,
-        dtype: torch.dtype | None,
-        metadata: Mapping[str, str],
-        max_shard_size: int | None = None,
-    ) -> None:
-        """A single file holds the transformer alone, as sd-scripts writes it. dtype None keeps what is there."""
-        if format == "safetensors":
-            write_whole(self.part("denoiser", dtype), path, metadata=metadata, max_shard_size=max_shard_size)
-        elif format == "ckpt":
-            torch.save({"state_dict": self.part("denoiser", dtype)}, path)
-        elif format in FORMATS:
-            safe = format == "diffusers_safetensors"
-            self.write_folder(path, safe=safe, dtype=dtype, metadata=metadata, max_shard_size=max_shard_size)
+    def write(self, path: Path, settings: SaveSettings) -> None:
+        """A single file holds the transformer alone, as sd-scripts writes it."""
+        if settings.format == "safetensors":
+            tensors = self.part("denoiser", settings.dtype)
+            write_whole(tensors, path, metadata=settings.metadata, max_shard_size=settings.max_shard_size)
+        elif settings.format == "ckpt":
+            torch.save({"state_dict": self.part("denoiser", settings.dtype)}, path)
+        elif settings.format in FORMATS:
+            self.write_folder(path, settings)
         else:
-            raise UserError(f"unknown format '{format}'. Known: {', '.join(FORMATS)}.")
+            raise UserError(f"unknown format '{settings.format}'. Known: {', '.join(FORMATS)}.")
 
     def part(self, name: str, dtype: torch.dtype | None) -> dict[str, Tensor]:
         """A part's tensors under our names (the transformer's are the original ones), on the CPU."""
@@ -60,29 +52,21 @@ class FluxCheckpoint:
             tensors = {key: component.tensor(key) for key in component.names()}
         return {key: cast(value, dtype).contiguous() for key, value in tensors.items()}
 
-    def write_folder(
-        self,
-        path: Path,
-        *,
-        safe: bool,
-        dtype: torch.dtype | None,
-        metadata: Mapping[str, str],
-        max_shard_size: int | None = None,
-    ) -> None:
+    def write_folder(self, path: Path, settings: SaveSettings) -> None:
         path.mkdir(parents=True, exist_ok=True)
-        write = functools.partial(write_tensors, safe=safe, max_shard_size=max_shard_size)
-        transformer = FLUX_DIFFUSERS.to_ours(self.part("denoiser", dtype))
+        write = functools.partial(write_tensors, safe=settings.safe, max_shard_size=settings.max_shard_size)
+        transformer = FLUX_DIFFUSERS.to_ours(self.part("denoiser", settings.dtype))
         (path / "transformer").mkdir(exist_ok=True)
         write_json(path / "transformer" / "config.json", transformer_config(self.model.params))
-        write(transformer, path / "transformer" / "diffusion_pytorch_model", metadata=metadata)
+        write(transformer, path / "transformer" / "diffusion_pytorch_model", metadata=settings.metadata)
         for name, folder in _folders(self.model).items():
             (path / folder).mkdir(exist_ok=True)
             component = self.model.parts[name]
             write_config(component.make(component.config), path / folder)
-            tensors = self.part(name, dtype)
+            tensors = self.part(name, settings.dtype)
             stem = "diffusion_pytorch_model"
             if name != "vae":
-                tensors, stem = component.key_map.to_theirs(tensors), "model" if safe else "pytorch_model"
+                tensors, stem = component.key_map.to_theirs(tensors), "model" if settings.safe else "pytorch_model"
             write(tensors, path / folder / stem, metadata={})
         for name, source in self.tokenizers.items():
             copy_tokenizer(source, path / _tokenizer_folder(self.model, name))

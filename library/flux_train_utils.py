@@ -16,7 +16,7 @@ from library.flux_models import Flux, image_ids, pack, unpack
 from library.flux_saving import FluxCheckpoint
 from library.flux_utils import CLIP_L, FLUX_LAYERS, TITLE, FluxModel, describe, open_denoiser
 from library.model_loading import lazy_bundle
-from library.model_parts import Component, enable_encoder_checkpointing
+from library.model_parts import Component, SaveSettings, enable_encoder_checkpointing
 from library.objectives import RectifiedFlow, range_and_huber, resolution_shift
 from library.offload_plan import SwapDivision
 from library.quantization import LayerTable
@@ -216,21 +216,12 @@ class FluxFamily(ModelFamily):
 
     # ---- saving ------------------------------------------------------------------------------------------------------
 
-    def save_checkpoint(
-        self,
-        bundle: ModelBundle,
-        path: Path,
-        *,
-        format: str,
-        dtype: torch.dtype | None,
-        metadata: Mapping[str, str],
-        max_shard_size: int | None = None,
-    ) -> None:
+    def save_checkpoint(self, bundle: ModelBundle, path: Path, settings: SaveSettings) -> None:
         FluxCheckpoint(
             model=bundle.facts["model"],
             transformer=bundle.denoiser if bundle.loaded("denoiser") else None,
             tokenizers=bundle.facts["tokenizers"],
-        ).write(path, format=format, dtype=dtype, metadata=metadata, max_shard_size=max_shard_size)
+        ).write(path, settings)
 
 
 def _entry_shapes(model: FluxModel, length: int) -> dict[str, tuple[int, ...]]:

@@ -94,6 +94,24 @@ def enable_encoder_checkpointing(encoder: nn.Module) -> None:
 # ---- writing ---------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class SaveSettings:
+    """How a checkpoint is written."""
+
+    format: str
+    """safetensors, ckpt, diffusers or diffusers_safetensors."""
+    dtype: torch.dtype | None = None
+    """Of the parts' tensors; None keeps what they have."""
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    max_shard_size: int | None = None
+    """Most bytes of tensors in a file; larger parts become several."""
+
+    @property
+    def safe(self) -> bool:
+        """Whether the weights of a folder are safetensors."""
+        return self.format == "diffusers_safetensors"
+
+
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

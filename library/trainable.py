@@ -16,6 +16,7 @@ from library.errors import UserError
 from library.family_base import ModelBundle, ModelFamily
 from library.memory_policy import MemoryPolicy
 from library.model_io import open_checkpoint
+from library.model_parts import SaveSettings
 from library.optimizers import LearningRates, ParamGroup
 from library.quantized_layers import end_merging
 
@@ -305,11 +306,5 @@ class FullTrainable(Trainable):
 
     def save(self, path: Path, *, dtype: torch.dtype | None, metadata: Mapping[str, str]) -> None:
         with self.memory.host_weights():
-            self.family.save_checkpoint(
-                self.bundle,
-                path,
-                format=self.format,
-                dtype=dtype,
-                metadata=metadata,
-                max_shard_size=self.options.full.max_shard_size,
-            )
+            settings = SaveSettings(self.format, dtype, metadata, self.options.full.max_shard_size)
+            self.family.save_checkpoint(self.bundle, path, settings)

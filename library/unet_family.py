@@ -15,7 +15,7 @@ from library.clip_tokenizer import load_clip_tokenizer
 from library.family_base import LatentSpec, ModelBundle, ModelFamily, SampleRequest
 from library.model_io import open_checkpoint
 from library.model_loading import lazy_bundle
-from library.model_parts import Component, enable_encoder_checkpointing
+from library.model_parts import Component, SaveSettings, enable_encoder_checkpointing
 from library.objectives import DiscreteDDPM, range_and_huber
 from library.quantization import UNET_LAYERS, LayerTable
 from library.quantized_layers import Quantizer
@@ -159,16 +159,7 @@ class UnetFamily(ModelFamily):
 
     # ---- saving ------------------------------------------------------------------------------------------------------
 
-    def save_checkpoint(
-        self,
-        bundle: ModelBundle,
-        path: Path,
-        *,
-        format: str,
-        dtype: torch.dtype | None,
-        metadata: Mapping[str, str],
-        max_shard_size: int | None = None,
-    ) -> None:
+    def save_checkpoint(self, bundle: ModelBundle, path: Path, settings: SaveSettings) -> None:
         facts = bundle.facts
         names = ("denoiser", *bundle.text_encoder_names)
         self.checkpoint(
@@ -177,7 +168,7 @@ class UnetFamily(ModelFamily):
             v_prediction=facts["v_prediction"],
             zero_terminal_snr=facts["zero_terminal_snr"],
             tokenizers=facts["tokenizers"],
-        ).write(path, format=format, dtype=dtype, metadata=metadata, max_shard_size=max_shard_size)
+        ).write(path, settings)
 
 
 def _learns_from_within(denoiser: Any) -> bool:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from library.clip_tokenizer import copy_tokenizer
 from library.errors import UserError
 from library.key_layout import IDENTITY, KeyMap
-from library.model_parts import Component, cast, write_config, write_json, write_tensors
+from library.model_parts import Component, SaveSettings, cast, write_config, write_json, write_tensors
 from library.quantized_layers import QuantizedLayer
 from library.sharding import write_whole
 from library.unet_names import unet_key_map_for
@@ -64,26 +64,19 @@ class UnetCheckpoint(ABC):
         """Empty tensors of a single file that say how the model was trained -> whether they belong there."""
         return {}
 
-    def write(
-        self,
-        path: Path,
-        *,
-        format: str,
-        dtype: torch.dtype | None,
-        metadata: Mapping[str, str],
-        max_shard_size: int | None = None,
-    ) -> None:
-        """dtype: of the parts' tensors; None keeps what they have. Tensors that no part uses stay as they were."""
-        if format == "safetensors":
-            write_whole(self.ldm_tensors(dtype), path, metadata=metadata, max_shard_size=max_shard_size)
-        elif format == "ckpt":
+    def write(self, path: Path, settings: SaveSettings) -> None:
+        """Tensors that no part uses stay as they were."""
+        metadata = settings.metadata
+        if settings.format == "safetensors":
+            tensors = self.ldm_tensors(settings.dtype)
+            write_whole(tensors, path, metadata=metadata, max_shard_size=settings.max_shard_size)
+        elif settings.format == "ckpt":
             counters = {key: int(metadata.get(f"ss_{name}", 0)) for key, name in (("epoch", "epoch"), ("global_step", "steps"))}
-            torch.save({"state_dict": self.ldm_tensors(dtype), **counters}, path)
-        elif format in FOLDER_FORMATS:
-            safe = format == "diffusers_safetensors"
-            self.write_folder(path, safe=safe, dtype=dtype, metadata=metadata, max_shard_size=max_shard_size)
+            torch.save({"state_dict": self.ldm_tensors(settings.dtype), **counters}, path)
+        elif settings.format in FOLDER_FORMATS:
+            self.write_folder(path, settings)
         else:
-            raise UserError(f"unknown format '{format}'. Known: {', '.join(SINGLE_FILE_FORMATS + FOLDER_FORMATS)}.")
+            raise UserError(f"unknown format '{settings.format}'. Known: {', '.join(SINGLE_FILE_FORMATS + FOLDER_FORMATS)}.")
 
     def part(self, name: str, dtype: torch.dtype | None) -> dict[str, Tensor]:
         """A part's tensors under our names, on the CPU."""
@@ -137,26 +130,18 @@ class UnetCheckpoint(ABC):
 
     # ---- a folder ----------------------------------------------------------------------------------------------------
 
-    def write_folder(
-        self,
-        path: Path,
-        *,
-        safe: bool,
-        dtype: torch.dtype | None,
-        metadata: Mapping[str, str],
-        max_shard_size: int | None = None,
-    ) -> None:
+    def write_folder(self, path: Path, settings: SaveSettings) -> None:
         path.mkdir(parents=True, exist_ok=True)
-        write = functools.partial(write_tensors, safe=safe, max_shard_size=max_shard_size)
+        write = functools.partial(write_tensors, safe=settings.safe, max_shard_size=settings.max_shard_size)
         for name, component in self.model.parts.items():
             is_text = name not in ("denoiser", "vae")
             folder_name, names = self.folder_text(name) if is_text else (_FOLDERS.get(name, name), IDENTITY)
             folder = path / folder_name
             folder.mkdir(exist_ok=True)
             write_config(component.make(component.config), folder)
-            tensors = names.to_theirs(self.part(name, dtype))
-            stem = ("model" if safe else "pytorch_model") if is_text else _STEM
-            write(tensors, folder / stem, metadata=metadata if name == "denoiser" else {})
+            tensors = names.to_theirs(self.part(name, settings.dtype))
+            stem = ("model" if settings.safe else "pytorch_model") if is_text else _STEM
+            write(tensors, folder / stem, metadata=settings.metadata if name == "denoiser" else {})
         for folder_name, source in self.tokenizers.items():
             self.write_tokenizer(source, path / folder_name)
         scheduler = self._scheduler()

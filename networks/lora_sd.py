@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from networks.network_targets import BlockTable, NetworkArch, TargetGroup, clip_targets
+from networks.network_targets import BlockTable, NetworkArch, clip_targets, unet_targets
 
 _BLOCK = re.compile(r"_(down|up)_blocks_(\d+)_(resnets|attentions|downsamplers|upsamplers)_(\d+)_")
 
@@ -25,13 +25,7 @@ def block_index(key: str) -> int | None:
 ARCH = NetworkArch(
     name="sd",
     groups=(
-        TargetGroup(
-            part="denoiser",
-            prefix="lora_unet",
-            containers=("Transformer2DModel",),
-            conv_containers=("ResnetBlock2D", "Downsample2D", "Upsample2D"),
-            aliases=("unet",),
-        ),
+        unet_targets(),
         clip_targets("text_encoder", "lora_te", "text_encoder"),
     ),
     blocks=BlockTable(index=block_index, lead=0, down=12, mid=1, up=12, tail=0),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from library.unet_names import SDXL_UNET_NAMES, sdxl_block
-from networks.network_targets import BlockTable, NetworkArch, TargetGroup, clip_targets
+from networks.network_targets import BlockTable, NetworkArch, clip_targets, unet_targets
 
 _PREFIX = "lora_unet_"
 
@@ -21,14 +21,7 @@ def original_name(path: str) -> str:
 ARCH = NetworkArch(
     name="sdxl",
     groups=(
-        TargetGroup(
-            part="denoiser",
-            prefix="lora_unet",
-            containers=("Transformer2DModel",),
-            conv_containers=("ResnetBlock2D", "Downsample2D", "Upsample2D"),
-            canonical=original_name,
-            aliases=("unet",),
-        ),
+        unet_targets(original_name),
         clip_targets("text_encoder1", "lora_te1", "text_encoder"),
         clip_targets("text_encoder2", "lora_te2", "text_encoder_2"),
     ),

@@ -86,6 +86,18 @@ def clip_text_name(path: str) -> str:
     return path if path.startswith(("text_model.", "text_projection")) else f"text_model.{path}"
 
 
+def unet_targets(canonical: Callable[[str], str] = same_name) -> TargetGroup:
+    """The transformers, and on request the convolutions, of diffusers' UNet."""
+    return TargetGroup(
+        part=DENOISER,
+        prefix="lora_unet",
+        containers=("Transformer2DModel",),
+        conv_containers=("ResnetBlock2D", "Downsample2D", "Upsample2D"),
+        canonical=canonical,
+        aliases=("unet",),
+    )
+
+
 def clip_targets(part: str, prefix: str, *aliases: str, diffusers: str | None = None) -> TargetGroup:
     """A CLIP text encoder's attention and MLP layers. diffusers: its name there, for writing."""
     containers = ("CLIPAttention", "CLIPSdpaAttention", "CLIPMLP")

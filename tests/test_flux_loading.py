@@ -22,6 +22,7 @@ from library.flux_names import FLUX_DIFFUSERS
 from library.flux_options import FluxOptions
 from library.flux_train_utils import FluxFamily
 from library.flux_utils import describe
+from library.model_parts import SaveSettings
 from library.option_groups import NetworkTrainOptions
 from library.options import from_flags
 from library.rng import keyed_generator
@@ -295,7 +296,7 @@ def test_a_loaded_model_is_saved_as_it_was(kind: str, files: dict[str, Path], tm
     bundle = load(options(files[kind], files[kind].parent))
     _ = bundle.denoiser
     path = tmp_path / "saved.safetensors"
-    FAMILY.save_checkpoint(bundle, path, format="safetensors", dtype=None, metadata={"a": "b"})
+    FAMILY.save_checkpoint(bundle, path, SaveSettings("safetensors", metadata={"a": "b"}))
     assert tiny.same_tensors(load_file(path), load_file(files[kind]))
 
 
@@ -309,7 +310,7 @@ def test_a_kontext_folder_is_read_as_dev_and_stays_kontext(folders: dict[str, Pa
     FAMILY.check(chosen)
     assert describe(chosen).kind == "dev"
     bundle = load(chosen)
-    FAMILY.save_checkpoint(bundle, tmp_path / "saved", format="diffusers_safetensors", dtype=None, metadata={})
+    FAMILY.save_checkpoint(bundle, tmp_path / "saved", SaveSettings("diffusers_safetensors"))
     assert json.loads((tmp_path / "saved" / "scheduler" / "scheduler_config.json").read_text())["shift"] == 2.5
     import diffusers
 
@@ -325,7 +326,7 @@ def test_a_saved_folder_is_read_by_diffusers_and_by_us(kind: str, files: dict[st
     with torch.no_grad():
         for parameter in bundle.denoiser.parameters():
             parameter.mul_(1.1)  # as training would
-    FAMILY.save_checkpoint(bundle, tmp_path / "saved", format="diffusers_safetensors", dtype=None, metadata={})
+    FAMILY.save_checkpoint(bundle, tmp_path / "saved", SaveSettings("diffusers_safetensors"))
     again = load(options(tmp_path / "saved"))
     assert_same(state(again), state(bundle))
     pipe = pipeline(tmp_path / "saved", kind)

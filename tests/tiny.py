@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from library import clip_parts, unet_names, unet_parts, vae_parts
 from library.family_base import ModelBundle, ModelFamily
 from library.key_layout import KeyMap
+from library.model_parts import SaveSettings
 from library.option_groups import FullTrainOptions, ModelOptions
 from library.rng import keyed_generator
 from library.sd_train_utils import SdFamily
@@ -251,7 +252,7 @@ def load_sd(path: Path, tokenizer: Path | None = None, dtype: torch.dtype = torc
 
 def save(family: ModelFamily, bundle: ModelBundle, path: Path, format: str, dtype: torch.dtype | None = None) -> Path:
     """The bundle's model as a file or folder of this format."""
-    family.save_checkpoint(bundle, path, format=format, dtype=dtype, metadata={"ss_epoch": "3", "ss_steps": "12"})
+    family.save_checkpoint(bundle, path, SaveSettings(format, dtype, {"ss_epoch": "3", "ss_steps": "12"}))
     return path
 
 

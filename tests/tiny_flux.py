@@ -19,7 +19,7 @@ from library.flux_saving import FluxCheckpoint
 from library.flux_utils import CLIP_L, T5XXL, VAE_SCALE, VAE_SHIFT, FluxModel
 from library.key_layout import IDENTITY
 from library.model_io import TensorEntry, TensorSource
-from library.model_parts import Component
+from library.model_parts import Component, SaveSettings
 from library.t5_parts import T5_NAMES, T5_TOKENIZER, make_t5
 from library.vae_parts import make_vae, vae_key_map
 
@@ -193,5 +193,5 @@ def write_flux_folder(path: Path, kind: Kind = "dev", *, seed: int = 0) -> Path:
     tokenizers = {T5XXL: write_t5_tokenizer(path.with_name(f"{path.name}_t5"))}
     if kind != "chroma":
         tokenizers[CLIP_L] = tiny.write_clip_tokenizer(path.with_name(f"{path.name}_clip"))
-    FluxCheckpoint(model, parts["denoiser"], tokenizers).write(path, format="diffusers_safetensors", dtype=None, metadata={})
+    FluxCheckpoint(model, parts["denoiser"], tokenizers).write(path, SaveSettings("diffusers_safetensors"))
     return path
