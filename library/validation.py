@@ -6,9 +6,9 @@ Nothing of a round reaches the training: its random numbers are keyed apart, and
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -30,6 +30,8 @@ class ValidationLoss:
     """Mean loss over all pictures at each quantile of the time density, the earliest (least noise) first."""
 
     by_quantile: tuple[float, ...]
+    by_set: Mapping[str, float] = field(default_factory=dict)
+    """The mean of each validated [[datasets]], by the name of its folders, where there are several."""
 
     @property
     def mean(self) -> float:
@@ -39,6 +41,7 @@ class ValidationLoss:
         """Under sd-scripts' names, and one for each quantile. unit: `step` or `epoch`; training: the running loss."""
         own = {f"{unit}_average": self.mean, f"{unit}_divergence": self.mean - training}
         quantiles = quantiles_of(len(self.by_quantile))
+        own |= {f"{name}_average": loss for name, loss in self.by_set.items()}
         own |= {f"quantile_{100 * q:02.0f}": loss for q, loss in zip(quantiles, self.by_quantile, strict=True)}
         return {f"loss/validation/{name}": value for name, value in own.items()}
 
@@ -71,6 +74,7 @@ class Validation:
         self.trainer = trainer
         self.dataset = dataset
         self.options = options
+        self.names = _set_names(dataset)
 
     @classmethod
     def of(cls, trainer: Trainer) -> Validation | None:
@@ -91,7 +95,8 @@ class Validation:
     def measure(self) -> ValidationLoss:
         """One round, with the weights as they are. To be called on every process, in evaluation mode."""
         trainer, quantiles = self.trainer, quantiles_of(self.options.validation_quantiles)
-        sums = torch.zeros(len(quantiles) + 1, dtype=torch.float64, device=trainer.device)  # the last one counts pictures
+        # a row for each set; the last column counts pictures
+        sums = torch.zeros(len(self.dataset.parts), len(quantiles) + 1, device=trainer.device)
         seed = key_to_seed(trainer.options.training.seed or 0, "validation")
         training_rng = trainer.rng
         try:
@@ -100,12 +105,17 @@ class Validation:
                     trainer.rng = StepRng(seed, step=index)
                     encoded = self._encoded(batch.to(trainer.device))
                     losses = [trainer.loss(replace(encoded, quantile=quantile)) for quantile in quantiles]
-                    sums += torch.stack([*losses, torch.ones_like(losses[0])]).double() * len(batch)
+                    sums[self.dataset.plan(0)[index][0]] += torch.stack([*losses, torch.ones_like(losses[0])]) * len(batch)
         finally:
             trainer.rng = training_rng
         trainer.processes.add_up(sums)
-        *totals, pictures = sums.tolist()
-        return ValidationLoss(tuple(total / pictures for total in totals))
+        *totals, pictures = sums.sum(0).tolist()
+        by_set = {
+            name: sum(losses) / len(losses) / count
+            for name, (*losses, count) in zip(self.names, sums.tolist(), strict=True)
+            if count and len(sums) > 1
+        }
+        return ValidationLoss(tuple(total / pictures for total in totals), by_set)
 
     def _encoded(self, batch: TrainBatch) -> TrainBatch:
         """The batch with latents and conditioning made once for all its times."""
@@ -127,6 +137,15 @@ class Validation:
                 if number + 1 < len(mine):
                     waiting.append(reader.submit(self.dataset.__getitem__, (0, mine[number + 1])))
                 yield index, batch
+
+
+def _set_names(dataset: ImageDataset) -> list[str]:
+    """A name for each part: those of its folders."""
+    names: list[str] = []
+    for part in dataset.parts:
+        name = "+".join(dict.fromkeys(record.subset.name for record in part.records))
+        names.append(name if name not in names else f"{name} ({len(names) + 1})")
+    return names
 
 
 @dataclass

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import runs
+import tiny
 import torch
 from runs import CASES, Workspace
 from safetensors.torch import load_file
@@ -101,6 +102,23 @@ def test_a_run_stops_when_validation_finds_nothing_better_and_remembers_it(
     first = workspace.train("network", tmp_path / "parts", *flags, "--max_train_steps=2", "--save_state_on_train_end")
     again = workspace.train("network", first, *flags, "--max_train_steps=9", f"--resume={first / 'tiny-state'}")
     assert runs.losses(again) == runs.losses(once)
+
+
+def test_several_sets_have_a_loss_each(workspace: Workspace, tmp_path: Path) -> None:
+    held_out = '[[datasets]]\nvalidation_split = 1.0\n[[datasets.subsets]]\nimage_dir = "{}"\n'
+    sets = [workspace.images / "2_wide", tmp_path / "others"]
+    tiny.write_images(sets[1], 3, (72, 72))
+    trained = f'[[datasets]]\n[[datasets.subsets]]\nimage_dir = "{workspace.images / "2_thing"}"\n'
+    config = tmp_path / "data.toml"
+    config.write_text("[general]\nbatch_size = 1\n" + trained + "".join(held_out.format(folder) for folder in sets))
+    trainer = workspace.trainer("network", tmp_path / "out", f"--dataset_config={config}", "--validation_quantiles=2")
+    validation = Validation.of(trainer)
+    assert validation is not None
+    with trainer.looking():
+        found = validation.measure()
+    assert found.by_set.keys() == {"2_wide", "others"}
+    assert found.mean == pytest.approx((2 * found.by_set["2_wide"] + 3 * found.by_set["others"]) / 5, rel=1e-5)
+    assert "loss/validation/others_average" in found.logs("step", 0.0)
 
 
 def test_a_validation_without_pictures_is_refused(workspace: Workspace, tmp_path: Path) -> None:
