@@ -25,12 +25,12 @@ _ABANDONED = 3600.0  # seconds: a file that is still being written is younger
 def remove_leftovers(folders: Iterable[Path]) -> None:
     """Remove temporary files of writers that were killed."""
     for folder in folders:
-        for path in _files_in(folder):
-            if not TEMPORARY.fullmatch(path.name):
+        for entry in os.scandir(folder) if folder.is_dir() else ():
+            if not TEMPORARY.fullmatch(entry.name):
                 continue
             with contextlib.suppress(OSError):  # another process may have been here first
-                if time.time() - path.stat().st_mtime > _ABANDONED:
-                    path.unlink()
+                if time.time() - entry.stat().st_mtime > _ABANDONED:
+                    os.unlink(entry.path)
 
 
 def prune_readings(wanted: Iterable[Path], text_format: TextFormat, keep: int) -> int:
@@ -41,31 +41,30 @@ def prune_readings(wanted: Iterable[Path], text_format: TextFormat, keep: int) -
     """
     stem, extension = os.path.splitext(text_format.suffix)
     reading = re.compile(rf"(.*{re.escape(stem)})_[0-9a-f]{{8}}{re.escape(extension)}")
-    wanted = set(wanted)
-    pictures = set()
+    names: dict[str, set[str]] = defaultdict(set)  # by folder
     for path in wanted:
-        match = reading.fullmatch(path.name)
-        pictures.add(path if match is None else path.with_name(match[1] + extension))
-        if match is not None:
-            with contextlib.suppress(OSError):  # in a folder that cannot be written, nothing is removed either
-                os.utime(path)
-    others: dict[Path, list[tuple[float, Path]]] = defaultdict(list)
-    for folder in {path.parent for path in wanted}:
-        for path in _files_in(folder):
-            match = reading.fullmatch(path.name)
-            if match is not None and path not in wanted:
-                others[path.with_name(match[1] + extension)].append((path.stat().st_mtime, path))
-    removed = 0
-    for picture, found in others.items():
-        if picture in pictures:
-            removed += sum(_remove_ours(path) for _, path in sorted(found, reverse=True)[keep:])
+        folder, name = os.path.split(path)
+        names[folder].add(name)
+    removed = sum(_prune_folder(folder, own, reading, extension, keep) for folder, own in names.items())
     if removed:
         logger.info("%d cached captions that no picture has had lately were removed", removed)
     return removed
 
 
-def _files_in(folder: Path) -> list[Path]:
-    return [Path(entry) for entry in os.scandir(folder)] if folder.is_dir() else []
+def _prune_folder(folder: str, wanted: set[str], reading: re.Pattern[str], extension: str, keep: int) -> int:
+    pictures = set()
+    for name in wanted:
+        match = reading.fullmatch(name)
+        pictures.add(name if match is None else match[1] + extension)
+        if match is not None:
+            with contextlib.suppress(OSError):  # in a folder that cannot be written, nothing is removed either
+                os.utime(os.path.join(folder, name))
+    others: dict[str, list[tuple[float, str]]] = defaultdict(list)
+    for entry in os.scandir(folder) if os.path.isdir(folder) else ():
+        match = reading.fullmatch(entry.name)
+        if match is not None and entry.name not in wanted and match[1] + extension in pictures:
+            others[match[1]].append((entry.stat().st_mtime, entry.path))
+    return sum(_remove_ours(Path(path)) for found in others.values() for _, path in sorted(found, reverse=True)[keep:])
 
 
 def _remove_ours(path: Path) -> bool:

@@ -156,11 +156,11 @@ OURS: dict[str, tuple[TextEncoderOutputsCachingStrategy, Conditioning]] = {
         SdxlConditioning(hidden_state1=torch.randn(77, 4), hidden_state2=torch.randn(77, 6), pool2=torch.randn(6)),
     ),
     "flux": (
-        FluxTextEncoderOutputsCachingStrategy(FluxConditioning, 8, mask_t5=True),
+        FluxTextEncoderOutputsCachingStrategy(FluxConditioning, mask_t5=True),
         FluxConditioning(context=torch.randn(8, 4), mask=torch.tensor([1, 1, 1, 0, 0, 0, 0, 0]), pooled=torch.randn(3)),
     ),
     "chroma": (
-        FluxTextEncoderOutputsCachingStrategy(ChromaConditioning, 8, mask_t5=True),
+        FluxTextEncoderOutputsCachingStrategy(ChromaConditioning, mask_t5=True),
         ChromaConditioning(context=torch.randn(8, 4), mask=torch.tensor([1, 1, 1, 0, 0, 0, 0, 0])),
     ),
 }
@@ -192,7 +192,7 @@ def test_text_encoder_outputs_come_back_bit_for_bit_and_sd_scripts_misses_nothin
 
 def test_flux_files_say_how_they_were_made(tmp_path: Path) -> None:
     for mask in (False, True):
-        strategy = FluxTextEncoderOutputsCachingStrategy(FluxConditioning, 8, mask_t5=mask)
+        strategy = FluxTextEncoderOutputsCachingStrategy(FluxConditioning, mask_t5=mask)
         file = TextFile(tmp_path / "a_flux_te.npz", strategy, strategy.conditioning.sources())
         file.save(OURS["flux"][1], Fingerprint({}))
         arrays = read_npz(file.path)
