@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -29,6 +30,13 @@ def machine() -> str:
     return f"{cores}, {torch.cuda.get_device_name() if torch.cuda.is_available() else 'no GPU'}"
 
 
+IN_TURN = "BENCHMARK_IN_TURN"
+"""Environment variable: after each step, wait for a line of input."""
+
+
 def step_done() -> None:
     """Tell whoever started this process that a step has ended: the time, and the CPU seconds of the process so far."""
     print(f"STEP {time.time()} {time.process_time()}", flush=True)
+    if IN_TURN in os.environ:
+        sys.stdin.readline()
+        print(f"GO {time.time()} {time.process_time()}", flush=True)

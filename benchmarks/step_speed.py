@@ -1,12 +1,15 @@
 """Time per step and time to the first step, against a plain diffusers + peft loop, in one run.
 
-    python benchmarks/step_speed.py [--model sd_tiny|sd_mid|flux_mid] [--steps 20] [--rounds 3]
+    python benchmarks/step_speed.py [--model sd_tiny|sd_mid|flux_mid] [--steps 20] [--rounds 3] [--in_turn] [--threads 1]
 
 Both sides train a rank-16 LoRA on the same layers of the same model with AdamW in float32, from cached latents and cached text
 outputs, on the same device. The two run in turn, round by round, in processes of their own, each first in every other round;
 the row printed holds the median of the ratios, so that a machine whose speed drifts does not favour either. Ratios of wall time
 mean something on a machine that does nothing else: `busy` is its load at the end, which should be about `threads`. Those of CPU
 seconds tell a slow program from a busy machine.
+
+--in_turn: both processes live together and make a step each in turn, so that what else the machine does falls on both. The row
+has the ratios of neighbouring steps, and that of the fastest steps, but no first step.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "tests"))
 
+import facts  # noqa: E402
 
 RANK = 16
 
@@ -97,15 +101,13 @@ def make_inputs(folder: Path, model: Model) -> None:
 
 def run_ours(folder: Path, model: Model, steps: int) -> None:
     """Train with the script."""
-    from facts import step_done
-
     from library.run_writer import RunWriter
 
     after_update = RunWriter.after_update
 
     def after(writer: RunWriter, *arguments: Any, **named: Any) -> None:
         after_update(writer, *arguments, **named)
-        step_done()
+        facts.step_done()
 
     RunWriter.after_update = after  # type: ignore[method-assign]
     importlib.import_module(model.script).main(
@@ -154,9 +156,87 @@ class Timing:
     """Numbers that learn."""
 
 
+def command_of(side: str, folder: Path, name: str, steps: int) -> list[str]:
+    return [sys.executable, __file__, "--side", side, "--folder", str(folder), "--steps", str(steps), "--model", name]
+
+
+class Waiting:
+    """One side's process, which makes a step when it is told to. Its first one it makes by itself."""
+
+    def __init__(self, command: list[str], errors: Path) -> None:
+        self.errors = errors
+        with errors.open("w", encoding="utf-8") as file:
+            self.process = subprocess.Popen(
+                command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=file, text=True,
+                env={**os.environ, facts.IN_TURN: "1"},
+            )  # fmt: skip
+        self._find("STEP")
+
+    def _find(self, word: str) -> tuple[float, float]:
+        """(time, CPU seconds) of the next line that begins with `word`."""
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            said = line.split()
+            if said[:1] == [word]:
+                return float(said[1]), float(said[2])
+        raise SystemExit(self.errors.read_text(encoding="utf-8"))
+
+    def step(self) -> tuple[float, float]:
+        """(seconds, CPU seconds) of a step."""
+        assert self.process.stdin is not None
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        begun, done = self._find("GO"), self._find("STEP")
+        return done[0] - begun[0], done[1] - begun[1]
+
+    def finish(self) -> None:
+        self.process.communicate()  # the end of its input is as good as a line
+
+
+def measure_in_turn(name: str, steps: int) -> dict[str, object]:
+    """The row of steps made in turn: `steps` of each side, after two that are not counted."""
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        make_inputs(folder, MODELS[name])
+        sides = [Waiting(command_of(side, folder, name, steps + 2), folder / f"{side}.log") for side in ("ours", "plain")]
+        found: list[list[tuple[float, float]]] = [[], []]
+        for number in range(steps + 1):
+            for index in (0, 1) if number % 2 else (1, 0):
+                found[index].append(sides[index].step())
+        for side in sides:
+            side.finish()
+    ours, plain = (rows[1:] for rows in found)
+    ratios, cpu_ratios = (sorted(one[kind] / other[kind] for one, other in zip(ours, plain, strict=True)) for kind in (0, 1))
+    fastest = [min(seconds for seconds, _ in rows) for rows in (ours, plain)]
+    return {
+        **described(name, steps),
+        "in_turn": True,
+        "step_seconds_ours": round(fastest[0], 3),
+        "step_ratio": round(statistics.median(ratios), 3),
+        "step_ratio_least": round(ratios[0], 3),
+        "step_ratio_most": round(ratios[-1], 3),
+        "step_ratio_of_fastest": round(fastest[0] / fastest[1], 3),
+        "step_cpu_ratio": round(statistics.median(cpu_ratios), 3),
+    }
+
+
+def described(name: str, steps: int) -> dict[str, object]:
+    import torch
+
+    family, _, size = name.partition("_")
+    return {
+        "commit": facts.commit(),
+        "machine": facts.machine(),
+        "scenario": f"{family}_lora_{size}",
+        "steps": steps,
+        "threads": torch.get_num_threads(),
+        "busy": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,
+    }
+
+
 def timed(side: str, folder: Path, name: str, steps: int) -> Timing:
     start = time.time()
-    command = [sys.executable, __file__, "--side", side, "--folder", str(folder), "--steps", str(steps), "--model", name]
+    command = command_of(side, folder, name, steps)
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     if result.returncode:
         raise SystemExit(result.stdout + result.stderr)
@@ -188,9 +268,6 @@ def _learning_in(file: Path) -> int:
 
 def measure(name: str, steps: int, rounds: int) -> dict[str, object]:
     """The row. Raises `SystemExit` when the two sides do not train as many numbers."""
-    import facts
-    import torch
-
     pairs = []
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -207,15 +284,9 @@ def measure(name: str, steps: int, rounds: int) -> dict[str, object]:
     def median(value: Callable[[Timing, Timing], float]) -> float:
         return round(statistics.median(value(*pair) for pair in pairs), 3)
 
-    family, _, size = name.partition("_")
     return {
-        "commit": facts.commit(),
-        "machine": facts.machine(),
-        "scenario": f"{family}_lora_{size}",
-        "steps": steps,
+        **described(name, steps),
         "rounds": rounds,
-        "threads": torch.get_num_threads(),
-        "busy": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,
         "step_seconds_ours": median(lambda ours, plain: ours.step),
         "step_ratio": median(lambda ours, plain: ours.step / plain.step),
         "step_cpu_ratio": median(lambda ours, plain: ours.step_cpu / plain.step_cpu),
@@ -230,14 +301,21 @@ def main() -> None:
     parser.add_argument("--model", choices=MODELS, default="sd_tiny")
     parser.add_argument("--steps", type=int, default=20, help="at least 2")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--in_turn", action="store_true", help="a step here, a step there")
+    parser.add_argument("--threads", type=int, help="of each side; as many as torch takes unless given")
     parser.add_argument("--side", choices=("ours", "plain"), help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.threads:
+        os.environ["OMP_NUM_THREADS"] = str(arguments.threads)
     if arguments.side:
         run = run_ours if arguments.side == "ours" else run_plain
         run(arguments.folder, MODELS[arguments.model], arguments.steps)
         return
-    print(json.dumps(measure(arguments.model, arguments.steps, arguments.rounds)))
+    if arguments.in_turn:
+        print(json.dumps(measure_in_turn(arguments.model, arguments.steps)))
+    else:
+        print(json.dumps(measure(arguments.model, arguments.steps, arguments.rounds)))
 
 
 if __name__ == "__main__":

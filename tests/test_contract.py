@@ -159,7 +159,8 @@ def test_gradient_checkpointing_changes_nothing(
 
 MEMORY: dict[str, tuple[list[str], list[str]]] = {
     "swap": ([], ["--blocks_to_swap=2"]),
-    "recomputing": (["--gradient_checkpointing", "--mixed_precision=bf16"], ["--blocks_to_swap=2"]),
+    "recomputing": (["--gradient_checkpointing"], ["--blocks_to_swap=2"]),
+    "bf16": (["--gradient_checkpointing", "--mixed_precision=bf16"], ["--blocks_to_swap=2"]),
     "offloading": (["--gradient_checkpointing"], ["--blocks_to_swap=2", "--cpu_offload_checkpointing"]),
     "fused": (["--gradient_checkpointing", "--fused_backward_pass"], ["--blocks_to_swap=2"]),
 }
@@ -169,7 +170,9 @@ SWAPPING = [
     for memory in MEMORY
     for family, case in CASES.items()
     for mode in MODES
-    if case.write_swappable and not (memory == "fused" and mode == "network")  # an adapter's weights are not swapped
+    if case.write_swappable
+    and not (memory == "fused" and mode == "network")  # an adapter's weights are not swapped
+    and not (memory == "bf16" and family == "chroma")  # slow on a CPU; what casts weights is the same
 ]
 
 
