@@ -210,6 +210,22 @@ def test_norms_of_split_layers_are_those_of_their_weights(parts: dict[str, nn.Mo
         torch.testing.assert_close(adapter.weight_norm(), adapter.delta_weight().norm(), rtol=1e-4, atol=1e-5)
 
 
+def run_theirs(model: Any, params: FluxParams = tiny_flux.DEV) -> Tensor:
+    """What `run` gives, of diffusers' class."""
+    with torch.no_grad():
+        out: Tensor = model(
+            hidden_states=randn(2, 12, params.in_channels, key="img"),
+            encoder_hidden_states=randn(2, 5, params.context_width, key="txt"),
+            pooled_projections=randn(2, params.pooled_width, key="pooled"),
+            timestep=torch.tensor([0.2, 0.7]),
+            guidance=torch.tensor([1.0, 3.0]),
+            img_ids=image_ids(8, 6, "cpu")[0],
+            txt_ids=torch.zeros(5, 3),
+            return_dict=False,
+        )[0]
+    return out
+
+
 # ---- diffusers ---------------------------------------------------------------------------------------------------------
 
 
@@ -253,17 +269,7 @@ def test_a_file_gives_the_same_output_in_diffusers(tmp_path: Path) -> None:
     pipe.load_lora_weights(str(tmp_path), weight_name="lora.safetensors")
     adapted = sum(hasattr(module, "lora_A") for module in theirs.modules())
     assert adapted == 2 + 12 + 1 + 5  # modulations; q, k, v, out and MLPs of both streams; modulation; q, k, v, mlp, out
-    with torch.no_grad():
-        out = theirs(
-            hidden_states=randn(2, 12, 16, key="img"),
-            encoder_hidden_states=randn(2, 5, 24, key="txt"),
-            pooled_projections=randn(2, 64, key="pooled"),
-            timestep=torch.tensor([0.2, 0.7]),
-            guidance=torch.tensor([1.0, 3.0]),
-            img_ids=image_ids(8, 6, "cpu")[0],
-            txt_ids=torch.zeros(5, 3),
-            return_dict=False,
-        )[0]
+    out = run_theirs(theirs)
     assert (expected - plain).std() > 0.05
     torch.testing.assert_close(out, expected, atol=2e-4, rtol=2e-4)
 
@@ -297,17 +303,8 @@ def test_under_diffusers_names_it_reads_every_layer_that_it_has(parts: dict[str,
     ids = torch.arange(10)[None] % 40
     plain = run(parts["denoiser"])
     network.attach()
+    out = run_theirs(theirs)
     with torch.no_grad():
-        out = theirs(
-            hidden_states=randn(2, 12, 16, key="img"),
-            encoder_hidden_states=randn(2, 5, 24, key="txt"),
-            pooled_projections=randn(2, 64, key="pooled"),
-            timestep=torch.tensor([0.2, 0.7]),
-            guidance=torch.tensor([1.0, 3.0]),
-            img_ids=image_ids(8, 6, "cpu")[0],
-            txt_ids=torch.zeros(5, 3),
-            return_dict=False,
-        )[0]
         torch.testing.assert_close(clip(ids)[0], parts["clip_l"](ids)[0], atol=1e-5, rtol=1e-5)
     expected = run(parts["denoiser"])
     assert (expected - plain).std() > 0.05
