@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,23 @@ MOMENTUM = ["--optimizer_args", "momentum=0.9"]
 ONE_STEP_SEED = 5
 STOP_AT = 2
 STATE_AT = 3
+
+
+SWAPS = {
+    "unswapped": [],
+    "swapped": ["--blocks_to_swap=2"],
+    "swapped-fused": ["--blocks_to_swap=2", "--fused_backward_pass", "--gradient_checkpointing"],
+}
+
+
+def swapping_jobs(folder: Path) -> list[list[Any]]:
+    case = CASES["flux"]
+    assert case.write_swappable is not None
+    flux = runs.make_workspace(replace(case, write_model=case.write_swappable), folder / "flux")
+    few = ["--max_train_steps=2", "--max_grad_norm=0", "--cache_latents", "--cache_text_encoder_outputs"]
+    return [
+        [name, flux.script("full"), flux.arguments("full", folder / name, *few, *extra), 0] for name, extra in SWAPS.items()
+    ]
 
 
 def jobs(workspace: Workspace, folder: Path) -> list[list[Any]]:
@@ -45,7 +63,7 @@ def jobs(workspace: Workspace, folder: Path) -> list[list[Any]]:
         few = ["--max_train_steps=3", "--max_grad_norm=0", "--gradient_accumulation_steps=2", *extra]
         rows.append([name, workspace.script("full"), workspace.arguments("full", folder / name, *few), 0])
     stopped = workspace.arguments("network", folder / "stopped", "--max_train_steps=50")
-    return [*rows, ["stopped", workspace.script("network"), stopped, STOP_AT]]
+    return [*rows, *swapping_jobs(folder), ["stopped", workspace.script("network"), stopped, STOP_AT]]
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +145,14 @@ def test_processes_that_step_during_backward_end_where_others_do(finished: Path)
     ordinary, fused = (facts(finished, name) for name in ("ordinary", "fused"))
     for one, other in zip(ordinary, fused, strict=True):
         runs.assert_same_tensors(one["weights"], other["weights"])
+
+
+def test_processes_whose_blocks_are_swapped_end_where_others_do(finished: Path) -> None:
+    """Each swaps its own, and gradients are averaged wherever they are."""
+    expected = facts(finished, "unswapped")[0]["weights"]
+    for name in SWAPS:
+        for process in facts(finished, name):
+            runs.assert_same_tensors(process["weights"], expected)
 
 
 def test_several_processes_resume_exactly(finished: Path) -> None:
