@@ -149,7 +149,7 @@ def write_page(prepared: PreparedRun, count: int) -> None:
     dataset.batches_per_step = options.training.gradient_accumulation_steps * world
 
     def write(temporary: Path) -> None:
-        with temporary.open("w", encoding="utf-8") as file:
+        with temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:
             file.writelines(page(dataset, count, world))
 
     atomic_write(path, write)

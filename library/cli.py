@@ -52,7 +52,9 @@ def setup_logging(logging_options: LoggingOptions) -> None:
     """Send log lines to the console, or to `--console_log_file`. Only the main process says more than errors."""
     target = logging_options.console_log_file
     try:
-        handler: logging.Handler = logging.FileHandler(target, encoding="utf-8") if target else _ConsoleHandler(sys.stderr)
+        handler: logging.Handler = (
+            logging.FileHandler(target, encoding="utf-8", errors="backslashreplace") if target else _ConsoleHandler(sys.stderr)
+        )
     except OSError as error:
         raise UserError(f"--console_log_file {target}: cannot be written: {error.strerror}.") from None
     pattern = "%(message)s" if logging_options.console_log_simple else "%(asctime)s %(levelname)-7s %(message)s"

@@ -106,5 +106,5 @@ def write_table(images: Mapping[str, ImageLoss], path: Path) -> None:
 
 
 def _write(path: Path, text: str) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
+    with path.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
         file.write(text)
