@@ -91,5 +91,6 @@ def compile_blocks(blocks: Sequence[nn.Module], backend: str) -> None:
     """Compile each block's `forward` when it first runs. Sizes of batches, pictures and captions stay variables from the start:
     a graph for each bucket would be compiled otherwise."""
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MAX_GRAPHS)
+    torch.fx.experimental._config.use_duck_shape = False  # the sides of a first, square picture are two variables, too
     for block in blocks:
         block.forward = torch.compile(block.forward, backend=backend, dynamic=True)  # type: ignore[method-assign]

@@ -74,7 +74,7 @@ def compare(
 FLUX_GRAPHS = 3
 """The first block, whose text comes without a gradient; the other double blocks; the single blocks."""
 LEVEL_GRAPHS = 5
-"""Residual blocks of three shapes, transformer blocks of two; once more, where the first picture was a square."""
+"""Residual blocks of three shapes, transformer blocks of two."""
 UNET_GRAPHS = 22
 """13 of residual blocks, which differ in their shapes, and 5 of transformer blocks; more, where a tiny picture is one pixel."""
 
@@ -110,7 +110,7 @@ def test_graphs_of_a_unets_blocks_serve_every_bucket() -> None:
     added = {"text_embeds": torch.ones(2, tiny_sdxl.WIDTH), "time_ids": torch.ones(2, 6)}
     t, context = torch.tensor([3, 700]), torch.ones(2, 77, 2 * tiny_sdxl.WIDTH)
     graphs = []
-    for height, width in ((8, 8), (8, 16), (24, 8), (16, 16), (16, 24)):
+    for height, width in ((8, 8), (8, 16), (24, 8), (16, 16)):
         found = []
         for unet in (compiled, plain):
             x = torch.randn(2, 4, height, width, generator=keyed_generator("compile", height)).requires_grad_()
@@ -120,7 +120,7 @@ def test_graphs_of_a_unets_blocks_serve_every_bucket() -> None:
         torch.testing.assert_close(*found, atol=1e-5, rtol=1e-4)
         graphs.append(counters["stats"]["unique_graphs"])
     assert not counters["graph_break"]
-    assert LEVEL_GRAPHS <= graphs[1] == graphs[-1] <= 2 * LEVEL_GRAPHS, graphs
+    assert graphs == [LEVEL_GRAPHS] * 4
 
 
 @pytest.mark.slow

@@ -21,8 +21,7 @@ FAMILY = SdFamily()
 save = functools.partial(tiny.save, FAMILY)
 
 
-@pytest.mark.parametrize("version", ["v1", "v2"])
-@pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
+@pytest.mark.parametrize(("version", "suffix"), [("v1", ".ckpt"), ("v2", ".safetensors")])
 def test_load_and_save_gives_back_every_tensor_bit_for_bit(version: Any, suffix: str, tmp_path: Path, tokenizer: Path):
     path = tiny.write_sd_checkpoint(tmp_path / f"in{suffix}", version=version, dtype=torch.float16)
     bundle = tiny.load_sd(path, tokenizer, torch.float16, v2=version == "v2")
