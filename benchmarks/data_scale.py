@@ -82,13 +82,14 @@ def measure(folder: Path) -> dict[str, float]:
     strategies = make_strategies(folder)
     toml = f"[[datasets]]\nresolution = 64\nbatch_size = 4\n[[datasets.subsets]]\nimage_dir = '{folder / 'images'}'\n"
     options = make_options(dataset_config=write_toml(folder / "data.toml", toml), cache_dir=str(folder / "cache"))
-    start = time.perf_counter()
+    start, used = time.perf_counter(), time.process_time()
     data = build(options, strategies)
-    seconds, kept = time.perf_counter() - start, memory("Rss")
+    seconds, used, kept = time.perf_counter() - start, time.process_time() - used, memory("Rss")
     start = time.perf_counter()
     data.train.plan(0)
     return {
         "seconds": seconds,
+        "processor": used,
         "memory": kept,
         "plan": time.perf_counter() - start,
         **{start: of_worker(data.train, start) for start in ("fork", "spawn")},
@@ -120,6 +121,8 @@ def row_of(count: int) -> dict[str, Any]:
         "scenario": f"data_scale_{count}",
         "seconds_cold": round(many[0]["seconds"], 2),
         "seconds_warm": round(many[1]["seconds"], 2),
+        "processor_seconds_cold": round(many[0]["processor"], 2),
+        "processor_seconds_warm": round(many[1]["processor"], 2),
         "seconds_epoch_order": round(many[1]["plan"], 3),
         "bytes_per_image_cold": per_image(0, "memory"),
         "bytes_per_image": per_image(1, "memory"),
