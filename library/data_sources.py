@@ -17,7 +17,7 @@ from library.buckets import Size
 from library.captions import read_lines
 from library.config_util import DataConfig, DatasetConfig, SubsetConfig
 from library.errors import UserError
-from library.file_index import KnownFiles, in_threads
+from library.file_index import KnownFiles, in_threads, in_turn
 from library.image_io import PLUGINS, image_extensions, list_folder, list_images, listed
 from library.masks import paired_files
 from library.metadata_file import as_text, read_folder_captions, read_metadata, size_of
@@ -112,7 +112,7 @@ def folder_source(subset: SubsetConfig, bad: list[BadFile], files: KnownFiles) -
     _warn_unread(folder, listing.others)
     reader = _CaptionReader(subset, folder, listing.others)
     paths = [reader.find(image) for image in listing.images]
-    texts = iter(in_threads(partial(_attempt, files.caption), [path for path in paths if path is not None]))
+    texts = iter(in_turn(partial(_attempt, files.caption), [path for path in paths if path is not None]))
     return reader.read(listing.images, [None if path is None else (path, next(texts)) for path in paths], bad)
 
 
@@ -423,7 +423,7 @@ def _sizes(sources: Sequence[Sequence[Source]], bad: list[BadFile], files: Known
     items = [item for subsets in sources for _, found in subsets for item in found]
     unknown = list(dict.fromkeys(item.path for item in items if item.size is None))
     sizes: dict[Path, Size] = {}
-    for path, size in zip(unknown, in_threads(partial(_attempt, files.size), unknown), strict=True):
+    for path, size in zip(unknown, in_turn(partial(_attempt, files.size), unknown), strict=True):
         if isinstance(size, BadFile):
             bad.append(size)
         else:

@@ -37,6 +37,7 @@ R = TypeVar("R")
 INDEX_FILE = "file-index.npz"
 _VERSION = 1
 _THREADS, _PORTION = 4, 64
+_WAITING = 5  # times the processor time
 _SETTLED = 2_000_000_000  # nanoseconds: the step of the coarsest clock that file systems have (FAT)
 
 
@@ -52,7 +53,7 @@ def user_cache_folder() -> Path:
 
 
 def in_threads(function: Callable[[T], R], items: Sequence[T]) -> list[R]:
-    """`function` of each, several at a time: most of the time goes by while the disk or the network answers."""
+    """`function` of each, several at a time: for work that waits for a disk, or is done outside of Python."""
 
     def portion(start: int) -> list[R]:
         return [function(item) for item in items[start : start + _PORTION]]
@@ -61,6 +62,19 @@ def in_threads(function: Callable[[T], R], items: Sequence[T]) -> list[R]:
         return portion(0)
     with ThreadPoolExecutor(_THREADS) as pool:
         return list(chain.from_iterable(pool.map(portion, range(0, len(items), _PORTION))))
+
+
+def in_turn(function: Callable[[T], R], items: Sequence[T]) -> list[R]:
+    """`function` of each: one after the other, unless the first ones spend most of their time waiting for a disk.
+
+    For work of a few microseconds, at which threads would only fight over the interpreter: 10,000 headers that the system has
+    in memory take four times the processor time in four threads.
+    """
+    began, used = time.perf_counter(), time.thread_time()
+    first = [function(item) for item in items[:_PORTION]]
+    waits = time.perf_counter() - began > _WAITING * (time.thread_time() - used)
+    rest = items[_PORTION:]
+    return first + (in_threads(function, rest) if waits else [function(item) for item in rest])
 
 
 @dataclass(frozen=True, slots=True)

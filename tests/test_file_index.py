@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from data_tools import write_picture
 from PIL import Image
 
 from library.cache_io import read_npz
-from library.file_index import INDEX_FILE, KnownFiles, in_threads
+from library.file_index import INDEX_FILE, KnownFiles, in_threads, in_turn
 from library.image_io import content_hash
 from library.near_duplicates import near_duplicates
 from library.quarantine import BadFile
@@ -176,5 +177,13 @@ def test_a_file_that_is_gone_is_a_bad_file(folder: Path) -> None:
         known(folder).size(folder / "p9.png")
 
 
-def test_threads_keep_the_order() -> None:
-    assert in_threads(lambda number: number * 2, range(1000)) == list(range(0, 2000, 2))
+@pytest.mark.parametrize("each", [in_threads, in_turn])
+@pytest.mark.parametrize("count", [0, 10, 1000])
+def test_answers_are_in_the_order_of_questions(each: Callable, count: int) -> None:
+    assert each(lambda number: number * 2, range(count)) == list(range(0, 2 * count, 2))
+
+
+def test_what_waits_is_asked_several_at_a_time() -> None:
+    began = time.perf_counter()
+    assert in_turn(lambda number: time.sleep(0.002) or number, range(400)) == list(range(400))
+    assert time.perf_counter() - began < 0.7, "0.8 seconds one after the other"
