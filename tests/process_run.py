@@ -33,11 +33,11 @@ class WatchedTrainer(train_util.Trainer):
         self.seen: list[tuple[int, ...]] = []
         super().fit(writer)
 
-    def loss(self, batch: TrainBatch) -> torch.Tensor:
+    def batch_loss(self, batch: TrainBatch) -> train_util.BatchLoss:
         self.seen.append(batch.latent_seeds)
         if self.stop_at and self.state.step + 1 == self.stop_at and self.accelerator.process_index == 1:
             os.kill(os.getpid(), signal.SIGINT)
-        return super().loss(batch)
+        return super().batch_loss(batch)
 
 
 def main(folder: Path) -> None:

@@ -109,7 +109,9 @@ def test_files_are_written_once_and_all_processes_end_with_the_same_weights(mode
     output = finished / f"epoch-{mode}"
     step = f"tiny-step{STATE_AT:08d}"
     on_the_way = {f"{step}.safetensors", f"{step}-state"} if mode == "network" else set()
-    assert {path.name for path in output.iterdir()} == {"tiny.safetensors", "tiny-state", "metrics.csv"} | on_the_way
+    assert {path.name for path in output.iterdir()} == {
+        "tiny.safetensors", "tiny-state", "metrics.csv", "image_losses.csv", *on_the_way,
+    }  # fmt: skip
     assert len(runs.losses(output)) == 4
     first, second = (process["weights"] for process in facts(finished, f"epoch-{mode}"))
     runs.assert_same_tensors(first, second)

@@ -64,7 +64,7 @@ def test_a_model_in_parts_holds_the_same_bytes_and_is_trained_from_like_a_file(
     flags = (f"--max_shard_size={LIMIT}", "--save_model_as=safetensors")
     trained = workspace.train("full", tmp_path / "out", *flags, "--max_train_steps=1", "--learning_rate=1e-9")
     folder = trained / "tiny"
-    assert sorted(path.name for path in trained.iterdir()) == ["metrics.csv", "tiny"]
+    assert sorted(path.name for path in trained.iterdir()) == ["image_losses.csv", "metrics.csv", "tiny"]
     assert_in_parts(folder / "model.safetensors.index.json")
     parts = open_checkpoint(next(folder.glob("model-00001-of-*")))
     assert parts.metadata["modelspec.implementation"]
