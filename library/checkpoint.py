@@ -36,15 +36,26 @@ def atomic_write(path: Path, write: Callable[[Path], None]) -> None:
         _as_usual(temporary)
         _flush(temporary)
         _put_in_place(temporary, path)
-    except BaseException as error:
+    except Exception as error:  # safetensors and torch raise exceptions of their own for a full disk
+        if not is_disk_full(error):
+            raise
+        _remove(temporary)  # before the free bytes are counted
+        free = shutil.disk_usage(path.parent).free
+        raise UserError(
+            f"no space left while writing {path}: {free:,} bytes are free. Nothing was overwritten. "
+            "Free some space, or give another --output_dir."
+        ) from error
+    finally:
         _remove(temporary)
-        if isinstance(error, Exception) and is_disk_full(error):
-            free = shutil.disk_usage(path.parent).free
-            raise UserError(
-                f"no space left while writing {path}: {free:,} bytes are free. Nothing was overwritten. "
-                "Free some space, or give another --output_dir."
-            ) from error
-        raise
+
+
+def atomic_write_text(path: Path, text: str) -> None:
+    """`atomic_write` of UTF-8 text with the line ends it has. What cannot be written so (some names of files) is escaped."""
+
+    def write(temporary: Path) -> None:
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace", newline="")
+
+    atomic_write(path, write)
 
 
 def _put_in_place(temporary: Path, path: Path) -> None:

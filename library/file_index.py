@@ -299,11 +299,7 @@ class KnownFiles:
 
     def size(self, path: Path) -> Size:
         """`read_size`."""
-        index, text, facts = self._look_up(path)
-        if facts.size is not None:
-            return facts.size
-        size = read_size(path)
-        index.note(text, replace(facts, size=size))
+        size: Size = self._fact(path, "size", read_size)
         return size
 
     def caption(self, path: Path | str) -> tuple[str, bool]:
@@ -317,21 +313,26 @@ class KnownFiles:
 
     def look(self, path: Path, find: Callable[[Path], int]) -> int:
         """What `find` (see `library.near_duplicates`) says of the picture."""
-        index, text, facts = self._look_up(path)
-        if facts.look is not None:
-            return facts.look
-        look = find(path)
-        index.note(text, replace(facts, look=look))
+        look: int = self._fact(path, "look", find)
         return look
 
     def digest(self, path: Path) -> str:
         """`content_hash` of the file."""
-        index, text, facts = self._look_up(path)
-        if facts.digest is not None:
-            return facts.digest
-        try:
-            digest = content_hash(path.read_bytes())
-        except OSError as error:
-            raise broken(path, error) from error
-        index.note(text, replace(facts, digest=digest))
+        digest: str = self._fact(path, "digest", _digest)
         return digest
+
+    def _fact(self, path: Path, name: str, find: Callable[[Path], Any]) -> Any:
+        """The field `name` of what is known of `path`; what `find` says, where it is not known yet."""
+        index, text, facts = self._look_up(path)
+        known = getattr(facts, name)
+        if known is None:
+            known = find(path)
+            index.note(text, replace(facts, **{name: known}))
+        return known
+
+
+def _digest(path: Path) -> str:
+    try:
+        return content_hash(path.read_bytes())
+    except OSError as error:
+        raise broken(path, error) from error

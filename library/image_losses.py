@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from library.checkpoint import atomic_write
+from library.checkpoint import atomic_write_text
 from library.late_copy import LateCopy
 
 FILE = "image_losses.csv"
@@ -102,9 +102,4 @@ def write_table(images: Mapping[str, ImageLoss], path: Path) -> None:
     writer.writerow(["file", "ratio", "loss", "seen"])
     for name, image in sorted(images.items(), key=lambda entry: (-entry[1].ratio, entry[0])):
         writer.writerow([name, f"{image.ratio:.4f}", f"{image.losses / image.count:.6f}", image.count])
-    atomic_write(path, lambda temporary: _write(temporary, text.getvalue()))
-
-
-def _write(path: Path, text: str) -> None:
-    with path.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
-        file.write(text)
+    atomic_write_text(path, text.getvalue())

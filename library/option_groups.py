@@ -155,7 +155,11 @@ class TrainingOptions:
         "let gradients share memory with what is exchanged between devices",
         inert="gradients are averaged in one exchange of their own, without DDP's buckets",
     )
-    ddp_static_graph: bool = opt(False, "tell DDP that every step computes the same graph", planned=True)
+    ddp_static_graph: bool = opt(
+        False,
+        "tell DDP that every step computes the same graph",
+        inert="gradients are averaged without DDP, so that no graph has to be known",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -136,19 +136,35 @@ class HubOptions:
     async_upload: bool = opt(False, "upload in the background", planned=True)
 
 
+_FOR_WEIGHTS = "Where memory is short for weights, use --blocks_to_swap (FLUX), --fp8_base or --quantize_base (adapters)."
+_FOR_OPTIMIZER = (
+    "Where memory is short for the optimizer, use --optimizer_type AdamW8bit or PagedAdamW8bit, --full_bf16, or Adafactor with "
+    "--fused_backward_pass."
+)
+_FOR_BOTH = f"Several devices train as plain processes (accelerate launch --multi_gpu). {_FOR_WEIGHTS} {_FOR_OPTIMIZER}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class DeepSpeedOptions:
     """Training through DeepSpeed."""
 
-    deepspeed: bool = opt(False, "train through DeepSpeed", planned=True)
-    zero_stage: int = opt(2, "ZeRO stage", choices=(0, 1, 2, 3), planned=True)
-    offload_optimizer_device: str | None = opt(None, "where optimizer state is kept", choices=("cpu", "nvme"), planned=True)
-    offload_optimizer_nvme_path: str | None = opt(None, "folder for it on NVMe", planned=True)
-    offload_param_device: str | None = opt(None, "where weights are kept", choices=("cpu", "nvme"), planned=True)
-    offload_param_nvme_path: str | None = opt(None, "folder for them on NVMe", planned=True)
-    zero3_init_flag: bool = opt(False, "build huge models in parts, at stage 3", planned=True)
-    zero3_save_16bit_model: bool = opt(False, "save 16-bit weights, at stage 3", planned=True)
-    fp16_master_weights_and_gradients: bool = opt(False, "keep master weights and gradients in fp16", planned=True)
+    deepspeed: bool = opt(False, "train through DeepSpeed", planned=True, instead=_FOR_BOTH)
+    zero_stage: int = opt(2, "ZeRO stage", choices=(0, 1, 2, 3), planned=True, instead=_FOR_BOTH)
+    offload_optimizer_device: str | None = opt(
+        None, "where optimizer state is kept", choices=("cpu", "nvme"), planned=True, instead=_FOR_OPTIMIZER
+    )
+    offload_optimizer_nvme_path: str | None = opt(None, "folder for it on NVMe", planned=True, instead=_FOR_OPTIMIZER)
+    offload_param_device: str | None = opt(
+        None, "where weights are kept", choices=("cpu", "nvme"), planned=True, instead=_FOR_WEIGHTS
+    )
+    offload_param_nvme_path: str | None = opt(None, "folder for them on NVMe", planned=True, instead=_FOR_WEIGHTS)
+    zero3_init_flag: bool = opt(False, "build huge models in parts, at stage 3", planned=True, instead=_FOR_WEIGHTS)
+    zero3_save_16bit_model: bool = opt(
+        False, "save 16-bit weights, at stage 3", planned=True, instead="Use --save_precision fp16 or bf16."
+    )
+    fp16_master_weights_and_gradients: bool = opt(
+        False, "keep master weights and gradients in fp16", planned=True, instead="Use --full_bf16 or --full_fp16."
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -409,7 +409,7 @@ def _flag_problems(options: TrainOptions, values: dict[str, Any]) -> Iterator[st
         if values[name] == flag.default:
             continue
         if flag.planned:
-            yield f"--{name} is known, but not implemented here yet. Remove it."
+            yield f"--{name} is known, but not implemented here yet. {flag.declared.instead or 'Remove it.'}"
         elif flag.inert:
             logger.warning("--%s has no effect: %s", name, flag.inert)
         too_far = flag.out_of_range(values[name])

@@ -41,6 +41,7 @@ class _Declared:
     minimum: float | None = None
     maximum: float | None = None
     planned: bool = False
+    instead: str = ""
     inert: str | None = None
     secret: bool = False
     cli_only: bool = False
@@ -57,6 +58,7 @@ def opt(
     minimum: float | None = None,
     maximum: float | None = None,
     planned: bool = False,
+    instead: str = "",
     inert: str | None = None,
     secret: bool = False,
     cli_only: bool = False,
@@ -66,12 +68,14 @@ def opt(
     type: converts one value, as text from the command line or as the value in a file; raises ValueError with what it expects.
     nargs: how many values a list takes, `*` unless told. aliases: further spellings, without dashes.
     minimum, maximum: inclusive; looked at by `check_rules`, with the rules, so that all problems are told at once.
-    planned: known, but the trainer does not do it yet; any value but the default is an error.
+    planned: known, but the trainer does not do it yet; any value but the default is an error. instead: what
+    that error says to do; to remove it unless told.
     inert: accepted for the sake of existing commands, without effect; says why, and is told once when the flag is set.
     secret: left out of everything that is printed or written. cli_only: has no meaning inside a configuration file.
     """
     declared = _Declared(
-        help, tuple(choices or ()), type, nargs, aliases, minimum, maximum, planned, inert, secret, cli_only
+        help, tuple(choices or ()), type, nargs, aliases, minimum, maximum, planned, instead, inert, secret,
+        cli_only,
     )  # fmt: skip
     return field(default=default, metadata={_FLAG_KEY: declared})
 

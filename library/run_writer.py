@@ -154,15 +154,19 @@ class RunWriter:
         best = self.trainer.best
         if self.learned_enough:
             logger.info("stopped early: the validation loss was lowest after step %d, %.5f", best.step, best.loss)
-        self._save(self.policy.last_name, with_state=self.policy.save_state_at_end)
-        self._write_image_losses()
+        losses = self._image_loss_states()
+        self._save(self.policy.last_name, with_state=False)
+        if self.policy.save_state_at_end:
+            self._save_state(self.policy.last_name, losses)
+        self._write_image_losses(losses)
         self.tracker.close()
 
     def interrupted(self) -> str:
         """Save the state, whatever was asked for, and say how to go on."""
         step = self.trainer.state.step
-        folder = self._save_state(self.policy.step_name(step))
-        self._write_image_losses()
+        losses = self._image_loss_states()
+        folder = self._save_state(self.policy.step_name(step), losses)
+        self._write_image_losses(losses)
         self.tracker.close()
         return f"stopped after step {step}. Its state is saved. To go on, run the same command with --resume {folder}"
 
@@ -172,7 +176,7 @@ class RunWriter:
         if self.is_main:
             self._save_model(stem)
         if with_state:
-            self._save_state(stem)
+            self._save_state(stem, self._image_loss_states())
 
     def _save_model(self, stem: str) -> None:
         trainer = self.trainer
@@ -186,11 +190,14 @@ class RunWriter:
                     lambda path: trainer.trainable.save(path, dtype=dtype, metadata=metadata),
                 )
 
-    def _save_state(self, stem: str) -> Path:
+    def _image_loss_states(self) -> list[dict[str, Any]]:
+        """The tables of all processes; empty without. All have to ask."""
+        table = self.trainer.image_losses
+        return [] if table is None else self.trainer.processes.everybody(table.state())
+
+    def _save_state(self, stem: str, image_losses: Sequence[Mapping[str, Any]]) -> Path:
         trainer = self.trainer
         folder = self.folder / state_name(stem)
-        table = trainer.image_losses
-        image_losses = [] if table is None else trainer.processes.everybody(table.state())
         if self.is_main:
             self.tracker.flush()
             scaler = trainer.accelerator.scaler
@@ -206,11 +213,8 @@ class RunWriter:
             )
         return folder
 
-    def _write_image_losses(self) -> None:
-        table = self.trainer.image_losses
-        if table is None:
-            return
-        images = merged(state["images"] for state in self.trainer.processes.everybody(table.state()))
+    def _write_image_losses(self, states: Sequence[Mapping[str, Any]]) -> None:
+        images = merged(state["images"] for state in states)
         if not self.is_main or not images:
             return
         path = self.folder / IMAGE_LOSSES

@@ -238,6 +238,7 @@ NEUTRAL_OPTIONS = frozenset({
     "memory.vae_batch_size", "memory.lowram", "memory.highvram", "memory.pinned_memory_limit",
     "model.tokenizer_cache_dir", "training.max_data_loader_n_workers",
     "training.persistent_data_loader_workers", "training.ddp_timeout", "training.ddp_gradient_as_bucket_view",
+    "training.ddp_static_graph",
 })  # fmt: skip
 """Options of the other groups that do not either."""
 

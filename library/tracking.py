@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from library.checkpoint import atomic_write
+from library.checkpoint import atomic_write, atomic_write_text
 from library.errors import UserError
 from library.late_copy import LateCopy
 
@@ -129,12 +129,7 @@ class MetricsFile:
         writer = csv.DictWriter(text, self.columns)
         writer.writeheader()
         writer.writerows(rows)
-        atomic_write(self.path, lambda path: _write_text(path, text.getvalue()))
-
-
-def _write_text(path: Path, text: str) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        file.write(text)
+        atomic_write_text(self.path, text.getvalue())
 
 
 def read_metrics(path: Path) -> list[dict[str, str]]:

@@ -341,12 +341,12 @@ def test_good_options_pass_without_a_word(tmp_path: Path, caplog: pytest.LogCapt
 
 def test_all_that_is_wrong_is_told_at_once(tmp_path: Path) -> None:
     options = good(
-        tmp_path, full_bf16=True, train_batch_size=0, ddp_static_graph=True, resume=tmp_path / "no", network_dropout=2.0,
+        tmp_path, full_bf16=True, train_batch_size=0, deepspeed=True, resume=tmp_path / "no", network_dropout=2.0,
         adaptive_noise_scale=1.0,
     )  # fmt: skip
     lines = problem(lambda: check_rules(options)).split("\n")
     assert len(lines) == 6
-    parts = ("--full_bf16", "--train_batch_size 0", "--ddp_static", "--resume", "--network_dropout 2", "--adaptive_noise")
+    parts = ("--full_bf16", "--train_batch_size 0", "--deepspeed", "--resume", "--network_dropout 2", "--adaptive_noise")
     for part in parts:
         assert sum(part in line for line in lines) == 1, part
 
@@ -372,6 +372,8 @@ ERRORS: list[tuple[dict[str, Any], str]] = [
     ({"train_data_dir": "nowhere"}, "--train_data_dir nowhere: does not exist"),
     ({"train_data_dir": __file__}, "is not a folder"),
     ({"base_weights": ["nowhere.safetensors"]}, "--base_weights nowhere.safetensors: does not exist"),
+    ({"deepspeed": True}, "accelerate launch --multi_gpu"),
+    ({"offload_optimizer_device": "cpu"}, "PagedAdamW8bit"),
     ({"mixed_precision": "fp16", "full_bf16": True}, "--full_bf16 needs --mixed_precision bf16, which is 'fp16'"),
     ({"adaptive_noise_scale": 1.0}, "--adaptive_noise_scale needs"),
     ({"min_timestep": 500, "max_timestep": 500}, "--min_timestep 500 has to be below --max_timestep 500"),

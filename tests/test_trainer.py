@@ -147,5 +147,5 @@ def test_what_the_launcher_asks_for_and_is_not_there_is_refused(
     from library import run_setup
 
     monkeypatch.setattr(run_setup, "PLAIN_PROCESSES", (DistributedType.MULTI_GPU,))
-    with pytest.raises(UserError, match="the launch asks for NO"):
+    with pytest.raises(UserError, match="the launch asks for NO.*--blocks_to_swap"):
         workspace.trainer("network", tmp_path)
