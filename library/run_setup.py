@@ -77,8 +77,8 @@ def make_accelerator(options: TrainOptions) -> Accelerator:
     if accelerator.distributed_type not in PLAIN_PROCESSES:
         raise UserError(
             f"the launch asks for {accelerator.distributed_type.value}, which is not implemented here yet. "
-            "Run `accelerate config` again and choose plain processes, or launch with --multi_gpu. Where memory is short, there "
-            "are --blocks_to_swap (FLUX), --fp8_base (adapters), 8-bit optimizers and --fused_backward_pass; --plan says what fits."
+            "Run `accelerate config` again and choose plain processes, or launch with --multi_gpu. Where memory is short, "
+            "--blocks_to_swap (FLUX), --fp8_base (adapters), 8-bit optimizers and --fused_backward_pass take less of it."
         )
     if accelerator.device.type == "cpu":
         keep_freed_memory()

@@ -341,12 +341,19 @@ def test_good_options_pass_without_a_word(tmp_path: Path, caplog: pytest.LogCapt
 
 def test_all_that_is_wrong_is_told_at_once(tmp_path: Path) -> None:
     options = good(
-        tmp_path, full_bf16=True, train_batch_size=0, deepspeed=True, resume=tmp_path / "no", network_dropout=2.0,
+        tmp_path, full_bf16=True, train_batch_size=0, zero3_save_16bit_model=True, resume=tmp_path / "no", network_dropout=2.0,
         adaptive_noise_scale=1.0,
     )  # fmt: skip
     lines = problem(lambda: check_rules(options)).split("\n")
     assert len(lines) == 6
-    parts = ("--full_bf16", "--train_batch_size 0", "--deepspeed", "--resume", "--network_dropout 2", "--adaptive_noise")
+    parts = (
+        "--full_bf16",
+        "--train_batch_size 0",
+        "--zero3_save_16bit_model",
+        "--resume",
+        "--network_dropout 2",
+        "--adaptive_noise",
+    )
     for part in parts:
         assert sum(part in line for line in lines) == 1, part
 
