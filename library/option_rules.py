@@ -313,6 +313,11 @@ _VALIDATION = (
 
 _NETWORK = (
     Rule(
+        lambda o: o.network.scale_weight_norms and "init=pissa" in (o.network.network_args or ()),
+        "--scale_weight_norms cannot shrink the difference that --network_args init=pissa trains. Remove one of them.",
+        scope=NetworkTrainOptions,
+    ),
+    Rule(
         lambda o: o.network.network_module is None,
         "--network_module is missing: networks.lora, for example.",
         scope=NetworkTrainOptions,

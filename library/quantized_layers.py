@@ -162,7 +162,7 @@ class QuantizedLayer(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The weight as it is used, made anew at every access. What is written into it is lost: see `add_to_weight`."""
+        """The weight as it is used, made anew at every access. What is written into it is lost: see `change_weight`."""
         return dequantize(self._stored_weight, self.weight_shape, self.dtype)
 
     @property
@@ -174,15 +174,15 @@ class QuantizedLayer(nn.Module):
         return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
     @torch.no_grad()
-    def add_to_weight(self, delta: Callable[[], Tensor]) -> None:
-        """Add delta() [shape of the weight] for good. The sum is made with the weight before it was quantised, and quantised
-        once: merging costs no more exactness than quantising does."""
+    def change_weight(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Put change(weight), both float32 of the weight's shape, in the weight's place for good. It is computed from the
+        weight before it was quantised, and quantised once: merging costs no more exactness than quantising does."""
         before = self.exact
         if before is None:
             raise UserError("an adapter cannot be merged into a quantised layer whose own weight is not at hand.")
 
         def merged() -> Tensor:
-            return before().float() + delta().to("cpu", torch.float32)
+            return change(before().float()).to("cpu", torch.float32)
 
         self.exact = merged  # holds the adapter: see `end_merging`
         new = requantize(merged().flatten(1).to(self.stored.device), self._stored_weight)

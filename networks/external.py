@@ -20,7 +20,14 @@ from networks.network_files import by_layer, describe_family, shorten
 from networks.network_interface import AdapterNetwork, FileWeights, NetworkModule, NetworkRequest
 from networks.network_targets import DENOISER, NetworkArch, infer_arch, same_name
 
-OUR_MODULES = ("networks.lora", "networks.lora_flux")
+OUR_MODULES = (
+    "networks.lora",
+    "networks.lora_flux",
+    "networks.lora_fa",
+    "networks.loha",
+    "networks.lokr",
+    "networks.ia3",
+)
 
 PIP_NAMES = {"lycoris": "lycoris-lora"}
 """Top-level package -> what to install, where the names differ."""

@@ -1,10 +1,14 @@
-"""LoRA: a low-rank weight beside a Linear or Conv2d layer, up @ down * alpha / rank (https://arxiv.org/abs/2106.09685)."""
+"""LoRA: a low-rank weight beside a Linear or Conv2d layer, up @ down * alpha / rank (https://arxiv.org/abs/2106.09685).
+
+Of its variants here: LoRA-FA (https://arxiv.org/abs/2308.03303) never trains `down`, so that no layer's input is kept for it.
+PiSSA (https://arxiv.org/abs/2404.02948) starts from the weight's own largest part. The base stays as it is, and what the
+factors were at the start is taken off again: W + up @ down - up_0 @ down_0, which files hold as one pair of twice the rank.
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,19 +16,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from library.errors import UserError
-from networks.network_args import NUMBER, NetworkArgs, arg
+from networks.initial_weights import orthogonal, principal_factors, uniform
+from networks.low_rank import LENGTHS, LowRankAdapter, LowRankArgs
+from networks.network_args import BOOLEAN, NUMBER, Kind, NetworkArgs, arg, one_of
 from networks.network_base import Adapter, Layer, LayerSize, bind
-from networks.network_files import ALGORITHM_SIGNS
+from networks.network_files import check_names
 from networks.perturbation import Perturbation, disturbance, mean_row_norm
 
 Matrix = nn.Linear | nn.Conv2d
-DOWN, UP = "lora_down.weight", "lora_up.weight"
+DOWN, UP, MID = "lora_down.weight", "lora_up.weight", "lora_mid.weight"
+START = Kind("uniform, orthogonal or pissa", one_of("uniform", "orthogonal", "pissa"))
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoRAArgs(NetworkArgs):
+class LoRAArgs(LowRankArgs):
     """Arguments of every network, and LoRA's own."""
 
+    init: str | None = arg(START, "where down starts: uniform, orthogonal, or (up as well) pissa (uniform)")
+    freeze_down: bool | None = arg(BOOLEAN, "LoRA-FA: train up only (false)")
     ggpo_sigma: float | None = arg(NUMBER, "disturb weights in training by this times their norm (needs ggpo_beta); about 0.03")
     ggpo_beta: float | None = arg(NUMBER, "and by this times their gradient's squared norm (needs ggpo_sigma); about 0.01")
 
@@ -37,65 +46,79 @@ class LoRAArgs(NetworkArgs):
         absent = [name for name, value in given.items() if value is None]
         if len(absent) == 1:
             raise UserError(f"--network_args has one of ggpo_sigma and ggpo_beta. Add {absent[0]}=0.01, for example.")
+        if self.init == "pissa":
+            unfit = {"dropout": self.dropout, "rank_dropout": self.rank_dropout, "ggpo_sigma": self.ggpo_sigma}
+            if wrong := [name for name, value in unfit.items() if value]:
+                raise UserError(f"--network_args init=pissa trains the weight's own largest part: remove {wrong[0]}.")
 
     @property
     def perturbation(self) -> Perturbation | None:
         return None if self.ggpo_sigma is None or self.ggpo_beta is None else Perturbation(self.ggpo_sigma, self.ggpo_beta)
 
 
-class LoRA(Adapter):
+class LoRA(LowRankAdapter):
     """`lora_down` maps to the rank (with a convolution's kernel, stride and padding), `lora_up` (1x1) to the output."""
 
     arguments = LoRAArgs
     plus_parameters = frozenset({UP})
     lora_down: Matrix
     lora_up: Matrix
-    alpha: Tensor
+    first_down: Tensor | None
+    first_up: Tensor | None
     base_norm: Tensor
     deviations: Tensor
-    scale: float
-    _alpha: float
 
     def __init__(self, layer: Layer, size: LayerSize, args: NetworkArgs, generator: torch.Generator) -> None:
         super().__init__(layer, size, args, generator)
+        own = args if isinstance(args, LoRAArgs) else LoRAArgs()
         base = layer.module
-        if isinstance(base, nn.Conv2d) and (base.groups != 1 or base.padding_mode != "zeros"):
-            raise UserError(f"{layer.key}: LoRA cannot adapt a convolution with groups or a padding mode other than zeros.")
-        self.rank = size.rank
         self.rows = layer.rows
-        self.dropout, self.rank_dropout = args.dropout or 0.0, args.rank_dropout or 0.0
+        self.freeze_down = bool(own.freeze_down)
         self.lora_down, self.lora_up = _matrices(base, size.rank, self.num_parts)
-        nn.init.kaiming_uniform_(self.lora_down.weight, a=math.sqrt(5), generator=generator)
+        (orthogonal if own.init == "orthogonal" else uniform)(self.lora_down.weight, generator)
         nn.init.zeros_(self.lora_up.weight)
-        self.register_buffer("alpha", torch.tensor(float(size.alpha or size.rank)))
-        self.register_load_state_dict_post_hook(_read_scale)
-        _read_scale(self)
-        self.perturbation = args.perturbation if isinstance(args, LoRAArgs) else None
+        for name in ("first_down", "first_up"):
+            self.register_buffer(name, None)
+        if own.init == "pissa":
+            self._start_principal(generator)
+        self.perturbation = own.perturbation
         if self.perturbation is not None:
             self.register_buffer("base_norm", mean_row_norm(base, layer.key), persistent=False)
             self.register_buffer("deviations", torch.zeros(base.weight.shape[0]))  # saved: the next step depends on it
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LoRA:
-        """`.to(dtype)` and the like: `alpha` stays exact in float32, so that a resumed run has the very same scale."""
-        super()._apply(fn, recurse)
-        self.alpha = torch.tensor(self._alpha, device=self.alpha.device)
-        return self
+    def _start_principal(self, generator: torch.Generator) -> None:
+        weight = self.base.weight.detach().float() / self.scale
+        if self.rank > min(weight[0].numel(), *(self.rows or weight.shape[:1])):
+            raise UserError(f"{self.key}: --network_args init=pissa with rank {self.rank}, which is more than the weight has.")
+        parts = weight.split(self.rows) if self.rows else (weight,)
+        downs, ups = zip(*(principal_factors(part, self.rank, generator) for part in parts), strict=True)
+        self.first_down = torch.cat(downs).to(self.lora_down.weight.device)
+        self.first_up = torch.cat(ups).view(self.lora_up.weight.shape).to(self.first_down.device)
+        with torch.no_grad():
+            self.lora_down.weight.copy_(self.first_down)
+            self.lora_up.weight.copy_(self.first_up)
 
-    def delta(self, x: Tensor) -> Tensor:
-        own = self._low_rank(x)
+    @property
+    def frozen_parameters(self) -> frozenset[str]:
+        return frozenset({DOWN}) if self.freeze_down else frozenset()
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """(down, up) as they are used now."""
+        return self.lora_down.weight, self.lora_up.weight
+
+    def delta(self, x: Tensor, multiplier: float = 1.0) -> Tensor:
+        own = self._low_rank(x, *self.factors(), self.scale * multiplier)
+        if self.first_down is not None and self.first_up is not None:
+            own = own - self._low_rank(x, self.first_down, self.first_up, self.scale * multiplier)
         if self.perturbation is None or not self.training:
             return own
         return own + disturbance(self.base, x, self.deviations)
 
-    def _low_rank(self, x: Tensor) -> Tensor:
-        down, up = self.lora_down.weight.to(x.dtype), self.lora_up.weight.to(x.dtype)
-        if isinstance(self.base, nn.Conv2d):
-            hidden = F.conv2d(x, down, None, self.base.stride, self.base.padding, self.base.dilation)  # type: ignore[arg-type]
-            return F.conv2d(self._drop(hidden, rank_dim=1) * self._strength, up)
-        hidden = self._drop(F.linear(x, down), rank_dim=-1) * self._strength  # [B, ..., parts * r]
+    def _low_rank(self, x: Tensor, down: Tensor, up: Tensor, strength: float) -> Tensor:
         if not self.rows:
-            return F.linear(hidden, up)
-        pairs = zip(hidden.chunk(self.num_parts, dim=-1), up.split(self.rows), strict=True)
+            return self._through(x, down, up, strength)
+        hidden = self._drop(F.linear(x, down.to(x.dtype)), rank_dim=-1) * strength  # [B, ..., parts * r]
+        pairs = zip(hidden.chunk(self.num_parts, dim=-1), up.to(x.dtype).split(self.rows), strict=True)
         return torch.cat([F.linear(part, rows) for part, rows in pairs], dim=-1)
 
     @property
@@ -113,24 +136,6 @@ class LoRA(Adapter):
         return list(zip(up.split(self.rows) if self.rows else (up,), down.chunk(self.num_parts), strict=True))
 
     @property
-    def _strength(self) -> float:
-        """Applied at the rank-sized tensor, which is far smaller than the output."""
-        return self.scale * self.multiplier
-
-    def _drop(self, hidden: Tensor, rank_dim: int) -> Tensor:
-        """`dropout` on single values, and `rank_dropout` on whole ranks of a sample; what is kept is scaled up."""
-        if not self.training:
-            return hidden
-        if self.dropout:
-            hidden = F.dropout(hidden, self.dropout)
-        if self.rank_dropout:
-            shape = [1] * hidden.ndim
-            shape[0], shape[rank_dim] = hidden.shape[0], hidden.shape[rank_dim]
-            kept = torch.rand(shape, device=hidden.device) >= self.rank_dropout
-            hidden = hidden * kept.to(hidden.dtype) / (1 - self.rank_dropout)
-        return hidden
-
-    @property
     def watches_gradients(self) -> bool:
         return self.perturbation is not None
 
@@ -143,38 +148,43 @@ class LoRA(Adapter):
         found = self.perturbation.deviations(self._pairs(), self._parts_of(up, down), self.base_norm.float(), self.scale)
         self.deviations.copy_(torch.where(found.isfinite().all(), found, self.deviations))
 
-    def delta_weight(self) -> Tensor:
+    def delta_weight(self, multiplier: float = 1.0) -> Tensor:
         product = torch.cat([up @ down for up, down in self._pairs()])
-        return (product * self._strength).view(self.base.weight.shape)
+        if self.first_down is not None and self.first_up is not None:
+            product = product - torch.cat([up @ down for up, down in self._parts_of(self.first_up, self.first_down)])
+        return (product * (self.scale * multiplier)).view(self.base.weight.shape)
 
     def weight_norm(self) -> Tensor:
         """||up @ down||^2 = sum(up^T up * down down^T): rank-sized products instead of a whole weight."""
+        if self.first_down is not None:
+            return super().weight_norm()
         squares = [((up.T @ up) * (down @ down.T)).sum() for up, down in self._pairs()]
         return torch.stack(squares).sum().clamp(min=0).sqrt() * abs(self.scale)
 
     def rescale(self, ratio: Tensor) -> None:
+        if self.first_down is not None:
+            raise UserError(
+                "--scale_weight_norms shrinks the product of two factors, and init=pissa trains a difference. Remove one."
+            )
         root = ratio.sqrt()
         self.lora_up.weight.mul_(root)
         self.lora_down.weight.mul_(root)
 
     @classmethod
     def size_in_file(cls, key: str, tensors: Mapping[str, Tensor]) -> LayerSize:
-        if foreign := [name for name in tensors if name not in (DOWN, UP, "alpha")]:
-            wrote = next((ALGORITHM_SIGNS[name] for name in foreign if name in ALGORITHM_SIGNS), "another algorithm")
-            raise UserError(
-                f"{key} holds {foreign[0]}: the file was made by {wrote}, not by plain LoRA. "
-                "Use the network module that made it (--network_module lycoris.kohya reads LyCORIS files)."
-            )
-        if DOWN not in tensors or UP not in tensors:
-            raise UserError(f"{key} lacks {DOWN if DOWN not in tensors else UP}: the file is incomplete.")
-        rank = tensors[DOWN].shape[0]
+        check_names(key, tensors, required=(DOWN, UP), known=(MID, LENGTHS, "alpha"), algorithm="plain LoRA")
+        rank = tensors[UP].shape[1] if MID in tensors else tensors[DOWN].shape[0]
         return LayerSize(rank, float(tensors["alpha"]) if "alpha" in tensors else float(rank))
 
     def file_tensors(self) -> dict[str, Tensor]:
-        """Of a split layer: one pair with a block-diagonal `up`, and `alpha` times the number of parts, so that every
-        reader's alpha / rank is what was trained."""
-        tensors = super().file_tensors()
-        tensors.pop("deviations", None)
+        """Of PiSSA: one pair of twice the rank, the second half what is taken off. Of a split layer: one pair with a
+        block-diagonal `up`. In both `alpha` grows as the rank does, so that every reader's alpha / rank is what was trained."""
+        tensors = {k: v for k, v in super().file_tensors().items() if k not in ("deviations", "first_down", "first_up")}
+        if self.first_down is not None and self.first_up is not None:
+            downs = zip(tensors[DOWN].chunk(self.num_parts), self.first_down.chunk(self.num_parts), strict=True)
+            tensors[DOWN] = torch.cat([half for pair in downs for half in pair])
+            tensors[UP] = torch.cat([tensors[UP], -self.first_up], dim=1)
+            tensors["alpha"] = tensors["alpha"] * 2
         if self.rows:
             tensors[UP] = torch.block_diag(*tensors[UP].split(self.rows))
             tensors["alpha"] = tensors["alpha"] * self.num_parts
@@ -187,27 +197,51 @@ class LoRA(Adapter):
         if tensors[DOWN].shape[0] % self.num_parts or not torch.equal(torch.block_diag(*blocks), up):
             raise UserError(f"{self.key} in {source} was not trained with split_qkv. Remove split_qkv from --network_args.")
         alpha = tensors["alpha"] if "alpha" in tensors else torch.tensor(float(tensors[DOWN].shape[0]))
-        return {DOWN: tensors[DOWN], UP: torch.cat(blocks), "alpha": alpha / self.num_parts}
+        return {**tensors, DOWN: tensors[DOWN], UP: torch.cat(blocks), "alpha": alpha / self.num_parts}
+
+    def _with_first(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """PiSSA's reverse of `file_tensors`."""
+        quarters = tensors[DOWN].chunk(2 * self.num_parts)
+        up, first_up = tensors[UP].chunk(2, dim=1)
+        own = {DOWN: torch.cat(quarters[::2]), UP: up, "first_down": torch.cat(quarters[1::2]), "first_up": -first_up}
+        return {**tensors, **own}
+
+    @classmethod
+    def like_file(
+        cls, layer: Layer, size: LayerSize, args: NetworkArgs, generator: torch.Generator, tensors: Mapping[str, Tensor]
+    ) -> Adapter:
+        """The factors come from the file: a PiSSA goes on as a LoRA of twice the rank."""
+        if isinstance(args, LoRAArgs):
+            args = replace(args, init=None)
+        return super().like_file(layer, size, args, generator, tensors)
 
     def load_file_tensors(self, tensors: Mapping[str, Tensor], source: str) -> None:
+        tensors = without_mid(tensors)
         size = self.size_in_file(self.key, tensors)
         if self.rows:
             tensors = self._without_zeros(tensors, source)
             size = LayerSize(size.rank // self.num_parts, float(tensors["alpha"]))
+        if self.first_down is not None:
+            if size.rank != 2 * self.rank:
+                raise UserError(
+                    f"rank mismatch: file {size.rank}, and init=pissa with --network_dim {self.rank} needs {2 * self.rank} "
+                    f"({source}). Use --dim_from_weights, and leave init=pissa out."
+                )
+            tensors, size = self._with_first(tensors), LayerSize(self.rank, size.alpha / 2)
         if size.rank != self.rank:
             spatial = isinstance(self.base, nn.Conv2d) and self.base.kernel_size != (1, 1)
             option = "conv_dim" if spatial else "--network_dim"
             raise UserError(f"rank mismatch: file {size.rank}, {option} {self.rank} ({source}). Use --dim_from_weights.")
-        state = {**self.state_dict(), "alpha": torch.tensor(size.alpha or size.rank)}
-        for name, own in ((DOWN, self.lora_down.weight), (UP, self.lora_up.weight)):
-            given = tensors[name]
-            if _without_ones(given) != _without_ones(own):  # a 1x1 convolution is often stored as a matrix, and back
-                raise UserError(
-                    f"shape mismatch: {self.key}.{name} is {tuple(given.shape)} in {source}, "
-                    f"this model needs {tuple(own.shape)}. The file was made for another model."
-                )
-            state[name] = given.reshape(own.shape)
-        self.load_state_dict(state)
+        self._take({**tensors, "alpha": torch.tensor(size.alpha or size.rank)}, source)
+
+
+def without_mid(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """A LoCon with a CP decomposition, up [out, r] . mid [r, q, k, k] . down [q, in], as up . down of the same rank: mid and
+    down are one kernel [r, in, k, k]."""
+    if MID not in tensors:
+        return tensors
+    kernel = torch.einsum("rqkl,qi->rikl", tensors[MID].float(), tensors[DOWN].float().flatten(1)).to(tensors[DOWN].dtype)
+    return {**{name: tensor for name, tensor in tensors.items() if name != MID}, DOWN: kernel}
 
 
 def _matrices(base: Matrix, rank: int, num_parts: int) -> tuple[Matrix, Matrix]:
@@ -219,18 +253,6 @@ def _matrices(base: Matrix, rank: int, num_parts: int) -> tuple[Matrix, Matrix]:
     if isinstance(base, nn.Conv2d):
         return make(nn.Conv2d, base.in_channels, rank, base.kernel_size), make(nn.Conv2d, rank, base.out_channels, 1)
     return make(nn.Linear, base.in_features, num_parts * rank), make(nn.Linear, rank, base.out_features)
-
-
-def _without_ones(tensor: Tensor) -> tuple[int, ...]:
-    """Shape as a matrix where trailing dimensions are 1."""
-    return tuple(tensor.shape[:2]) + tuple(size for size in tensor.shape[2:] if size != 1)
-
-
-def _read_scale(adapter: nn.Module, _keys: object = None) -> None:
-    """alpha / rank as a plain number: read once per load, so that no step waits for the device."""
-    assert isinstance(adapter, LoRA)
-    adapter._alpha = float(adapter.alpha)
-    adapter.scale = adapter._alpha / adapter.rank
 
 
 factory = bind(LoRA)

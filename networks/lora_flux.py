@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from library.errors import UserError
 from library.flux_names import FLUX_DIFFUSERS
 from networks.lora import LoRA
-from networks.network_args import BOOLEAN, INTEGER, INTEGERS, ArchArgs, Kind, arg
+from networks.network_args import BOOLEAN, INTEGER, INTEGERS, ArchArgs, Kind, arg, one_of
 from networks.network_base import bind
 from networks.network_targets import DiffusersNames, Layer, NetworkArch, TargetGroup, clip_targets
 
@@ -41,12 +41,6 @@ def _indices(value: Any) -> frozenset[int] | None:
     return frozenset(found)
 
 
-def _blocks(value: Any) -> str:
-    if value not in ("all", "single", "double"):
-        raise ValueError(value)
-    return str(value)
-
-
 def _by_pattern(convert: Callable[[str], Any]) -> Callable[[Any], tuple[tuple[re.Pattern[str], Any], ...]]:
     def read(value: Any) -> tuple[tuple[re.Pattern[str], Any], ...]:
         pairs = [item.rpartition("=") for item in str(value).split(",")]
@@ -56,7 +50,7 @@ def _by_pattern(convert: Callable[[str], Any]) -> Callable[[Any], tuple[tuple[re
 
 
 INDICES = Kind("block numbers such as 0-3,8, or all, or none", _indices)
-BLOCKS = Kind("all, single or double", _blocks)
+BLOCKS = Kind("all, single or double", one_of("all", "single", "double"))
 RANKS = Kind("regex=rank, separated by commas", _by_pattern(int))
 RATES = Kind("regex=rate, separated by commas", _by_pattern(float))
 

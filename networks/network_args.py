@@ -47,6 +47,17 @@ def _items(value: Any) -> list[Any]:
     return list(value) if isinstance(value, Sequence) else [value]
 
 
+def one_of(*known: str) -> Callable[[Any], str]:
+    """The conversion of a `Kind` whose values are these words."""
+
+    def convert(value: Any) -> str:
+        if value not in known:
+            raise ValueError(value)
+        return str(value)
+
+    return convert
+
+
 def _rate_weights(value: Any) -> tuple[float, ...] | str:
     """Numbers (an empty item is 0, as in sd-scripts), or a preset's name with an optional `+offset`."""
     if isinstance(value, str) and value.split("+")[0].strip() in RATE_PRESETS:
@@ -86,6 +97,9 @@ def arg(kind: Kind, help: str) -> Any:
 class NetworkArgs:
     """Arguments of every network that adapts layers one by one. Lists of blocks follow the arch's `BlockTable`."""
 
+    unused: ClassVar[tuple[str, ...]] = ()
+    """Of these arguments, those an algorithm has no use for."""
+
     conv_dim: int | None = arg(INTEGER, "rank of convolutions larger than 1x1; they are left alone without it")
     conv_alpha: float | None = arg(NUMBER, "alpha of those convolutions (1)")
     block_dims: tuple[int, ...] | None = arg(INTEGERS, "rank per block; 0 leaves a block out")
@@ -104,6 +118,11 @@ class NetworkArgs:
     loraplus_text_encoder_lr_ratio: float | None = arg(NUMBER, "the same, for text encoders only")
 
     def __post_init__(self) -> None:
+        for name in self.unused:
+            if getattr(self, name):
+                raise UserError(
+                    f"--network_args {name}={getattr(self, name)} has no meaning for this network module. Remove it."
+                )
         for name in ("dropout", "rank_dropout", "module_dropout"):
             probability = getattr(self, name)
             if probability is not None and not 0 <= probability < 1:

@@ -6,6 +6,7 @@ An adapter replaces its layer's `forward`, never the layer: the base model's key
 
 from __future__ import annotations
 
+import importlib
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -19,7 +20,7 @@ from library.errors import UserError
 from library.optimizers import LearningRates, ParamGroup
 from library.rng import keyed_generator
 from networks.network_args import SIZE_ARGS, ArchArgs, NetworkArgs, parse_network_args, split_args
-from networks.network_files import by_layer, describe_family, shorten, under_own_keys
+from networks.network_files import by_layer, describe_family, shorten, under_own_keys, writer_of
 from networks.network_interface import AdapterNetwork, FileWeights, NetworkModule, NetworkRequest
 from networks.network_targets import (
     DENOISER,
@@ -37,6 +38,7 @@ from networks.network_targets import (
 __all__ = [
     "Adapter",
     "AdapterNetwork",
+    "AdditiveAdapter",
     "BlockTable",
     "Layer",
     "LayerNetwork",
@@ -44,6 +46,7 @@ __all__ = [
     "NetworkArch",
     "NetworkFactory",
     "TargetGroup",
+    "algorithm_of",
     "bind",
 ]
 
@@ -51,7 +54,11 @@ logger = logging.getLogger(__name__)
 
 
 class Adapter(nn.Module, ABC):
-    """One adapted layer. Its parameters and buffers are float32 whatever the layer's dtype, and named as in files."""
+    """One adapted layer. Its parameters and buffers are float32 whatever the layer's dtype, and named as in files.
+
+    Several networks may stand on one layer. Those that only add to its output may come in any order; what turns or scales the
+    output, or feeds the layer another input, acts on all that was attached before it.
+    """
 
     arguments: ClassVar[type[NetworkArgs]] = NetworkArgs
     """What `--network_args` may hold for this algorithm."""
@@ -71,22 +78,43 @@ class Adapter(nn.Module, ABC):
     def base(self) -> nn.Linear | nn.Conv2d:
         return self._base[0]
 
-    @abstractmethod
-    def delta(self, x: Tensor) -> Tensor:
-        """What is added to base(x), in x's dtype; the multiplier is in it."""
+    def base_forward(self, x: Tensor) -> Tensor:
+        """The layer's own forward, or that of the adapter attached before this one."""
+        assert self._replaced is not None
+        return self._replaced(x)
 
     @abstractmethod
-    def delta_weight(self) -> Tensor:
-        """The same as a weight of the base's shape, float32, without dropout."""
+    def adapted(self, x: Tensor) -> Tensor:
+        """The layer's output for `x` with the adapter at its multiplier."""
+
+    @abstractmethod
+    def merged(self, weight: Tensor) -> Tensor:
+        """The base's `weight`, float32, with the adapter at its multiplier in it: what gives `adapted` without dropout."""
+
+    @abstractmethod
+    def weight_norm(self) -> Tensor:
+        """How far the adapter is from changing nothing, a 0-d tensor; of those that add a weight, its Frobenius norm."""
 
     @abstractmethod
     def rescale(self, ratio: Tensor) -> None:
-        """Multiply the adapter's weight by `ratio` (a 0-d tensor) in place, spread evenly over its factors."""
+        """Multiply what `weight_norm` measures by `ratio` (a 0-d tensor) in place, spread evenly over its factors."""
 
     @classmethod
     @abstractmethod
     def size_in_file(cls, key: str, tensors: Mapping[str, Tensor]) -> LayerSize:
         """Rank and alpha of the layer `key` of a file. Raises `UserError` when another algorithm wrote it."""
+
+    @classmethod
+    def like_file(
+        cls, layer: Layer, size: LayerSize, args: NetworkArgs, generator: torch.Generator, tensors: Mapping[str, Tensor]
+    ) -> Adapter:
+        """An adapter that can take the tensors of a file's layer: what the file decides overrides `args`."""
+        return cls(layer, size, args, generator)
+
+    @property
+    def frozen_parameters(self) -> frozenset[str]:
+        """Parameters that are in files and never learn."""
+        return frozenset()
 
     @property
     def watches_gradients(self) -> bool:
@@ -96,10 +124,6 @@ class Adapter(nn.Module, ABC):
     def note_gradients(self) -> None:
         """Called when the parameters' gradients are complete, before the weights are stepped."""
         return
-
-    def weight_norm(self) -> Tensor:
-        """Frobenius norm of the adapter's weight at multiplier 1, a 0-d tensor."""
-        return self.delta_weight().norm() / self.multiplier
 
     def file_tensors(self) -> dict[str, Tensor]:
         """Tensors as files hold them, by their name inside the layer."""
@@ -111,13 +135,11 @@ class Adapter(nn.Module, ABC):
 
     def forward(self, x: Tensor) -> Tensor:
         """Stands in for the base layer's forward while attached."""
-        assert self._replaced is not None
-        out = self._replaced(x)
         if self.multiplier == 0:
-            return out
+            return self.base_forward(x)
         if self.training and self.module_dropout and torch.rand(()).item() < self.module_dropout:
-            return out
-        return out + self.delta(x).to(out.dtype)
+            return self.base_forward(x)
+        return self.adapted(x)
 
     def attach(self) -> None:
         assert self._replaced is None, f"{self.key} is attached already"
@@ -136,15 +158,42 @@ class Adapter(nn.Module, ABC):
 
     @torch.no_grad()
     def merge_into_base(self) -> None:
-        """Add the adapter to the base weight: computed in float32, stored in the base's dtype."""
-        merge = getattr(self.base, "add_to_weight", None)
-        if merge is not None:  # a quantised layer, whose `weight` is a copy
-            merge(self.delta_weight)
+        """Put the adapter into the base weight: computed in float32, stored in the base's dtype."""
+        change = getattr(self.base, "change_weight", None)
+        if change is not None:  # a quantised layer, whose `weight` is a copy
+            change(self._merged_anywhere)
             return
         weight = self.base.weight
         if not weight.is_floating_point() or weight.dtype.itemsize < 2:
             raise UserError(f"cannot merge {self.key} into a {weight.dtype} weight. Load the base model in fp16, bf16 or fp32.")
-        weight.copy_(weight.float() + self.delta_weight().to(weight.device))
+        weight.copy_(self._merged_anywhere(weight.float()))
+
+    def _merged_anywhere(self, weight: Tensor) -> Tensor:
+        """`merged` where the adapter is, given back where the weight is."""
+        place = next(iter(self.state_dict().values())).device
+        return self.merged(weight.to(place)).to(weight.device)
+
+
+class AdditiveAdapter(Adapter):
+    """An adapter whose output is added to its layer's."""
+
+    @abstractmethod
+    def delta(self, x: Tensor, multiplier: float = 1.0) -> Tensor:
+        """What is added to the layer's output for `x`, in the dtype that is computed in."""
+
+    @abstractmethod
+    def delta_weight(self, multiplier: float = 1.0) -> Tensor:
+        """The same as a weight of the base's shape, float32, without dropout."""
+
+    def adapted(self, x: Tensor) -> Tensor:
+        out = self.base_forward(x)
+        return out + self.delta(x, self.multiplier).to(out.dtype)
+
+    def merged(self, weight: Tensor) -> Tensor:
+        return weight + self.delta_weight(self.multiplier)
+
+    def weight_norm(self) -> Tensor:
+        return self.delta_weight().norm()
 
 
 class LayerNetwork(AdapterNetwork):
@@ -206,7 +255,7 @@ class LayerNetwork(AdapterNetwork):
             for inner, parameter in adapter.named_parameters():
                 plus = ratio is not None and inner in adapter.plus_parameters
                 own_name, own_rate = (f"{name} plus", rate * (ratio or 0.0)) if plus else (name, rate)
-                if own_rate and adapter.key not in self._untrained:
+                if own_rate and adapter.key not in self._untrained and inner not in adapter.frozen_parameters:
                     parameter.requires_grad_(True)
                     groups.setdefault(own_name, ParamGroup(own_name, [], own_rate)).params.append(parameter)
         if not groups:
@@ -317,6 +366,16 @@ def _split(arch: NetworkArch, arch_args: ArchArgs, layers: Sequence[Layer]) -> l
     return [replace(layer, rows=arch.fused_rows(layer)) for layer in layers]
 
 
+def algorithm_of(key: str, tensors: Mapping[str, Tensor]) -> type[Adapter]:
+    """What wrote the layer `key` of a file. Raises `UserError` for what none of our algorithms writes."""
+    writer = writer_of(tensors)
+    if writer is None or not writer.module.startswith("networks."):
+        name = "an unknown algorithm" if writer is None else writer.algorithm
+        raise UserError(f"{key} holds {shorten(tensors)}: the file was made by {name}, which only lycoris.kohya may know.")
+    factory: NetworkFactory = importlib.import_module(writer.module).factory
+    return factory.algorithm
+
+
 def _own_size(in_file: LayerSize, layer: Layer) -> LayerSize:
     """Size of each of a layer's adapters: a file holds those of a fused layer as one of their joint rank and alpha."""
     count = len(layer.rows) or 1
@@ -354,7 +413,9 @@ class NetworkFactory(NetworkModule[LayerNetwork]):
         if not sizes:
             raise UserError("every block's rank or learning rate factor is 0, so there is nothing to train.")
         layers = _split(arch, arch_args, [layer for layer in layers if layer.key in sizes])
-        return self._build(arch, args, arch_args, layers, sizes, request)
+        return self._build(
+            arch, args, arch_args, layers, request, lambda layer, rng: self.algorithm(layer, sizes[layer.key], args, rng)
+        )
 
     def make_from_weights(self, request: NetworkRequest, weights: FileWeights) -> LayerNetwork:
         """With the file's layers, ranks, alphas and weights. Layers are found by name anywhere in the model."""
@@ -370,10 +431,18 @@ class NetworkFactory(NetworkModule[LayerNetwork]):
         matched = _split(arch, arch_args, [layer for key, layer in known.items() if key in file_layers])
         if not matched:
             raise UserError(_no_match(weights.source, file_layers, known))
+        found = {layer.key: file_layers[layer.key] for layer in matched}
+        algorithms = {key: algorithm_of(key, found[key]) if request.for_inference else self.algorithm for key in found}
         sizes = {
-            layer.key: _own_size(self.algorithm.size_in_file(layer.key, file_layers[layer.key]), layer) for layer in matched
+            layer.key: _own_size(algorithms[layer.key].size_in_file(layer.key, found[layer.key]), layer) for layer in matched
         }
-        network = self._build(arch, args, arch_args, matched, sizes, request)
+
+        def make(layer: Layer, generator: torch.Generator) -> Adapter:
+            algorithm = algorithms[layer.key]
+            own = args if isinstance(args, algorithm.arguments) else algorithm.arguments()
+            return algorithm.like_file(layer, sizes[layer.key], own, generator, found[layer.key])
+
+        network = self._build(arch, args, arch_args, matched, request, make)
         network.load_file_state_dict(weights.tensors, weights.source)
         return network
 
@@ -386,6 +455,8 @@ class NetworkFactory(NetworkModule[LayerNetwork]):
         family, others = split_args(known, kwargs)
         arch_args = parse_network_args(known, family, module=self.name)
         args = parse_network_args(self.algorithm.arguments, others, module=self.name, also=known)
+        if not self.algorithm.plus_parameters and (args.plus_ratio(True) or args.plus_ratio(False)):
+            raise UserError(f"{self.name} has no pair of matrices: the loraplus arguments have no meaning for it. Remove them.")
         if neuron_dropout is None or args.dropout == neuron_dropout:
             return args, arch_args
         if args.dropout is not None:
@@ -402,13 +473,10 @@ class NetworkFactory(NetworkModule[LayerNetwork]):
         args: NetworkArgs,
         arch_args: ArchArgs,
         layers: Sequence[Layer],
-        sizes: Mapping[str, LayerSize],
         request: NetworkRequest,
+        make: Callable[[Layer, torch.Generator], Adapter],
     ) -> LayerNetwork:
-        adapters = [
-            self.algorithm(layer, sizes[layer.key], args, keyed_generator("network", request.init_seed, layer.key))
-            for layer in layers
-        ]
+        adapters = [make(layer, keyed_generator("network", request.init_seed, layer.key)) for layer in layers]
         network = LayerNetwork(arch, args, arch_args, layers, adapters)
         network.set_multiplier(request.multiplier)
         counts = {part: sum(layer.part == part for layer in layers) for part in dict.fromkeys(layer.part for layer in layers)}

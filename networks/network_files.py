@@ -6,7 +6,8 @@ import hashlib
 import json
 import pickle
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,18 +34,32 @@ FAMILY_SIGNS: dict[str, str] = {
 }
 """Start of a key -> what such a file is for."""
 
-ALGORITHM_SIGNS: dict[str, str] = {
-    "hada_w1_a": "LoHa",
-    "lokr_w1": "LoKr",
-    "lokr_w1_a": "LoKr",
-    "oft_blocks": "OFT",
-    "dora_scale": "DoRA",
-    "lora_mid.weight": "LoCon with a CP decomposition",
-    "on_input": "IA3",
-    "diff": "full difference",
-    "w_norm": "trained norms",
+
+@dataclass(frozen=True)
+class Writer:
+    """Of a layer of a file."""
+
+    algorithm: str
+    module: str = "lycoris.kohya"
+    """What reads it."""
+
+
+ALGORITHM_SIGNS: dict[str, Writer] = {
+    "lora_down.weight": Writer("plain LoRA", "networks.lora"),
+    "hada_w1_a": Writer("LoHa", "networks.loha"),
+    "lokr_w1": Writer("LoKr", "networks.lokr"),
+    "lokr_w1_a": Writer("LoKr", "networks.lokr"),
+    "on_input": Writer("(IA)^3", "networks.ia3"),
+    "oft_blocks": Writer("OFT"),
+    "diff": Writer("full difference"),
+    "w_norm": Writer("trained norms"),
 }
-"""Tensor name in a layer -> the algorithm that writes it."""
+"""Tensor name in a layer -> what writes it."""
+
+
+def writer_of(names: Iterable[str]) -> Writer | None:
+    """What wrote a layer with tensors of these names; None where no name tells."""
+    return next((ALGORITHM_SIGNS[name] for name in names if name in ALGORITHM_SIGNS), None)
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
@@ -146,6 +161,20 @@ def _peft_alphas(tensors: Mapping[str, Tensor], settings: str) -> dict[str, Tens
         if alpha is not None:
             alphas[f"{layer}.alpha"] = torch.tensor(float(alpha))
     return alphas
+
+
+def check_names(
+    key: str, tensors: Mapping[str, Tensor], *, required: Collection[str], known: Collection[str], algorithm: str
+) -> None:
+    """Raise `UserError` unless the layer `key` of a file has all `required` tensors and beside them only `known` ones."""
+    if foreign := [name for name in tensors if name not in required and name not in known]:
+        writer = writer_of(foreign) or Writer("another algorithm")
+        raise UserError(
+            f"{key} holds {foreign[0]}: the file was made by {writer.algorithm}, not by {algorithm}. "
+            f"Use --network_module {writer.module}, which may know it."
+        )
+    if absent := [name for name in required if name not in tensors]:
+        raise UserError(f"{key} lacks {absent[0]}: the file is incomplete.")
 
 
 def shorten(names: Iterable[str], shown: int = 3) -> str:

@@ -546,6 +546,32 @@ def test_a_file_of_sd_scripts_is_loaded_merged_and_adds_what_its_tensors_say(tmp
     torch.testing.assert_close(predict(unet, encoder), adapted, atol=1e-5, rtol=1e-5)
 
 
+def test_a_merged_file_may_be_of_any_algorithm_and_of_several(tmp_path: Path) -> None:
+    """Recognised layer by layer; a file to train on has to be of the module that trains."""
+    from networks import loha, lokr
+
+    unet, encoder = tiny_unet(), tiny_text_encoder()
+    first, second = "lora_unet_mid_block_attentions_0_proj_in", "lora_unet_mid_block_attentions_0_proj_out"
+    tensors = {}
+    for module, key in ((loha, first), (lokr, second)):
+        network = module.create_network(1.0, 2, 1.0, None, encoder, unet)
+        fill(network)
+        tensors |= {name: tensor for name, tensor in network.file_state_dict(None).items() if name.startswith(f"{key}.")}
+    expected = {}
+    for module, key in ((loha, first), (lokr, second)):
+        only = {name: tensor for name, tensor in tensors.items() if name.startswith(key)}
+        (adapter,) = module.create_network_from_weights(0.5, None, None, encoder, unet, only)[0].adapters()
+        expected[key] = adapter.merged(adapter.base.weight)
+    lora.factory.merge_weights(0.5, None, encoder, unet, tensors)
+    middle = unet.mid_block.attentions[0]
+    torch.testing.assert_close(middle.proj_in.weight, expected[first])
+    torch.testing.assert_close(middle.proj_out.weight, expected[second])
+    with pytest.raises(UserError, match="made by LoHa, not by plain LoRA.*--network_module networks.loha"):
+        lora.create_network_from_weights(1.0, None, None, encoder, unet, tensors)
+    with pytest.raises(UserError, match="made by full difference, which only lycoris.kohya may know"):
+        lora.factory.merge_weights(1.0, None, encoder, unet, {f"{first}.diff": torch.zeros(16, 16)})
+
+
 def test_a_file_without_alpha_or_with_matrices_for_1x1_convolutions_means_the_same(shared_model: Any) -> None:
     unet, encoder = shared_model
     key = "lora_unet_mid_block_attentions_0_proj_in"

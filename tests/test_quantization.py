@@ -284,8 +284,8 @@ def test_merging_quantises_the_sum_once() -> None:
     layer, _ = layer_pair(nn.Linear(64, 128), "fp8")
     assert layer.exact is not None
     weight, first, second = layer.exact(), torch.randn(128, 64) * 0.01, torch.randn(128, 64) * 0.01
-    layer.add_to_weight(lambda: first)
-    layer.add_to_weight(lambda: second)
+    layer.change_weight(lambda before: before + first)
+    layer.change_weight(lambda before: before + second)
     expected = requantize(weight + first + second, StoredWeight(layer.stored, layer.scale))
     assert torch.equal(layer.weight, dequantize(expected, (128, 64), torch.float32))
 

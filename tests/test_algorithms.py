@@ -1,0 +1,173 @@
+"""Laws that every algorithm keeps: on every kind of layer, and on a tiny model of every family."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from network_models import fill
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from networks.external import load_network_module
+from networks.network_args import parse_network_args
+from networks.network_base import Adapter, Layer, LayerSize, NetworkFactory
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    """A network module with arguments."""
+
+    module: str
+    arguments: dict[str, Any] = field(default_factory=dict)
+    rank: int = 2
+    alpha: float = 1.0
+    frozen: tuple[str, ...] = ()
+    """Parameters that never learn."""
+    count: Callable[[int, int, int], int] = lambda rows, columns, rank: rank * (rows + columns)
+    """Parameters of a Linear with these many rows and columns, at this rank."""
+
+    def factory(self) -> NetworkFactory:
+        module = load_network_module(self.module)
+        assert isinstance(module, NetworkFactory)
+        return module
+
+    def adapter(self, layer: nn.Module, *, rows: tuple[int, ...] = (), **more: Any) -> Adapter:
+        factory = self.factory()
+        args = parse_network_args(factory.algorithm.arguments, {**self.arguments, **more}, module=self.module)
+        place = Layer("lora_unet_x", "denoiser", layer, rows)  # type: ignore[arg-type]
+        return factory.algorithm(place, LayerSize(self.rank, self.alpha), args, torch.Generator().manual_seed(1))
+
+
+DOWN = ("lora_down.weight",)
+ALGORITHMS = {
+    "lora": Algorithm("networks.lora"),
+    "orthogonal": Algorithm("networks.lora", {"init": "orthogonal"}),
+    "pissa": Algorithm("networks.lora", {"init": "pissa"}),
+    "rslora": Algorithm("networks.lora", {"rs_lora": "true"}),
+    "dora": Algorithm("networks.lora", {"dora_wd": "true"}, count=lambda o, i, r: r * (o + i) + o),
+    "dora-columns": Algorithm(
+        "networks.lora", {"dora_wd": "true", "wd_on_output": "false"}, count=lambda o, i, r: r * (o + i) + i
+    ),
+    "loha": Algorithm("networks.loha", count=lambda o, i, r: 2 * r * (o + i)),
+    "loha-dense": Algorithm("networks.loha", rank=4, count=lambda o, i, r: 2 * r * (o + i)),
+    "loha-dora": Algorithm("networks.loha", {"dora_wd": "true"}, count=lambda o, i, r: 2 * r * (o + i) + o),
+    # 8 = 2 * 4 rows and 12 = 2 * 6 columns
+    "lokr": Algorithm("networks.lokr", {"factor": "2"}, count=lambda o, i, r: 2 * 2 + r * (4 + 6)),
+    "lokr-both": Algorithm(
+        "networks.lokr", {"factor": "4", "decompose_both": "true"}, rank=1, count=lambda o, i, r: r * (2 + 3) + r * (4 + 4)
+    ),
+    "lokr-full": Algorithm("networks.lokr", {"full_matrix": "true"}, count=lambda o, i, r: 2 * 3 + 4 * 4),
+    "lokr-dora": Algorithm("networks.lokr", {"factor": "2", "dora_wd": "true"}, count=lambda o, i, r: 4 + r * 10 + o),
+    "ia3": Algorithm("networks.ia3", count=lambda o, i, r: o),
+    "ia3-input": Algorithm("networks.ia3", {"train_on_input": "true"}, count=lambda o, i, r: i),
+    "lora-fa": Algorithm("networks.lora_fa", frozen=DOWN),
+    "lora-fa-argument": Algorithm("networks.lora", {"freeze_down": "true"}, frozen=DOWN),
+}
+
+
+def layers() -> dict[str, nn.Module]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        made: dict[str, nn.Module] = {
+            "linear": nn.Linear(12, 8),
+            "no-bias": nn.Linear(12, 8, bias=False),
+            "1x1": nn.Conv2d(12, 8, 1),
+            "3x3": nn.Conv2d(12, 8, 3, stride=2, padding=1),
+        }
+    return {name: layer.requires_grad_(False) for name, layer in made.items()}
+
+
+def sample(layer: nn.Module) -> Tensor:
+    x = torch.randn(2, 12, 6, 6, generator=torch.Generator().manual_seed(0))
+    return x if isinstance(layer, nn.Conv2d) else x.flatten(2).transpose(1, 2)
+
+
+def change(adapter: nn.Module) -> None:
+    """Move every parameter away from where it starts."""
+    start = {name: parameter.detach().clone() for name, parameter in adapter.named_parameters()}
+    fill(adapter)
+    with torch.no_grad():
+        for name, parameter in adapter.named_parameters():
+            parameter += start[name]
+
+
+@pytest.mark.parametrize("kind", layers())
+@pytest.mark.parametrize("algorithm", ALGORITHMS.values(), ids=ALGORITHMS)
+def test_an_adapter_starts_as_its_layer_and_merges_as_it_computes(algorithm: Algorithm, kind: str) -> None:
+    layer = layers()[kind]
+    x = sample(layer)
+    base = layer(x)
+    adapter = algorithm.adapter(layer)
+    adapter.attach()
+    torch.testing.assert_close(layer(x), base, atol=1e-6, rtol=0)
+    change(adapter)
+    adapted = layer(x)
+    assert (adapted - base).abs().max() > 1e-2
+    adapter.multiplier = 0.0
+    assert torch.equal(layer(x), base)
+    for multiplier in (1.0, 0.4):
+        adapter.multiplier = multiplier
+        weight, expected = adapter.merged(adapter.base.weight), layer(x)
+        adapter.detach()
+        merged = functional_call(layer, {"weight": weight}, (x,))
+        torch.testing.assert_close(merged, expected, atol=1e-5, rtol=1e-5)
+        adapter.attach()
+
+
+@pytest.mark.parametrize("kind", layers())
+@pytest.mark.parametrize("algorithm", ALGORITHMS.values(), ids=ALGORITHMS)
+def test_a_file_gives_back_the_adapter_in_a_new_one_and_in_one_made_for_it(algorithm: Algorithm, kind: str) -> None:
+    layer = layers()[kind]
+    x = sample(layer)
+    adapter, again = algorithm.adapter(layer), algorithm.adapter(layer)
+    change(adapter)
+    tensors = {name: tensor.detach().clone() for name, tensor in adapter.file_tensors().items()}
+    again.load_file_tensors(tensors, "a file")
+    kind_of = type(adapter)
+    made = kind_of.like_file(
+        Layer("lora_unet_x", "denoiser", layer),  # type: ignore[arg-type]
+        kind_of.size_in_file("lora_unet_x", tensors),
+        kind_of.arguments(),
+        torch.Generator(),
+        tensors,
+    )
+    made.load_file_tensors(tensors, "a file")
+    outputs = []
+    for one in (adapter, again, made):
+        one.attach()
+        outputs.append(layer(x))
+        one.detach()
+    assert torch.equal(outputs[0], outputs[1])
+    torch.testing.assert_close(outputs[2], outputs[0], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS.values(), ids=ALGORITHMS)
+def test_gradients_reach_all_that_learns_and_the_parameters_are_as_many_as_the_formula_says(algorithm: Algorithm) -> None:
+    layer = layers()["linear"]
+    adapter = algorithm.adapter(layer)
+    change(adapter)
+    assert adapter.frozen_parameters == set(algorithm.frozen)
+    assert sum(parameter.numel() for parameter in adapter.parameters()) == algorithm.count(8, 12, algorithm.rank)
+    for name, parameter in adapter.named_parameters():
+        parameter.requires_grad_(name not in adapter.frozen_parameters)
+    adapter.attach()
+    layer(sample(layer)).square().mean().backward()
+    learned = {name for name, parameter in adapter.named_parameters() if parameter.grad is not None and parameter.grad.any()}
+    assert learned == {name for name, _ in adapter.named_parameters()} - set(algorithm.frozen)
+    assert all(parameter.grad is None for parameter in layer.parameters())
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS.values(), ids=ALGORITHMS)
+def test_a_forward_pass_is_one_graph(algorithm: Algorithm) -> None:
+    layer = layers()["linear"]
+    adapter = algorithm.adapter(layer).train()
+    change(adapter)
+    adapter.attach()
+    x = sample(layer)
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), layer(x))
