@@ -31,6 +31,8 @@ class TrainBatch:
     crop_top_lefts: Tensor  # [B, 2] int64
     target_sizes: Tensor  # [B, 2] int64
     preserve: Tensor | None = None  # [B] bool: rows whose target is the frozen model's own prediction; None: no row
+    prior: Tensor | None = None  # [B, C, h, w] float16: that prediction, where it was made before training; other rows: 0
+    prior_keys: tuple[int | None, ...] = ()  # of the noise and time of rows that have one
     latent_seeds: tuple[int, ...]  # one per row, from the picture's content: the key of its posterior sample
     multiplier: float = 1.0  # network_multiplier of the dataset
     quantile: float | None = None  # validation: this quantile of the time density instead of a draw

@@ -53,6 +53,8 @@ PART_NAMES = {
     "caption": "the caption",
     "tokenizer": "the tokenizer or its length",
     "encoding": "how captions are encoded",
+    "denoiser": "the base model",
+    "prior": "the views, noises or times that it is asked about",
 }
 """Part of a fingerprint -> what it is called when it differs; a text encoder's own part is named after it."""
 
@@ -119,6 +121,15 @@ def read_npz(path: Path) -> dict[str, np.ndarray] | None:
     try:
         with np.load(path, allow_pickle=False) as archive:
             return {name: archive[name] for name in archive.files}
+    except _DAMAGE:
+        return None
+
+
+def read_array(path: Path, name: str) -> np.ndarray | None:
+    """One array of the file; None as in `read_npz`, and where there is none of that name."""
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return archive[name] if name in archive.files else None
     except _DAMAGE:
         return None
 

@@ -15,7 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -113,8 +113,17 @@ def _first(paths: Sequence[Path]) -> str:
     return str(paths[0]) + (", ..." if len(paths) > 1 else "")
 
 
+class CacheFile(Protocol):
+    """Where an entry is kept."""
+
+    @property
+    def path(self) -> Path: ...
+
+    def check(self, fingerprint: Fingerprint) -> Verdict: ...
+
+
 def needs_making(
-    files: Mapping[str, LatentFile] | Mapping[str, TextFile],
+    files: Mapping[str, CacheFile],
     fingerprints: Mapping[str, Fingerprint],
     options: TrainOptions,
     what: str,

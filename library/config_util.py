@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 Mode = Literal["network", "full"]
 
+PRESERVES = "diff_output_preservation"
+"""In `custom_attributes`: these pictures keep the untrained model's predictions. sd-scripts' name."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class SubsetConfig:
@@ -57,7 +60,7 @@ class SubsetConfig:
     @property
     def preserves(self) -> bool:
         """Whether these images keep the untrained model's own prediction as their target."""
-        return bool(self.custom_attributes.get("diff_output_preservation", False))
+        return bool(self.custom_attributes.get(PRESERVES, False))
 
     @property
     def varies_pictures(self) -> bool:
@@ -338,7 +341,9 @@ def _command_line_document(options: TrainOptions, conditioned: bool) -> dict[str
         return {"datasets": [{"subsets": [{**folder, **beside}]}]}
     subsets = _folder_subsets(Path(data.train_data_dir), "--train_data_dir", is_reg=False)
     if data.reg_data_dir:
-        subsets += _folder_subsets(Path(data.reg_data_dir), "--reg_data_dir", is_reg=True)
+        regular = _folder_subsets(Path(data.reg_data_dir), "--reg_data_dir", is_reg=True)
+        kept = {"custom_attributes": {PRESERVES: True}} if options.loss.preserve_prior else {}
+        subsets += [{**subset, **kept} for subset in regular]
     masks = options.loss.conditioning_data_dir
     for subset in subsets:
         if masks and not subset["is_reg"]:
@@ -546,11 +551,15 @@ def load_data_config(options: TrainOptions, model_step: int, *, conditioned: boo
     return DataConfig(tuple(datasets), source)
 
 
-def rejects_preservation(config: DataConfig, mode: Mode) -> None:
-    """Raise `UserError` for diff_output_preservation in full fine-tuning, which has no frozen model to compare with."""
-    named = [subset.name for dataset in config.datasets for subset in dataset.subsets if subset.preserves]
-    if mode == "full" and named:
+def check_preservation(config: DataConfig, mode: Mode) -> bool:
+    """Whether pictures keep the untrained model's predictions. Raises `UserError` where some of them would validate a model
+    that has no frozen one beside it."""
+    named = [(dataset, subset) for dataset in config.datasets for subset in dataset.subsets if subset.preserves]
+    wrong = [subset.name for dataset, subset in named if dataset.validation_split and not subset.is_reg]
+    if mode == "full" and wrong:
         raise UserError(
-            f"diff_output_preservation ({', '.join(named)}) needs the untrained model beside the trained one: "
-            "it works when training an adapter network only. Remove it from custom_attributes."
+            f"diff_output_preservation ({', '.join(wrong)}): pictures that keep the untrained model's predictions cannot "
+            "validate the model that is trained. Add is_reg = true to them, as none of those is held out, or move them to "
+            "[[datasets]] without validation_split."
         )
+    return bool(named)

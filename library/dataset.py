@@ -28,7 +28,7 @@ from library.batch import TrainBatch
 from library.cache_io import CachedLatents, LatentCache, LostEntry, TextCache, entry_key
 from library.captions import CaptionMoment, final_caption, is_dropped
 from library.compact import Chained
-from library.config_util import Mode, load_data_config, rejects_preservation
+from library.config_util import Mode, check_preservation, load_data_config
 from library.data_sources import DatasetRecords, check_not_empty, collect
 from library.epoch_plan import EpochPlan, Part
 from library.errors import UserError
@@ -37,6 +37,7 @@ from library.file_index import KnownFiles
 from library.image_io import Crop, choose_crop, content_seed, listed
 from library.masks import latent_mask
 from library.picture_views import choose_view, load_view, view_beside
+from library.prior_cache import PriorCache, StoredPrior
 from library.quarantine import BadFile, Quarantine
 from library.records import Record
 from library.rng import keyed_random
@@ -82,6 +83,7 @@ class Row:
     paired: Paired = Paired()
     text: Conditioning | None = None
     """What is cached of the caption, unbatched."""
+    prior: StoredPrior | None = None
 
 
 @dataclass(eq=False)
@@ -108,6 +110,8 @@ class ImageDataset(Dataset[TrainBatch]):
     quarantine: Quarantine = field(default_factory=lambda: Quarantine(strict=True))
     latent_cache: LatentCache | None = None
     text_cache: TextCache | None = None
+    priors: PriorCache | None = None
+    """Where the model itself learns and pictures keep what it predicted untrained: those predictions."""
     _masks: dict[str, Paired] = field(default_factory=dict, init=False, repr=False)
     """Of pictures whose latents are kept in memory."""
     _unreadable: frozenset[str] | None = field(default=None, init=False, repr=False)
@@ -178,6 +182,25 @@ class ImageDataset(Dataset[TrainBatch]):
     # One picture
 
     def _row(self, record: Record, repeat: int, moment: CaptionMoment) -> Row:
+        if self.priors is not None and record.subset.preserves:
+            return self.prior_row(record, (moment.epoch * record.repeats + repeat) % self.num_predictions(record))
+        return self._view(record, repeat, moment)
+
+    def num_predictions(self, record: Record) -> int:
+        """Of `record`, made before training: no more than it is seen times."""
+        assert self.priors is not None
+        seen = self.priors.choices if self.max_epochs is None else max(1, self.max_epochs * record.repeats)
+        return min(self.priors.choices, seen)
+
+    def prior_row(self, record: Record, number: int) -> Row:
+        """The view that prediction `number` of `record` is of, with that prediction where it is made."""
+        assert self.priors is not None
+        epoch, repeat = divmod(number, record.repeats)
+        row = self._view(record, repeat, CaptionMoment(self.seed, epoch, sys.maxsize, self.max_steps))
+        with _still_there(record):
+            return replace(row, prior=self.priors.get(record.key, number))
+
+    def _view(self, record: Record, repeat: int, moment: CaptionMoment) -> Row:
         key = f"{record.key}#{repeat}"
         draw = keyed_random(self.seed, moment.epoch, "augment", key)
         flipped = record.subset.flip_aug and draw.random() < 0.5 and not self.evaluating
@@ -270,9 +293,20 @@ class ImageDataset(Dataset[TrainBatch]):
             crop_top_lefts=torch.tensor([(row.crop.top, row.crop.left) for row in rows]),
             target_sizes=torch.tensor([record.placement.bucket[::-1] for record in records]),
             preserve=torch.tensor(preserve) if any(preserve) else None,
+            prior=_stacked_priors(rows),
+            prior_keys=tuple(row.prior and row.prior.key for row in rows) if any(row.prior for row in rows) else (),
             latent_seeds=tuple(row.seed for row in rows),
             multiplier=multiplier,
         )
+
+
+def _stacked_priors(rows: Sequence[Row]) -> Tensor | None:
+    """[B, C, h, w] with zeros for rows that have none; None where none has."""
+    found = [None if row.prior is None else row.prior.prediction for row in rows]
+    known = next((prediction for prediction in found if prediction is not None), None)
+    if known is None:
+        return None
+    return torch.stack([torch.zeros_like(known) if prediction is None else prediction for prediction in found])
 
 
 @contextmanager
@@ -453,7 +487,7 @@ def build_train_data(
     """
     kind = dataset_class(options.data.dataset_class)
     config = load_data_config(options, latent.bucket_step, conditioned=conditioned)
-    rejects_preservation(config, mode)
+    preserved = check_preservation(config, mode)
     seed = options.training.seed or 0
     quarantine = Quarantine(Path(options.output.output_dir) if options.output.output_dir else None, options.data.strict_data)
     files, prior = KnownFiles.of_user(options.cache.cache_dir), options.loss.prior_loss_weight
@@ -476,6 +510,8 @@ def build_train_data(
         mask_stride=latent.stride,
         quarantine=quarantine,
     )
+    if preserved and mode == "full":
+        dataset.priors = PriorCache(seed, options.loss.prior_choices)
     validation = replace(dataset, parts=tuple(held_out), evaluating=True, caption_variants=0) if held_out else None
     if validation is not None and options.cache.text_outputs:
         validation.caption_variants = 1

@@ -41,6 +41,7 @@ from library.memory_tracker import MemoryTracker, Peak, Work, simulated
 from library.offload_plan import RingPlan
 from library.offload_transport import ALIGNMENT, round_up
 from library.optimizers import group_rates
+from library.prior_cache import StoredPrior
 from library.records import Record
 from library.strategy_base import LATENT_DTYPE, Conditioning
 
@@ -148,7 +149,17 @@ def _training_batch(data: TrainData) -> TrainBatch:
     cached = dataset.latent_cache is not None
     shape = (channels, size.height // stride, size.width // stride) if cached else (3, size.height, size.width)
     records = _records(part, size)
-    rows = [Row(torch.empty(shape), 0, choose_crop(record.placement), dataset.readings(record)[0]) for record in records]
+    stored = StoredPrior(0, torch.empty(channels, size.height // stride, size.width // stride, dtype=LATENT_DTYPE))
+    rows = [
+        Row(
+            torch.empty(shape),
+            0,
+            choose_crop(record.placement),
+            dataset.readings(record)[0],
+            prior=stored if dataset.priors is not None and record.subset.preserves else None,
+        )
+        for record in records
+    ]
     return dataset.collate(records, rows, part.multiplier)
 
 

@@ -232,6 +232,17 @@ class LossOptions:
     p2_gamma: float | None = opt(None, "weight the loss by P2 with this gamma, 0.5 to 1: favours much noise", minimum=0)
     p2_k: float = opt(1.0, "k of P2: bounds the weight where there is almost no signal", minimum=0)
     prior_loss_weight: float = opt(1.0, "weight of regularization pictures", minimum=0)
+    preserve_prior: bool = opt(
+        False,
+        "pictures of --reg_data_dir keep what the untrained model predicts, instead of being learned; in a dataset file: "
+        "custom_attributes = { diff_output_preservation = true }",
+    )
+    prior_choices: int = opt(
+        8,
+        "where the model itself is trained: of each such picture, so many views with noises and times are predicted before "
+        "training, and seen in turn",
+        minimum=1,
+    )
     weighted_captions: bool = opt(False, "read weights in captions, as in (word:1.3)")
     masked_loss_normalize: bool = opt(
         False, "with masks, take the mean over what each leaves, so that pictures with small ones count as much as others"

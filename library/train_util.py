@@ -50,6 +50,7 @@ from library.run_writer import RunWriter
 from library.sampling import PreviewWriter
 from library.saved_state import SavedState
 from library.schedulers import create_scheduler
+from library.stored_priors import store_priors, with_stored_noise
 from library.strategy_base import Conditioning, Strategies
 from library.tracking import check_trackers, not_finite
 from library.trainable import DENOISER, Trainable
@@ -70,6 +71,14 @@ class BatchLoss(NamedTuple):
     total: Tensor  # a scalar with gradient
     of_images: Tensor  # [B], without weights and gradient
     times: Tensor  # [B]
+
+
+class Seen(NamedTuple):
+    """What the model is shown of one micro-batch."""
+
+    noised: Noised
+    times: Tensor  # [B]
+    conditioning: Conditioning
 
 
 class Trainer:
@@ -131,11 +140,7 @@ class Trainer:
 
     def batch_loss(self, batch: TrainBatch) -> BatchLoss:
         self.trainable.set_multiplier(batch.multiplier)
-        x0 = self.latent.normalize(self.latents(batch))
-        cond = self.conditioning(batch)
-        t = self.objective.sample_times(x0, self.rng("time", x0.device), batch.quantile)
-        noise = make_noise(x0, self.options.noise, self.rng)
-        noised = self.objective.corrupt(x0, noise, t, perturb(noise, self.options.noise, self.rng))
+        noised, t, cond = self.seen(batch)
         pred = self.predict(noised, t, cond, batch)
         target = self.preserve_prior(noised, t, cond, batch)
         kind = self.options.loss.loss_type
@@ -144,14 +149,30 @@ class Trainer:
         means = image_means(error, batch.mask, by_mask=self.options.loss.masked_loss_normalize)
         return BatchLoss((means * self.objective.weight(t) * batch.loss_weights).mean(), means.detach(), t)
 
+    def seen(self, batch: TrainBatch) -> Seen:
+        x0 = self.latent.normalize(self.latents(batch))
+        cond = self.conditioning(batch)
+        noised, t = self.corrupted(x0, self.rng, batch.quantile)
+        if batch.prior_keys:
+            noised, t = with_stored_noise((noised, t), x0, batch.prior_keys, self.corrupted)
+        return Seen(noised, t, cond)
+
+    def corrupted(self, x0: Tensor, rng: StepRng, quantile: float | None = None) -> tuple[Noised, Tensor]:
+        """x0 [B, C, h, w] at times [B] that `rng` draws."""
+        t = self.objective.sample_times(x0, rng("time", x0.device), quantile)
+        noise = make_noise(x0, self.options.noise, rng)
+        return self.objective.corrupt(x0, noise, t, perturb(noise, self.options.noise, rng)), t
+
     def predict(self, noised: Noised, t: Tensor, cond: Conditioning, batch: TrainBatch) -> Tensor:
         with self.accelerator.autocast(self.memory.autocast):
             return self.family.predict(self.trainable.denoiser, noised.x_t, t, cond, batch, self.options)
 
     def preserve_prior(self, noised: Noised, t: Tensor, cond: Conditioning, batch: TrainBatch) -> Tensor:
-        """The target; for rows that ask for it, what the frozen model predicts."""
+        """The target; for rows that ask for it, what the frozen model predicts, or predicted before training."""
         if batch.preserve is None:
             return noised.target
+        if batch.prior is not None:
+            return torch.where(batch.preserve.view(-1, 1, 1, 1), batch.prior.float(), noised.target)
         with torch.no_grad(), self.trainable.reference():
             prior = self.predict(noised, t, cond, batch)
         return torch.where(batch.preserve.view(-1, 1, 1, 1), prior.float(), noised.target)
@@ -427,6 +448,7 @@ def finish_building(prepared: PreparedRun) -> Trainer:
     previews = prepared.previews()
     previews.encode_frozen(bundle, prepared.learning)
     trainer = prepared.assemble(bundle, previews)
+    store_priors(trainer)
     if prepared.saved is not None:
         trainer.restore(prepared.saved)
     else:

@@ -279,7 +279,9 @@ class FullTrainable(Trainable):
                 parameter.copy_(tensors[name])
 
     def reference(self) -> AbstractContextManager[None]:
-        raise UserError("prior preservation needs the frozen model, and full fine-tuning changes it. Train an adapter instead.")
+        raise UserError(
+            "the model itself learns, so there is no frozen one: what it predicts has to be stored before training."
+        )
 
     def train(self, mode: bool = True) -> None:
         for part in self.parts | {DENOISER}:  # a frozen one, too: see `AdapterTrainable.train`

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from data_tools import make_options, write_folder, write_toml
 
-from library.config_util import KEYS, DataConfig, load_data_config, rejects_preservation
+from library.config_util import KEYS, DataConfig, check_preservation, load_data_config
 from library.errors import UserError
 
 
@@ -272,12 +272,16 @@ def test_in_json_is_a_metadata_subset_with_the_repeats_of_the_flag(tmp_path: Pat
     assert (subset.metadata_file, subset.image_dir, subset.num_repeats) == (Path("meta.json"), Path("images"), 3)
 
 
-def test_output_preservation_needs_an_adapter(tmp_path: Path) -> None:
-    text = f"[[datasets]]\nresolution = 64\n{SUBSET}custom_attributes = {{ diff_output_preservation = true }}\n"
-    config = load(tmp_path, text)
-    rejects_preservation(config, "network")
-    with pytest.raises(UserError, match="diff_output_preservation"):
-        rejects_preservation(config, "full")
+def test_what_keeps_its_predictions_does_not_validate_a_model_that_changes(tmp_path: Path) -> None:
+    def config(split: float, more: str = "") -> DataConfig:
+        keeps = f"{SUBSET}custom_attributes = {{ diff_output_preservation = true }}\n{more}"
+        return load(tmp_path, f"[[datasets]]\nresolution = 64\nvalidation_split = {split}\n{keeps}")
+
+    assert check_preservation(config(0.5), "network") and check_preservation(config(0.0), "full")
+    assert check_preservation(config(0.5, "is_reg = true\n"), "full")
+    assert not check_preservation(load(tmp_path, f"[[datasets]]\nresolution = 64\n{SUBSET}"), "full")
+    with pytest.raises(UserError, match="diff_output_preservation.*is_reg = true"):
+        check_preservation(config(0.5), "full")
 
 
 def test_every_key_says_what_it_expects() -> None:
