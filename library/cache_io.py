@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from library.compact import Lookup, PathBuilder, Paths, SharedArray
 from library.errors import UserError, is_disk_full
 from library.image_io import content_hash, content_seed
 from library.strategy_base import LATENT_DTYPE, Conditioning, TextEncoderOutputsCachingStrategy
@@ -379,19 +380,54 @@ class LatentFile:
         return torch.from_numpy(self.format.latents(arrays[name])).to(LATENT_DTYPE)
 
 
+_LATENT_ROW = np.dtype([("suffix", np.int32), ("shape", np.int32, 3), ("original", np.int32, 2), ("needs_flipped", np.bool_)])
+
+
+@dataclass(frozen=True, eq=False)
+class LatentFiles:
+    """`LatentFile`s by entry key, in about a hundred bytes each."""
+
+    keys: Lookup
+    paths: Paths
+    rows: SharedArray  # [N] of _LATENT_ROW
+    suffixes: tuple[str, ...]
+    format: LatentFormat
+
+    @classmethod
+    def of(cls, files: Mapping[str, LatentFile], format: LatentFormat) -> LatentFiles:
+        paths, suffixes = PathBuilder(), dict[str, int]()
+        rows = np.zeros(len(files), _LATENT_ROW)
+        for number, file in enumerate(files.values()):
+            paths.add(str(file.path))
+            suffix = suffixes.setdefault(file.suffix, len(suffixes))
+            rows[number] = suffix, file.shape, file.original, file.needs_flipped
+        return cls(Lookup.of(files), paths.done(), SharedArray(rows), tuple(suffixes), format)
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def __getitem__(self, key: str) -> LatentFile:
+        number = self.keys.find(key)
+        if number is None:
+            raise KeyError(key)
+        suffix, shape, original, needs_flipped = self.rows.values[number].tolist()
+        return LatentFile(self.paths[number], self.suffixes[suffix], tuple(shape), tuple(original), needs_flipped, self.format)
+
+
 @dataclass(frozen=True)
 class LatentCache:
     """Latents by entry key (`entry_key`), in memory or in files."""
 
     memory: Mapping[str, CachedLatents] = field(default_factory=dict)
-    files: Mapping[str, LatentFile] = field(default_factory=dict)
+    files: LatentFiles | None = None
 
     def get(self, key: str) -> CachedLatents:
-        return self.memory[key] if key in self.memory else self.files[key].load()
+        """Raises `KeyError` where there never was an entry, `LostEntry` where its file is not there any more."""
+        return self.memory[key] if self.files is None or key in self.memory else self.files[key].load()
 
     @property
     def in_memory(self) -> bool:
-        return not self.files
+        return self.files is None
 
 
 def entry_key(path: Path, recipe: str) -> str:
@@ -475,6 +511,33 @@ class TextFile:
         return self.strategy.conditioning(**tensors)
 
 
+@dataclass(frozen=True, eq=False)
+class TextFiles:
+    """`TextFile`s by caption, in a few dozen bytes each."""
+
+    captions: Lookup
+    paths: Paths
+    compact: SharedArray  # bool [N]
+    strategy: TextEncoderOutputsCachingStrategy
+    sources: frozenset[str]
+
+    @classmethod
+    def of(
+        cls, files: Mapping[str, TextFile], strategy: TextEncoderOutputsCachingStrategy, sources: frozenset[str]
+    ) -> TextFiles:
+        paths = PathBuilder()
+        for file in files.values():
+            paths.add(str(file.path))
+        compact = np.fromiter((file.compact for file in files.values()), np.bool_)
+        return cls(Lookup.of(files), paths.done(), SharedArray(compact), strategy, sources)
+
+    def get(self, caption: str) -> TextFile | None:
+        number = self.captions.find(caption)
+        if number is None:
+            return None
+        return TextFile(self.paths[number], self.strategy, self.sources, bool(self.compact.values[number]))
+
+
 @dataclass(frozen=True)
 class TextCache:
     """Unbatched conditioning by caption, in memory or in files."""
@@ -483,12 +546,13 @@ class TextCache:
     complete: bool
     """Whether the fields of every encoder are cached, so that nothing has to be tokenized."""
     memory: Mapping[str, Conditioning] = field(default_factory=dict)
-    files: Mapping[str, TextFile] = field(default_factory=dict)
+    files: TextFiles | None = None
 
     def get(self, caption: str) -> Conditioning:
         """Raises `LostEntry` where its file is not there any more."""
         if caption in self.memory:
             return self.memory[caption]
-        if caption in self.files:
-            return self.files[caption].load()
+        file = None if self.files is None else self.files.get(caption)
+        if file is not None:
+            return file.load()
         raise UserError(f"the caption {caption!r} is not in the text encoder cache: captions must not change while it is used.")

@@ -27,9 +27,11 @@ from library.cache_io import (
     Fingerprint,
     LatentCache,
     LatentFile,
+    LatentFiles,
     Stamp,
     TextCache,
     TextFile,
+    TextFiles,
     Verdict,
     cache_path,
     entry_key,
@@ -385,7 +387,7 @@ def cache_latents(
     else:
         files = latent_files(jobs, strategies, data.latent, options)
         unwritten = _fill_latent_files(jobs, files, strategies, bundle, options, device, share, data.train.quarantine)
-        cache = LatentCache(unwritten, {key: file for key, file in files.items() if key not in unwritten})
+        cache = LatentCache(unwritten, LatentFiles.of(files, strategies.latents_caching.format))
     for dataset in data.image_datasets:
         dataset.latent_cache = cache
 
@@ -557,8 +559,8 @@ def cache_text_outputs(
             paths = [file.path for file in files.values()]
             remove_leftovers({path.parent for path in paths})
             prune_readings(paths, strategies.text_caching.format, options.cache.caption_variants)
-        written = {caption: file for caption, file in files.items() if caption not in room.unwritten}
-        cache = TextCache(conditioning, complete, room.unwritten, written)
+        kept = TextFiles.of(files, strategies.text_caching, sources)
+        cache = TextCache(conditioning, complete, room.unwritten, kept)
     for dataset in data.image_datasets:
         dataset.text_cache = cache
 

@@ -7,6 +7,7 @@ sends memory to spawned processes without a copy. (Arrays, not tensors: `--plan`
 
 from __future__ import annotations
 
+import hashlib
 import os
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
@@ -158,3 +159,36 @@ class Paths(ReadOnlySequence[Path]):
 
     def _item(self, index: int) -> Path:
         return Path(self.folders[int(self.folder_of.values[index])], self.names[index])
+
+
+@dataclass(frozen=True, eq=False)
+class Lookup:
+    """Which of many texts a text is, without the texts: by a hash of 64 bits."""
+
+    hashes: SharedArray  # uint64 [N], ascending
+    numbers: SharedArray  # int32 [N]: which text has the hash
+
+    @classmethod
+    def of(cls, texts: Iterable[str]) -> Lookup:
+        """Raises `ValueError` where two texts have one hash, which chance alone does not bring about."""
+        hashes = np.fromiter(map(_hash, texts), np.uint64)
+        numbers = np.argsort(hashes, kind="stable")
+        ascending = hashes[numbers]
+        if (ascending[1:] == ascending[:-1]).any():
+            raise ValueError("two of the texts are the same, or have the same hash")
+        return cls(SharedArray(ascending), SharedArray(numbers.astype(np.int32)))
+
+    def __len__(self) -> int:
+        return len(self.hashes)
+
+    def find(self, text: str) -> int | None:
+        """The number of `text`; None where it is not one of them."""
+        wanted = np.uint64(_hash(text))
+        place = int(np.searchsorted(self.hashes.values, wanted))
+        if place == len(self) or self.hashes.values[place] != wanted:
+            return None
+        return int(self.numbers.values[place])
+
+
+def _hash(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")

@@ -230,7 +230,7 @@ def test_readings_of_captions_are_bounded_on_the_disk(case: Case) -> None:
         case.text(data)
         after = set(folder.glob("p0_sd_te_*.npz"))
         cache = data.train.text_cache
-        assert cache is not None and all(file.path.exists() for file in cache.files.values())
+        assert cache is not None and cache.files is not None and all(path.exists() for path in cache.files.paths)
         return after - before, after - foreign.keys()
 
     first, _ = of_p0(1)

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from library.buckets import Placement
-from library.compact import Chained, Texts
+from library.compact import Chained, Lookup, Texts
 from library.config_util import SubsetConfig
 from library.records import Record, RecordTable
 
@@ -30,6 +30,16 @@ def record(number: int, subset: SubsetConfig = FIRST, caption: str = "a caption,
 @given(st.lists(st.text(st.characters(exclude_categories=[]), max_size=20), max_size=20))
 def test_any_texts_come_back(texts: list[str]) -> None:
     assert list(Texts.of(texts)) == texts
+
+
+@given(st.lists(st.text(max_size=20), max_size=20, unique=True), st.text(max_size=20))
+def test_a_text_is_found_under_its_number_and_no_other_is(texts: list[str], other: str) -> None:
+    lookup = pickle.loads(ForkingPickler.dumps(Lookup.of(texts)))
+    assert [lookup.find(text) for text in texts] == list(range(len(texts)))
+    assert lookup.find(other) == (texts.index(other) if other in texts else None)
+    if texts:
+        with pytest.raises(ValueError, match="the same"):
+            Lookup.of([*texts, texts[0]])
 
 
 def test_records_come_back() -> None:
