@@ -97,20 +97,29 @@ def test_a_batch_is_a_pure_function_of_its_key(tmp_path: Path, strategies: Strat
     assert_same(pickle.loads(pickle.dumps(dataset))[(2, 5)], late)
 
 
-@pytest.mark.parametrize(("workers", "start"), [(0, None), (2, None), (2, "spawn")], ids=["none", "forked", "spawned"])
-def test_the_loader_gives_the_same_batches_with_any_number_of_workers(
-    workers: int, start: str | None, tmp_path: Path, strategies: Strategies
+@pytest.mark.parametrize(
+    ("workers", "start", "world"),
+    [(0, None, 1), (2, None, 1), (2, "spawn", 1), (0, None, 3), (1, None, 2)],
+    ids=["none", "forked", "spawned", "three processes", "two processes with workers"],
+)
+def test_batches_are_the_same_with_any_number_of_workers_and_processes(
+    workers: int, start: str | None, world: int, tmp_path: Path, strategies: Strategies
 ) -> None:
     """Spawned ones start afresh, as on Windows and macOS: all they need is sent to them by pickling."""
     augmented = "flip_aug = true\nrandom_crop = true\nshuffle_caption = true\n"
     data = varied(tmp_path, strategies, augmented, max_data_loader_n_workers=workers)
-    loader = make_loader(data.train, epoch=1, start=0, epochs=3, rank=0, world=1, options=data.options, pin=False)
-    loader.multiprocessing_context = start
-    loaded = list(loader)
-    expected = epoch_of(data.train, 1) + epoch_of(data.train, 2)
-    assert len(loader) == len(loaded) == len(expected)
-    for one, other in zip(loaded, expected, strict=True):
-        assert_same(one, other)
+    loaded = []
+    for rank in range(world):
+        loader = make_loader(data.train, epoch=1, start=0, epochs=3, rank=rank, world=world, options=data.options, pin=False)
+        loader.multiprocessing_context = start
+        loaded.append(list(loader))
+        assert len(loader) == len(loaded[0]) == len(loaded[rank])
+    per_epoch = batches_per_rank(data.train, world)
+    for number, epoch in enumerate((1, 2)):
+        shown = [batches[number * per_epoch + turn] for turn in range(per_epoch) for batches in loaded]
+        expected = epoch_of(data.train, epoch)
+        for one, other in zip(shown, expected + expected[: len(shown) - len(expected)], strict=True):
+            assert_same(one, other)
 
 
 def test_starting_late_gives_the_same_tail(tmp_path: Path, strategies: Strategies) -> None:
