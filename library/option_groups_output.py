@@ -126,14 +126,16 @@ class MetadataOptions:
 class HubOptions:
     """Uploading to, and resuming from, the Hugging Face hub."""
 
-    huggingface_repo_id: str | None = opt(None, "repository to upload to", planned=True)
-    huggingface_repo_type: str | None = opt(None, "its type", planned=True)
-    huggingface_path_in_repo: str | None = opt(None, "folder in it", planned=True)
-    huggingface_token: str | None = opt(None, "access token", secret=True, planned=True)
-    huggingface_repo_visibility: str | None = opt(None, "public or private; private unless given", planned=True)
-    save_state_to_huggingface: bool = opt(False, "upload states, too", planned=True)
-    resume_from_huggingface: bool = opt(False, "--resume names a hub path, repo/path:revision:type", planned=True)
-    async_upload: bool = opt(False, "upload in the background", planned=True)
+    huggingface_repo_id: str | None = opt(None, "repository that saved models are uploaded to, owner/name; made if not there")
+    huggingface_repo_type: str | None = opt(None, "its type; model unless given", choices=("model", "dataset", "space"))
+    huggingface_path_in_repo: str | None = opt(None, "folder in it; the top one unless given")
+    huggingface_token: str | None = opt(None, "access token; that of `hf auth login` unless given", secret=True)
+    huggingface_repo_visibility: str | None = opt(
+        None, "of a repository that is made; private unless given", choices=("public", "private")
+    )
+    save_state_to_huggingface: bool = opt(False, "upload states, too")
+    resume_from_huggingface: bool = opt(False, "--resume names a folder on the hub: owner/name/folder:revision:type")
+    async_upload: bool = opt(False, "upload beside the training; a save waits for the upload of the one before")
 
 
 _FOR_WEIGHTS = "Where memory is short for weights, use --blocks_to_swap (FLUX), --fp8_base or --quantize_base (adapters)."

@@ -297,6 +297,38 @@ _START = (
     ),
 )
 
+_HUB = (
+    Rule(
+        lambda o: o.hub.resume_from_huggingface and o.state.resume in (None, NEWEST_STATE),
+        "--resume_from_huggingface needs --resume owner/name/folder, the state on the hub.",
+    ),
+    Rule(
+        lambda o: (
+            {
+                "huggingface_repo_type",
+                "huggingface_path_in_repo",
+                "huggingface_repo_visibility",
+                "save_state_to_huggingface",
+                "async_upload",
+            }
+            & o.explicit
+            and o.hub.huggingface_repo_id is None
+        ),
+        "--huggingface_repo_type, --huggingface_path_in_repo, --huggingface_repo_visibility, --save_state_to_huggingface and "
+        "--async_upload have no effect without --huggingface_repo_id.",
+        warning=True,
+    ),
+    Rule(
+        lambda o: (
+            o.hub.save_state_to_huggingface
+            and o.hub.huggingface_repo_id is not None
+            and not (o.state.save_state or o.state.save_state_on_train_end)
+        ),
+        "--save_state_to_huggingface has no effect without --save_state or --save_state_on_train_end.",
+        warning=True,
+    ),
+)
+
 _VALIDATION = (
     Rule(
         lambda o: (
@@ -382,6 +414,7 @@ RULES: tuple[Rule, ...] = (
     *_DATA,
     *_RUN,
     *_START,
+    *_HUB,
     *_VALIDATION,
     *_NETWORK,
     *_FULL,
@@ -427,7 +460,8 @@ def _path_problems(values: dict[str, Any]) -> Iterator[str]:
     for name, kind in [(name, "file") for name in FILES] + [(name, "folder") for name in FOLDERS]:
         value = values.get(name)
         for path in value if isinstance(value, tuple) else (value,):
-            if path is None or name in ignored or (name, path) == ("resume", NEWEST_STATE):
+            is_no_path = name == "resume" and (path == NEWEST_STATE or values["resume_from_huggingface"])
+            if path is None or name in ignored or is_no_path:
                 continue
             if not (Path(path).is_file() if kind == "file" else Path(path).is_dir()):
                 yield f"--{name} {path}: {_missing(Path(path), kind)}"

@@ -14,6 +14,7 @@ from library.bf16_updates import drop_compensation
 from library.config_util import SubsetConfig
 from library.dataset import ImageDataset
 from library.errors import UserError
+from library.hub import fetch_state, hub_api
 from library.optimizers import find_optimizer, load_exactly
 from library.option_groups_output import NEWEST_STATE
 from library.rng import key_to_seed
@@ -53,7 +54,9 @@ KEPT_OPTIONS = ("optimizer.optimizer_args", "schedule.lr_scheduler_args")
 def find_state(options: TrainOptions) -> SavedState | None:
     """What `--resume` names, read; None where the run starts afresh. Raises `UserError` for a state that cannot be used."""
     folder: Path | str | None = options.state.resume
-    if folder == NEWEST_STATE:
+    if folder is not None and options.hub.resume_from_huggingface:
+        folder = fetch_state(str(folder), hub_api(options.hub))
+    elif folder == NEWEST_STATE:
         folder = newest_state(Path(options.output.output_dir or "."), options.output.output_name)
     return None if folder is None else load_state(folder)
 

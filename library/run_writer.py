@@ -30,6 +30,7 @@ from library.validation import Validation
 from library.watchdog import Watchdog
 
 if TYPE_CHECKING:
+    from library.hub import HubUploads
     from library.option_groups import NetworkTrainOptions
     from library.train_util import Trainer
 
@@ -84,8 +85,10 @@ class FileMetadata:
 class RunWriter:
     """Everything written during one run of `trainer`. Files are the main process's work; previews are shared."""
 
-    def __init__(self, trainer: Trainer) -> None:
+    def __init__(self, trainer: Trainer, uploads: HubUploads | None = None) -> None:
+        """uploads: what is saved goes there, too."""
         self.trainer = trainer
+        self.uploads = uploads
         options, accelerator = trainer.options, trainer.accelerator
         self.is_main = accelerator.is_main_process
         self.folder = Path(options.output.output_dir or ".")
@@ -160,6 +163,7 @@ class RunWriter:
             self._save_state(self.policy.last_name, losses)
         self._write_image_losses(losses)
         self.tracker.close()
+        self._settle_uploads()
 
     def interrupted(self) -> str:
         """Save the state, whatever was asked for, and say how to go on."""
@@ -168,6 +172,7 @@ class RunWriter:
         folder = self._save_state(self.policy.step_name(step), losses)
         self._write_image_losses(losses)
         self.tracker.close()
+        self._settle_uploads()
         return f"stopped after step {step}. Its state is saved. To go on, run the same command with --resume {folder}"
 
     # ---- what ------------------------------------------------------------------------------------------------------
@@ -180,15 +185,22 @@ class RunWriter:
 
     def _save_model(self, stem: str) -> None:
         trainer = self.trainer
+        self._settle_uploads()
         self.tracker.flush()
         metadata = self.metadata.of_file()
         dtype = save_dtype(trainer.options.precision)
         for averaged in (False, True) if trainer.average is not None else (False,):
             with trainer.evaluating(averaged=averaged):
-                self.files.save_model(
+                saved = self.files.save_model(
                     average_name(stem) if averaged else stem,
                     lambda path: trainer.trainable.save(path, dtype=dtype, metadata=metadata),
                 )
+            if self.uploads is not None:
+                self.uploads.send_model(saved)
+
+    def _settle_uploads(self) -> None:
+        if self.uploads is not None:
+            self.uploads.settle()
 
     def _image_loss_states(self) -> list[dict[str, Any]]:
         """The tables of all processes; empty without. All have to ask."""
@@ -199,6 +211,8 @@ class RunWriter:
         trainer = self.trainer
         folder = self.folder / state_name(stem)
         if self.is_main:
+            if folder.exists():
+                self._settle_uploads()
             self.tracker.flush()
             scaler = trainer.accelerator.scaler
             save_state(
@@ -211,6 +225,8 @@ class RunWriter:
                 train_state={**trainer.train_state(), "recent_losses": self.tracker.losses()},
                 image_losses=image_losses,
             )
+            if self.uploads is not None:
+                self.uploads.send_state(folder)
         return folder
 
     def _write_image_losses(self, states: Sequence[Mapping[str, Any]]) -> None:
@@ -225,6 +241,7 @@ class RunWriter:
 
     def _prune(self, *, step: int | None = None, epoch: int | None = None) -> None:
         if self.is_main:
+            self._settle_uploads()
             for state in (False, True) if self.policy.save_state else (False,):
                 self.files.prune(step=step, epoch=epoch, state=state)
 

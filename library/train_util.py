@@ -25,6 +25,7 @@ from library.dataset import TrainData, batches_per_rank, build_train_data, make_
 from library.errors import Interrupted, UserError
 from library.family_base import ModelBundle, ModelFamily
 from library.fused_update import check_update, make_update
+from library.hub import HubUploads
 from library.image_losses import ImageLosses
 from library.losses import element_loss, image_means
 from library.memory_policy import MemoryPlan
@@ -514,8 +515,9 @@ def run(family: ModelFamily, options: TrainOptions, mode: Mode) -> None:
 
         write_page(prepared, options.batches_shown)
         return
+    uploads = HubUploads.of(prepared.options.hub) if prepared.accelerator.is_main_process else None
     trainer = finish_building(prepared)
-    trainer.fit(RunWriter(trainer))
+    trainer.fit(RunWriter(trainer, uploads))
     trainer.data.train.quarantine.report()
 
 
