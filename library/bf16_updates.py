@@ -16,7 +16,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -72,14 +72,25 @@ class Bf16Rounding:
 
     seed: int
     kahan: bool
+    dtype: ClassVar[torch.dtype] = torch.bfloat16
+    narrows_state: ClassVar[bool] = True
+    """Whether what the optimizer remembers of each element is kept in `dtype`, too."""
+
+    def gradient(self, gradient: Tensor) -> Tensor:
+        """In float32, as the step is made with."""
+        return gradient.float()
+
+    def rounded(self, values: Tensor, key: int) -> Tensor:
+        """float32 -> `dtype`."""
+        return round_stochastically(values, key)
 
     @contextmanager
     def widened(self, optimizer: Optimizer, parameters: Sequence[tuple[int, nn.Parameter]], step: int) -> Iterator[None]:
-        """Inside, the bf16 ones of `parameters`, each with its number, are float32, and so are their gradients and states.
+        """Inside, `parameters` of `dtype`, each with its number, are float32, and so are their gradients and states.
 
         Afterwards they are rounded into the memory they were in, and their gradients are gone.
         """
-        narrow = [(number, p, p.data) for number, p in parameters if p.dtype == torch.bfloat16 and p.grad is not None]
+        narrow = [(number, p, p.data) for number, p in parameters if p.dtype == self.dtype and p.grad is not None]
         keep = frozenset(getattr(optimizer, "non_castable_tensor_keys", ()))  # bitsandbytes: what it has quantised itself
         with torch.no_grad():
             for _, parameter, _ in narrow:
@@ -93,14 +104,14 @@ class Bf16Rounding:
 
     def _widen(self, parameter: nn.Parameter, state: dict[str, Any], keep: frozenset[str]) -> None:
         assert parameter.grad is not None
-        gradient = parameter.grad.float()
+        gradient = self.gradient(parameter.grad)
         compensation = state.pop(COMPENSATION, None)  # an optimizer may take a state with anything in it for its own
         parameter.grad = None
         parameter.data = parameter.data.float()
         if self.kahan and compensation is not None:
             parameter.data.add_(compensation)
         parameter.grad = gradient
-        for key in _elementwise(parameter, state, torch.bfloat16, keep):
+        for key in _elementwise(parameter, state, self.dtype, keep):
             state[key] = state[key].float()
 
     def _round(
@@ -108,10 +119,10 @@ class Bf16Rounding:
     ) -> None:
         value = parameter.data
         parameter.grad = None
-        stored.copy_(value if self.kahan else round_stochastically(value, key_to_seed(*key, "weight")))
+        stored.copy_(value if self.kahan else self.rounded(value, key_to_seed(*key, "weight")))
         parameter.data = stored
-        for name in _elementwise(parameter, state, torch.float32, keep):
-            state[name] = round_stochastically(state[name], key_to_seed(*key, name))
+        for name in _elementwise(parameter, state, torch.float32, keep) if self.narrows_state else ():
+            state[name] = self.rounded(state[name], key_to_seed(*key, name))
         if self.kahan:
             state[COMPENSATION] = value.sub_(stored).to(torch.bfloat16)
 

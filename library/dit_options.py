@@ -38,7 +38,7 @@ def _weights_of_ddpm(o: TrainOptions) -> bool:
 
 def _stays_small(o: FullTrainOptions) -> bool:
     """Whether autograd keeps no copies of the weights."""
-    return o.memory.recomputes or o.precision.full_bf16
+    return o.memory.recomputes or o.precision.learns_in_half
 
 
 FLOW_RULES: tuple[Rule, ...] = (

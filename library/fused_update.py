@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 
 from library.bf16_updates import Bf16Rounding
 from library.errors import UserError
+from library.fp16_updates import Fp16Rounding, Fp16Update
 from library.optimizers import StandardUpdate, UpdateRule, find_optimizer, load_class, steps_jointly
 from library.processes import Processes, average_gradients
 from library.separate_steps import SeparateSteps
@@ -45,6 +46,9 @@ def make_update(
     """How the options want the weights of `optimizer` to be stepped."""
     inner: Optimizer = optimizer.optimizer
     parameters: list[nn.Parameter] = [parameter for group in inner.param_groups for parameter in group["params"]]
+    if options.precision.full_fp16:
+        fp16 = Fp16Rounding(options.training.seed or 0, kahan=False)
+        return Fp16Update(SeparateSteps(inner, fp16), fp16, options.optimizer.max_grad_norm, accelerator)
     rounding = None
     if options.precision.bf16_update != "nearest" and any(p.dtype == torch.bfloat16 for p in parameters):
         rounding = Bf16Rounding(options.training.seed or 0, kahan=options.precision.bf16_update == "kahan")

@@ -84,7 +84,7 @@ class PrecisionOptions:
     """In which number format is computed, kept and saved."""
 
     mixed_precision: str = opt("no", "format of the computation", choices=("no", "fp16", "bf16"))
-    full_fp16: bool = opt(False, "keep learning weights and gradients in fp16, too", planned=True)
+    full_fp16: bool = opt(False, "keep learning weights and gradients in fp16, too; with --mixed_precision fp16")
     full_bf16: bool = opt(False, "keep learning weights and gradients in bf16, too")
     bf16_update: str = opt(
         "stochastic",
@@ -113,6 +113,11 @@ class PrecisionOptions:
         "how a quantised denoiser multiplies: in the format of the computation, or in int8 or fp8, which is less exact",
         choices=("dequantize", "8bit"),
     )
+
+    @property
+    def learns_in_half(self) -> bool:
+        """Whether the weights that learn are kept in the format of the computation."""
+        return self.full_bf16 or self.full_fp16
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -65,6 +65,16 @@ _PRECISION = (
         "--full_bf16 needs --mixed_precision bf16, which is '{mixed_precision}'.",
     ),
     Rule(
+        lambda o: o.precision.full_fp16 and o.precision.mixed_precision != "fp16",
+        "--full_fp16 needs --mixed_precision fp16, which is '{mixed_precision}'.",
+    ),
+    Rule(
+        lambda o: o.precision.full_fp16 and any(text.startswith("ggpo_") for text in o.network.network_args or ()),
+        "--full_fp16 keeps gradients scaled, and ggpo_sigma and ggpo_beta need them as they are. Use --full_bf16, or "
+        "remove one.",
+        scope=NetworkTrainOptions,
+    ),
+    Rule(
         lambda o: "bf16_update" in o.explicit and not o.precision.full_bf16,
         "--bf16_update {bf16_update} has no effect without --full_bf16: the weights learn in float32.",
         warning=True,

@@ -15,6 +15,7 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, GradientAccumulationPlugin, InitProcessGroupKwargs, broadcast_object_list
 
 from library.errors import UserError
+from library.fp16_updates import Fp16GradScaler
 
 if TYPE_CHECKING:
     from library.option_groups import PrecisionOptions, TrainingOptions, TrainOptions
@@ -40,8 +41,8 @@ def compute_dtype(precision: PrecisionOptions) -> torch.dtype:
 
 
 def learning_dtype(precision: PrecisionOptions) -> torch.dtype:
-    """The dtype of the weights that learn: float32 unless `--full_bf16` asks for bfloat16."""
-    return torch.bfloat16 if precision.full_bf16 else torch.float32
+    """The dtype of the weights that learn: float32 unless `--full_bf16` or `--full_fp16` asks for that of the computation."""
+    return compute_dtype(precision) if precision.learns_in_half else torch.float32
 
 
 def save_dtype(precision: PrecisionOptions) -> torch.dtype | None:
@@ -74,6 +75,8 @@ def make_accelerator(options: TrainOptions) -> Accelerator:
         raise _unusable(precision, PartialState().device) from error
     if precision == "fp16" and accelerator.scaler is None:  # accelerate says nothing, and would train in fp16 unscaled
         raise _unusable(precision, accelerator.device)
+    if options.precision.full_fp16:
+        accelerator.scaler = Fp16GradScaler(accelerator.device.type)
     if accelerator.distributed_type not in PLAIN_PROCESSES:
         raise UserError(
             f"the launch asks for {accelerator.distributed_type.value}, which is not implemented here yet. "

@@ -19,6 +19,7 @@ from library.model_io import open_checkpoint
 from library.model_parts import SaveSettings
 from library.optimizers import LearningRates, ParamGroup
 from library.quantized_layers import end_merging
+from library.run_setup import learning_dtype
 
 if TYPE_CHECKING:
     from library.option_groups import FullOptions, FullTrainOptions, NetworkOptions, NetworkTrainOptions
@@ -173,7 +174,7 @@ class AdapterTrainable(Trainable):
         network = make_network(module, bundle, options.network, options.training.seed or 0)
         for part in sorted(network.parts):
             network.leave_untrained(family.unused_modules(part, bundle.part(part)))
-        network.to(bundle.device, torch.bfloat16 if options.precision.full_bf16 else torch.float32)
+        network.to(bundle.device, learning_dtype(options.precision))
         network.attach()
         return cls(bundle, network, options)
 
@@ -229,7 +230,7 @@ def saved_format(options: FullOptions, source: str) -> str:
 
 
 class FullTrainable(Trainable):
-    """Parts of the model itself. The weights learn in float32 unless `full_bf16` says otherwise."""
+    """Parts of the model itself. The weights learn in float32 unless `--full_bf16` or `--full_fp16` says otherwise."""
 
     def __init__(self, family: ModelFamily, bundle: ModelBundle, parts: Iterable[str], options: FullTrainOptions) -> None:
         self.family = family

@@ -379,6 +379,7 @@ ERRORS: list[tuple[dict[str, Any], str]] = [
     ({"train_data_dir": "nowhere"}, "--train_data_dir nowhere: does not exist"),
     ({"train_data_dir": __file__}, "is not a folder"),
     ({"base_weights": ["nowhere.safetensors"]}, "--base_weights nowhere.safetensors: does not exist"),
+    ({"full_fp16": True, "mixed_precision": "bf16"}, "--full_fp16 needs --mixed_precision fp16, which is 'bf16'"),
     ({"deepspeed": True}, "accelerate launch --multi_gpu"),
     ({"offload_optimizer_device": "cpu"}, "PagedAdamW8bit"),
     ({"mixed_precision": "fp16", "full_bf16": True}, "--full_bf16 needs --mixed_precision bf16, which is 'fp16'"),
