@@ -47,6 +47,7 @@ from library.strategy_base import LATENT_DTYPE, Conditioning
 
 if TYPE_CHECKING:
     from library.train_util import PreparedRun, Trainer
+    from networks.network_interface import LayerKind
 
 WEIGHTS, LEARNING, GRADIENTS, OPTIMIZER = "weights", "learning weights", "gradients", "optimizer state"
 SLOTS = "swap slots"
@@ -104,6 +105,8 @@ class Forecast:
     """Of the optimizer's step."""
     caption: Conditioning | None = None
     """One caption's outputs, without memory, where they are cached."""
+    layers: Sequence[LayerKind] = ()
+    """That are adapted."""
 
     @property
     def training(self) -> Phase:
@@ -475,6 +478,7 @@ class _Simulation:
             forward_backward=self.passes,
             step=self.step,
             caption=self.caption,
+            layers=self.trainer.trainable.layer_kinds(),
         )
 
     def _host_bytes(self, swap: SwapFootprint) -> int:

@@ -48,6 +48,7 @@ def plan_of_run(prepared: PreparedRun, found: Forecast, rates: DeviceRates) -> d
         "disk": disk_of_run(prepared, caches),
         "held_out_lookalikes": leaks(prepared.data),
         "learning": [group._asdict() for group in found.groups],
+        "adapted_layers": [kind._asdict() for kind in found.layers],
         "memory": _memory(prepared, found),
         "time": _time(prepared, found, rates),
     }
@@ -167,6 +168,7 @@ def as_table(content: dict[str, Any]) -> str:
             (group["name"], f"{group['num_parameters']:,} parameters, learning rate {_rate(group['rate'])}")
             for group in content["learning"]
         ],
+        "adapted layers (* stands for numbers)": _layer_rows(content["adapted_layers"]),
         f"memory of the {memory['device']} device": _memory_rows(memory),
         "main memory": [(name.replace("_", " "), readable(value)) for name, value in memory["host"].items() if value],
         "time (an estimate)": [
@@ -220,6 +222,16 @@ def _lookalike_rows(pairs: list[dict[str, Any]]) -> Rows:
     return rows + _more(len(pairs))
 
 
+def _layer_rows(kinds: list[dict[str, Any]]) -> Rows:
+    return [
+        (
+            kind["name"],
+            f"{kind['layers']} of {kind['size']}: {kind['parameters']:,} parameters, learning rate {_rate(kind['rate'])}",
+        )
+        for kind in kinds
+    ]
+
+
 def _rate(rate: float | None) -> str:
     return "its own" if rate is None else f"{rate:g}"
 
@@ -240,6 +252,8 @@ def _lines(sections: Iterable[tuple[str, Rows]]) -> Iterator[str]:
     sections = list(sections)
     width = max(len(name) for _, rows in sections for name, _ in rows)
     for title, rows in sections:
+        if not rows:
+            continue
         yield title
         for name, value in rows:
             first, *rest = textwrap.wrap(value, _WIDTH, break_long_words=False, break_on_hyphens=False) or [""]

@@ -24,7 +24,7 @@ from library.run_setup import learning_dtype
 if TYPE_CHECKING:
     from library.option_groups import FullOptions, FullTrainOptions, NetworkOptions, NetworkTrainOptions
     from networks.external import NetworkModule
-    from networks.network_interface import AdapterNetwork
+    from networks.network_interface import AdapterNetwork, LayerKind
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +45,10 @@ class Trainable(ABC):
 
     @abstractmethod
     def param_groups(self, rates: LearningRates) -> list[ParamGroup]: ...
+
+    def layer_kinds(self) -> Sequence[LayerKind]:
+        """Of an adapter network, what it adapts; after `param_groups`."""
+        return ()
 
     @abstractmethod
     def state_dict(self) -> dict[str, Tensor]:
@@ -180,6 +184,9 @@ class AdapterTrainable(Trainable):
 
     def param_groups(self, rates: LearningRates) -> list[ParamGroup]:
         return self.network.param_groups(rates)
+
+    def layer_kinds(self) -> Sequence[LayerKind]:
+        return self.network.layer_kinds()
 
     def state_dict(self) -> dict[str, Tensor]:
         return dict(self.network.state_dict())

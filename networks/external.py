@@ -27,6 +27,12 @@ OUR_MODULES = (
     "networks.loha",
     "networks.lokr",
     "networks.ia3",
+    "networks.dylora",
+    "networks.oft",
+    "networks.oft_flux",
+    "networks.oft_v2",
+    "networks.boft",
+    "networks.glora",
 )
 
 PIP_NAMES = {"lycoris": "lycoris-lora"}

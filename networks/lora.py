@@ -98,6 +98,16 @@ class LoRA(LowRankAdapter):
             self.lora_down.weight.copy_(self.first_down)
             self.lora_up.weight.copy_(self.first_up)
 
+    @classmethod
+    def size_of_part(cls, in_file: LayerSize, layer: Layer) -> LayerSize:
+        """A file holds the adapters of a fused layer's parts as one of their joint rank and alpha."""
+        count = len(layer.rows) or 1
+        if in_file.rank % count:
+            raise UserError(
+                f"{layer.key} has rank {in_file.rank} in the file, which does not divide into {count}: not split_qkv."
+            )
+        return LayerSize(in_file.rank // count, in_file.alpha / count)
+
     @property
     def frozen_parameters(self) -> frozenset[str]:
         return frozenset({DOWN}) if self.freeze_down else frozenset()

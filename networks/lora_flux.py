@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from library.errors import UserError
 from library.flux_names import FLUX_DIFFUSERS
 from networks.lora import LoRA
-from networks.network_args import BOOLEAN, INTEGER, INTEGERS, ArchArgs, Kind, arg, one_of
+from networks.network_args import BOOLEAN, INDICES, INTEGER, INTEGERS, ArchArgs, Kind, arg, one_of
 from networks.network_base import bind
 from networks.network_targets import DiffusersNames, Layer, NetworkArch, TargetGroup, clip_targets
 
@@ -29,30 +28,7 @@ _PARTS = {
 _BLOCK = re.compile(r"lora_unet_(double|single)_blocks_(\d+)_")
 
 
-def _indices(value: Any) -> frozenset[int] | None:
-    """`0-3,8` as numbers; None for `all`."""
-    text = str(value).strip()
-    if text in ("all", "none"):
-        return None if text == "all" else frozenset()
-    found: set[int] = set()
-    for item in text.split(","):
-        first, _, last = item.partition("-")
-        found |= set(range(int(first), int(last or first) + 1))
-    return frozenset(found)
-
-
-def _by_pattern(convert: Callable[[str], Any]) -> Callable[[Any], tuple[tuple[re.Pattern[str], Any], ...]]:
-    def read(value: Any) -> tuple[tuple[re.Pattern[str], Any], ...]:
-        pairs = [item.rpartition("=") for item in str(value).split(",")]
-        return tuple((re.compile(pattern), convert(number)) for pattern, _, number in pairs)
-
-    return read
-
-
-INDICES = Kind("block numbers such as 0-3,8, or all, or none", _indices)
 BLOCKS = Kind("all, single or double", one_of("all", "single", "double"))
-RANKS = Kind("regex=rank, separated by commas", _by_pattern(int))
-RATES = Kind("regex=rate, separated by commas", _by_pattern(float))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,12 +49,10 @@ class FluxArgs(ArchArgs):
     train_single_block_indices: frozenset[int] | None = arg(INDICES, "single blocks that learn (all)")
     split_qkv: bool | None = arg(BOOLEAN, "an adapter of its own for each of q, k, v and MLP of fused layers (false)")
     train_t5xxl: bool | None = arg(BOOLEAN, "train T5, too (false)")
-    network_reg_dims: tuple[tuple[re.Pattern[str], int], ...] | None = arg(RANKS, "rank of layers whose key has the pattern")
-    network_reg_lrs: tuple[tuple[re.Pattern[str], float], ...] | None = arg(RATES, "rate of layers whose key has the pattern")
     verbose: bool | None = arg(BOOLEAN, "no effect: what is adapted is always logged")
 
     size_args: ClassVar[tuple[str, ...]] = (
-        *_PARTS, "in_dims", "train_blocks", "train_double_block_indices", "train_single_block_indices", "network_reg_dims",
+        *_PARTS, "in_dims", "train_blocks", "train_double_block_indices", "train_single_block_indices",
     )  # fmt: skip
 
     def __post_init__(self) -> None:
@@ -91,23 +65,20 @@ class FluxArgs(ArchArgs):
     def extra_modules(self) -> tuple[str, ...]:
         return tuple(name for name, rank in zip(_INPUTS, self.in_dims or (), strict=False) if rank)
 
-    def rank(self, key: str, default: int) -> int:
+    def chooses(self, key: str) -> bool:
         block = _BLOCK.match(key)
         if block is None:
-            ranks = dict(zip(_INPUTS, self.in_dims or (), strict=False))
-            return next((rank for name, rank in ranks.items() if key.startswith(f"lora_unet_{name}")), default)
+            return True
         kind, number = block[1], int(block[2])
         chosen = self.train_double_block_indices if kind == "double" else self.train_single_block_indices
-        if self.train_blocks not in (None, "all", kind) or (chosen is not None and number not in chosen):
-            return 0
-        for pattern, rank in self.network_reg_dims or ():
-            if pattern.search(key):
-                return rank
+        return self.train_blocks in (None, "all", kind) and (chosen is None or number in chosen)
+
+    def rank(self, key: str, default: int) -> int:
+        if _BLOCK.match(key) is None:
+            ranks = dict(zip(_INPUTS, self.in_dims or (), strict=False))
+            return next((rank for name, rank in ranks.items() if key.startswith(f"lora_unet_{name}")), default)
         own = next((getattr(self, name) for name, sign in _PARTS.items() if sign in key), None)
         return default if own is None else own
-
-    def rate(self, key: str) -> float | None:
-        return next((rate for pattern, rate in self.network_reg_lrs or () if pattern.search(key)), None)
 
     def splits_fused(self) -> bool:
         return bool(self.split_qkv)

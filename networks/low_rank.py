@@ -11,7 +11,7 @@ line from W (0) to W' (1).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from library.errors import UserError
+from networks.exact_alpha import ExactAlpha
 from networks.network_args import BOOLEAN, NetworkArgs, arg
 from networks.network_base import Adapter, AdditiveAdapter, Layer, LayerSize
 
@@ -39,14 +40,11 @@ class LowRankArgs(NetworkArgs):
             raise UserError(f"--network_args wd_on_output={self.wd_on_output} has no meaning without dora_wd=true.")
 
 
-class LowRankAdapter(AdditiveAdapter):
+class LowRankAdapter(ExactAlpha, AdditiveAdapter):
     """An added weight in factors, scaled by alpha / rank; with `dora_wd`, the sum's lengths are learned as well."""
 
     arguments = LowRankArgs
-    alpha: Tensor
     dora_scale: nn.Parameter | None
-    scale: float
-    _alpha: float
 
     def __init__(self, layer: Layer, size: LayerSize, args: NetworkArgs, generator: torch.Generator) -> None:
         super().__init__(layer, size, args, generator)
@@ -58,19 +56,15 @@ class LowRankAdapter(AdditiveAdapter):
         self.rank = size.rank
         self.dropout, self.rank_dropout = args.dropout or 0.0, args.rank_dropout or 0.0
         alpha = float(size.alpha or size.rank)
-        self.register_buffer("alpha", torch.tensor(alpha * math.sqrt(size.rank) if own.rs_lora else alpha))
-        self.register_load_state_dict_post_hook(_read_scale)
-        _read_scale(self)
+        self._set_alpha(alpha * math.sqrt(size.rank) if own.rs_lora else alpha)
         self.on_output = own.wd_on_output is not False
         self.register_parameter(LENGTHS, None)
         if own.dora_wd:
             self.dora_scale = nn.Parameter(self._lengths(base.weight.detach().float()))
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LowRankAdapter:
-        """`.to(dtype)` and the like: `alpha` stays exact in float32, so that a resumed run has the very same scale."""
-        super()._apply(fn, recurse)
-        self.alpha = torch.tensor(self._alpha, device=self.alpha.device)
-        return self
+    @property
+    def scale(self) -> float:
+        return self._alpha / self.rank
 
     # ---- DoRA
 
@@ -176,10 +170,3 @@ class LowRankAdapter(AdditiveAdapter):
 def _without_ones(tensor: Tensor) -> tuple[int, ...]:
     """Shape as a matrix where trailing dimensions are 1."""
     return tuple(tensor.shape[:2]) + tuple(size for size in tensor.shape[2:] if size != 1)
-
-
-def _read_scale(adapter: nn.Module, _keys: object = None) -> None:
-    """alpha / rank as a plain number: read once per load, so that no step waits for the device."""
-    assert isinstance(adapter, LowRankAdapter)
-    adapter._alpha = float(adapter.alpha)
-    adapter.scale = adapter._alpha / adapter.rank

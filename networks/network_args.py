@@ -5,10 +5,12 @@ Imports no torch: options can be checked before anything heavy is loaded.
 
 from __future__ import annotations
 
+import ast
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 from library.errors import UserError, suggest
 
@@ -67,6 +69,43 @@ def _rate_weights(value: Any) -> tuple[float, ...] | str:
     return tuple(_number(0 if item == "" else item) for item in _items(value))
 
 
+def _indices(value: Any) -> frozenset[int] | None:
+    """`0-3,8` as numbers; None for `all`."""
+    text = str(value).strip()
+    if text in ("all", "none"):
+        return None if text == "all" else frozenset()
+    found: set[int] = set()
+    for item in text.split(","):
+        first, _, last = item.partition("-")
+        found |= set(range(int(first), int(last or first) + 1))
+    return frozenset(found)
+
+
+def _pattern(text: str) -> re.Pattern[str]:
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise ValueError(text) from error
+
+
+def _patterns(value: Any) -> tuple[re.Pattern[str], ...]:
+    """A list as sd-scripts takes it, in Python's notation, or patterns with commas between them."""
+    if isinstance(value, str) and value.strip().startswith("["):
+        try:
+            value = ast.literal_eval(value.strip())
+        except SyntaxError as error:
+            raise ValueError(value) from error
+    return tuple(_pattern(str(item)) for item in _items(value))
+
+
+def _by_pattern(convert: Callable[[str], Any]) -> Callable[[Any], tuple[tuple[re.Pattern[str], Any], ...]]:
+    def read(value: Any) -> tuple[tuple[re.Pattern[str], Any], ...]:
+        pairs = [item.rpartition("=") for item in str(value).split(",")]
+        return tuple((_pattern(pattern), convert(number)) for pattern, _, number in pairs)
+
+    return read
+
+
 RATE_PRESETS: dict[str, Callable[[float], float]] = {
     "cosine": lambda depth: math.sin(math.pi * (1 - depth) / 2),
     "sine": lambda depth: math.sin(math.pi * depth / 2),
@@ -81,16 +120,40 @@ NUMBER = Kind("a number", _number)
 BOOLEAN = Kind("true or false", _boolean)
 INTEGERS = Kind("whole numbers separated by commas", lambda value: tuple(_integer(item) for item in _items(value)))
 NUMBERS = Kind("numbers separated by commas", lambda value: tuple(_number(item) for item in _items(value)))
+INDICES = Kind("block numbers such as 0-3,8, or all, or none", _indices)
+PATTERNS = Kind("regular expressions separated by commas, or a list of them such as ['a', 'b']", _patterns)
+RANKS = Kind("regex=rank, separated by commas", _by_pattern(int))
+RATES = Kind("regex=rate, separated by commas", _by_pattern(float))
 RATE_WEIGHTS = Kind(f"numbers separated by commas, or one of {', '.join(RATE_PRESETS)} with an optional +x", _rate_weights)
 
 
-SIZE_ARGS = ("conv_dim", "conv_alpha", "block_dims", "block_alphas", "conv_block_dims", "conv_block_alphas")
+SIZE_ARGS = (
+    "conv_dim", "conv_alpha", "block_dims", "block_alphas", "conv_block_dims", "conv_block_alphas", "network_reg_dims",
+    "train_block_indices", "exclude_patterns", "include_patterns",
+)  # fmt: skip
 """Arguments without effect where ranks and alphas come from a file."""
 
 
 def arg(kind: Kind, help: str) -> Any:
     """A network argument; None unless the user gave it."""
     return field(default=None, metadata={"kind": kind, "help": help})
+
+
+class NamedLayer(Protocol):
+    """What a pattern is looked for in."""
+
+    @property
+    def key(self) -> str:
+        """The layer's name in files."""
+
+    @property
+    def path(self) -> str:
+        """Its dotted path in the original model."""
+
+
+def fits(pattern: re.Pattern[str], layer: NamedLayer) -> bool:
+    """A pattern names a layer when it is found anywhere in its key, or is the whole of its path, as sd-scripts has both."""
+    return pattern.search(layer.key) is not None or pattern.fullmatch(layer.path) is not None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +173,11 @@ class NetworkArgs:
     mid_lr_weight: tuple[float, ...] | None = arg(NUMBERS, "learning rate factors, middle blocks")
     up_lr_weight: tuple[float, ...] | str | None = arg(RATE_WEIGHTS, "learning rate factors, up blocks, deep first")
     block_lr_zero_threshold: float | None = arg(NUMBER, "factors not above this are 0, and their blocks are left out (0)")
+    train_block_indices: frozenset[int] | None = arg(INDICES, "blocks that learn, counted as in block_dims (all)")
+    exclude_patterns: tuple[re.Pattern[str], ...] | None = arg(PATTERNS, "layers that are left alone")
+    include_patterns: tuple[re.Pattern[str], ...] | None = arg(PATTERNS, "layers that are adapted all the same, anywhere")
+    network_reg_dims: tuple[tuple[re.Pattern[str], int], ...] | None = arg(RANKS, "rank of layers by pattern")
+    network_reg_lrs: tuple[tuple[re.Pattern[str], float], ...] | None = arg(RATES, "learning rate of layers by pattern")
     dropout: float | None = arg(NUMBER, "LyCORIS' name for --network_dropout")
     rank_dropout: float | None = arg(NUMBER, "probability of dropping one rank for one sample")
     module_dropout: float | None = arg(NUMBER, "probability of skipping one adapted layer for one step")
@@ -145,6 +213,18 @@ class NetworkArgs:
         """Whether convolutions larger than 1x1 are adapted, and the blocks that hold them searched."""
         return bool(self.conv_dim) or self.conv_block_dims is not None
 
+    def conv_size(self, dim: int, alpha: float) -> tuple[int, float]:
+        """Rank and alpha of convolutions larger than 1x1, where those of all else are `dim` and `alpha`."""
+        return self.conv_dim or 0, 1.0 if self.conv_alpha is None else self.conv_alpha
+
+    def rank(self, layer: NamedLayer) -> int | None:
+        """Of a layer that a pattern gives one; the first that fits."""
+        return next((rank for pattern, rank in self.network_reg_dims or () if fits(pattern, layer)), None)
+
+    def rate(self, layer: NamedLayer) -> float | None:
+        """The same for its learning rate."""
+        return next((rate for pattern, rate in self.network_reg_lrs or () if fits(pattern, layer)), None)
+
     def plus_ratio(self, is_denoiser: bool) -> float | None:
         own = self.loraplus_unet_lr_ratio if is_denoiser else self.loraplus_text_encoder_lr_ratio
         return own or self.loraplus_lr_ratio or None  # 0 stands for "not given"
@@ -169,9 +249,9 @@ class ArchArgs:
         """Rank of the layer with this file key; 0 leaves it out."""
         return default
 
-    def rate(self, key: str) -> float | None:
-        """Learning rate of a layer of the denoiser, where it has one of its own."""
-        return None
+    def chooses(self, key: str) -> bool:
+        """Whether the layer's block is one that learns."""
+        return True
 
     def splits_fused(self) -> bool:
         """Whether each part of a fused layer gets an adapter of its own."""

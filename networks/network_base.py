@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,7 +22,7 @@ from library.optimizers import LearningRates, ParamGroup
 from library.rng import keyed_generator
 from networks.network_args import SIZE_ARGS, ArchArgs, NetworkArgs, parse_network_args, split_args
 from networks.network_files import by_layer, describe_family, shorten, under_own_keys, writer_of
-from networks.network_interface import AdapterNetwork, FileWeights, NetworkModule, NetworkRequest
+from networks.network_interface import AdapterNetwork, FileWeights, LayerKind, NetworkModule, NetworkRequest
 from networks.network_targets import (
     DENOISER,
     BlockTable,
@@ -29,10 +30,11 @@ from networks.network_targets import (
     LayerSize,
     NetworkArch,
     TargetGroup,
+    check_patterns,
+    choose_layers,
     every_layer,
     infer_arch,
     plan_sizes,
-    target_layers,
 )
 
 __all__ = [
@@ -64,6 +66,11 @@ class Adapter(nn.Module, ABC):
     """What `--network_args` may hold for this algorithm."""
     plus_parameters: ClassVar[frozenset[str]] = frozenset()
     """Parameters that LoRA+ trains at the higher rate."""
+    default_alpha: ClassVar[float] = 1.0
+    denoiser_only: ClassVar[bool] = False
+    """Whether text encoders are left alone."""
+    splits_fused: ClassVar[bool] = False
+    """Whether the parts of a fused layer are adapted each for itself, whatever the arguments say."""
 
     @abstractmethod
     def __init__(self, layer: Layer, size: LayerSize, args: NetworkArgs, generator: torch.Generator) -> None:
@@ -77,6 +84,16 @@ class Adapter(nn.Module, ABC):
     @property
     def base(self) -> nn.Linear | nn.Conv2d:
         return self._base[0]
+
+    @property
+    def file_key(self) -> str:
+        """The layer's name in the files that are written."""
+        return self.key
+
+    @classmethod
+    def adapts(cls, layer: Layer, args: NetworkArgs) -> bool:
+        """Whether a layer of the family's table is one for this algorithm, where no pattern names it."""
+        return True
 
     def base_forward(self, x: Tensor) -> Tensor:
         """The layer's own forward, or that of the adapter attached before this one."""
@@ -103,6 +120,11 @@ class Adapter(nn.Module, ABC):
     @abstractmethod
     def size_in_file(cls, key: str, tensors: Mapping[str, Tensor]) -> LayerSize:
         """Rank and alpha of the layer `key` of a file. Raises `UserError` when another algorithm wrote it."""
+
+    @classmethod
+    def size_of_part(cls, in_file: LayerSize, layer: Layer) -> LayerSize:
+        """Size of each of a layer's adapters, from what `size_in_file` found."""
+        return in_file
 
     @classmethod
     def like_file(
@@ -203,12 +225,13 @@ class LayerNetwork(AdapterNetwork):
         self,
         arch: NetworkArch,
         args: NetworkArgs,
-        arch_args: ArchArgs,
         layers: Sequence[Layer],
         adapters: Sequence[Adapter],
     ) -> None:
         super().__init__({layer.part for layer in layers})
-        self.arch, self.args, self.arch_args = arch, args, arch_args
+        self.arch, self.args = arch, args
+        self._own_rates = {layer.key: rate for layer in layers if (rate := args.rate(layer)) is not None}
+        self._rates: dict[str, float] = {}
         self._part_of = {layer.key: layer.part for layer in layers}
         self._alias_of = {alias: layer.key for layer in layers for alias in layer.aliases}
         self._untrained: frozenset[str] = frozenset()
@@ -251,6 +274,7 @@ class LayerNetwork(AdapterNetwork):
         block_weights = self.arch.blocks.rate_weights(self.args) if self.arch.blocks else None
         for adapter in self.adapters():
             name, rate = self._group_of(adapter.key, rates, block_weights)
+            self._rates[adapter.key] = 0.0 if adapter.key in self._untrained else rate
             ratio = self.args.plus_ratio(self._part_of[adapter.key] == DENOISER)
             for inner, parameter in adapter.named_parameters():
                 plus = ratio is not None and inner in adapter.plus_parameters
@@ -266,17 +290,28 @@ class LayerNetwork(AdapterNetwork):
 
     def _group_of(self, key: str, rates: LearningRates, block_weights: Sequence[float] | None) -> tuple[str, float]:
         """Name and rate of the parameter group of the layer `key`."""
-        part = self._part_of[key]
+        part, own = self._part_of[key], self._own_rates.get(key)
         if part != DENOISER:
-            return rates.of_text_encoder(part, self.arch.text_parts)
+            name, rate = rates.of_text_encoder(part, self.arch.text_parts)
+            return (name, rate) if own is None else (f"{name}_lr{own:g}", own)
         rate = rates.of_denoiser
-        own = self.arch_args.rate(key)
         if own is not None:
             return f"unet_lr{own:g}", own
         if block_weights is None or self.arch.blocks is None:
             return "unet", rate
         block = self.arch.blocks.of(key)
         return ("unet", rate) if block is None else (f"unet_block{block}", rate * block_weights[block])
+
+    def layer_kinds(self) -> list[LayerKind]:
+        kinds: dict[tuple[str, str, float], list[Adapter]] = {}
+        for adapter in self.adapters():
+            name = re.sub(r"(?<=_)\d+(?=_)", "*", adapter.file_key)
+            shapes = ", ".join(f"{key} {'x'.join(map(str, one.shape))}" for key, one in adapter.named_parameters())
+            kinds.setdefault((name, shapes, self._rates.get(adapter.key, 0.0)), []).append(adapter)
+        return [
+            LayerKind(name, len(found), shapes, sum(one.numel() for adapter in found for one in adapter.parameters()), rate)
+            for (name, shapes, rate), found in kinds.items()
+        ]
 
     @property
     def on_gradients(self) -> Callable[[], None] | None:
@@ -305,7 +340,7 @@ class LayerNetwork(AdapterNetwork):
 
     def file_state_dict(self, dtype: torch.dtype | None) -> dict[str, Tensor]:
         return {
-            f"{adapter.key}.{name}": tensor.detach().to("cpu", dtype or tensor.dtype).contiguous()
+            f"{adapter.file_key}.{name}": tensor.detach().to("cpu", dtype or tensor.dtype).contiguous()
             for adapter in self.adapters()
             for name, tensor in adapter.file_tensors().items()
         }
@@ -359,10 +394,8 @@ def _modules(arch: NetworkArch, arch_args: ArchArgs, request: NetworkRequest) ->
     return modules
 
 
-def _split(arch: NetworkArch, arch_args: ArchArgs, layers: Sequence[Layer]) -> list[Layer]:
-    """The layers, fused ones with their parts where each is to get an adapter of its own."""
-    if not arch_args.splits_fused():
-        return list(layers)
+def _split(arch: NetworkArch, layers: Sequence[Layer]) -> list[Layer]:
+    """Fused layers with their parts."""
     return [replace(layer, rows=arch.fused_rows(layer)) for layer in layers]
 
 
@@ -374,14 +407,6 @@ def algorithm_of(key: str, tensors: Mapping[str, Tensor]) -> type[Adapter]:
         raise UserError(f"{key} holds {shorten(tensors)}: the file was made by {name}, which only lycoris.kohya may know.")
     factory: NetworkFactory = importlib.import_module(writer.module).factory
     return factory.algorithm
-
-
-def _own_size(in_file: LayerSize, layer: Layer) -> LayerSize:
-    """Size of each of a layer's adapters: a file holds those of a fused layer as one of their joint rank and alpha."""
-    count = len(layer.rows) or 1
-    if in_file.rank % count:
-        raise UserError(f"{layer.key} has rank {in_file.rank} in the file, which does not divide into {count}: not split_qkv.")
-    return LayerSize(in_file.rank // count, in_file.alpha / count)
 
 
 @dataclass(frozen=True)
@@ -408,17 +433,23 @@ class NetworkFactory(NetworkModule[LayerNetwork]):
         if dim < 1:
             raise UserError(f"--network_dim {dim}: a rank of at least 1 is needed.")
         modules = _modules(arch, arch_args, request)
-        layers = target_layers(arch, modules, spatial=args.adapts_spatial_convs, arch_args=arch_args)
-        sizes = plan_sizes(layers, arch, args, arch_args, dim=dim, alpha=1.0 if alpha is None else alpha)
+        layers = choose_layers(arch, modules, args, arch_args, lambda layer: self.algorithm.adapts(layer, args))
+        sizes = plan_sizes(
+            layers, arch, args, arch_args, dim=dim, alpha=self.algorithm.default_alpha if alpha is None else alpha
+        )
         if not sizes:
             raise UserError("every block's rank or learning rate factor is 0, so there is nothing to train.")
-        layers = _split(arch, arch_args, [layer for layer in layers if layer.key in sizes])
-        return self._build(
-            arch, args, arch_args, layers, request, lambda layer, rng: self.algorithm(layer, sizes[layer.key], args, rng)
-        )
+        layers = [layer for layer in layers if layer.key in sizes]
+        check_patterns(args, layers)
+        if self.algorithm.splits_fused or arch_args.splits_fused():
+            layers = _split(arch, layers)
+        return self._build(arch, args, layers, request, lambda layer, rng: self.algorithm(layer, sizes[layer.key], args, rng))
 
     def make_from_weights(self, request: NetworkRequest, weights: FileWeights) -> LayerNetwork:
-        """With the file's layers, ranks, alphas and weights. Layers are found by name anywhere in the model."""
+        """With the file's layers, ranks, alphas and weights. Layers are found by name anywhere in the model.
+
+        For inference every layer may be of another algorithm; to train on, all are of this module's.
+        """
         arch = self.arch or infer_arch(request.text_encoder, request.unet)
         args, arch_args = self.for_arch(arch).parse(request.arguments, request.dropout)
         unused = [name for name in SIZE_ARGS if getattr(args, name) is not None]
@@ -428,21 +459,20 @@ class NetworkFactory(NetworkModule[LayerNetwork]):
         known = every_layer(arch, _modules(arch, arch_args, request))
         aliases = {alias: key for key, layer in known.items() for alias in layer.aliases}
         file_layers = under_own_keys(by_layer(weights.tensors), aliases, weights.source)
-        matched = _split(arch, arch_args, [layer for key, layer in known.items() if key in file_layers])
+        matched = [layer for key, layer in known.items() if key in file_layers]
+        if arch_args.splits_fused():
+            matched = _split(arch, matched)
         if not matched:
             raise UserError(_no_match(weights.source, file_layers, known))
-        found = {layer.key: file_layers[layer.key] for layer in matched}
-        algorithms = {key: algorithm_of(key, found[key]) if request.for_inference else self.algorithm for key in found}
-        sizes = {
-            layer.key: _own_size(algorithms[layer.key].size_in_file(layer.key, found[layer.key]), layer) for layer in matched
-        }
 
         def make(layer: Layer, generator: torch.Generator) -> Adapter:
-            algorithm = algorithms[layer.key]
+            tensors = file_layers[layer.key]
+            algorithm = algorithm_of(layer.key, tensors) if request.for_inference else self.algorithm
+            size = algorithm.size_of_part(algorithm.size_in_file(layer.key, tensors), layer)
             own = args if isinstance(args, algorithm.arguments) else algorithm.arguments()
-            return algorithm.like_file(layer, sizes[layer.key], own, generator, found[layer.key])
+            return algorithm.like_file(layer, size, own, generator, tensors)
 
-        network = self._build(arch, args, arch_args, matched, request, make)
+        network = self._build(arch, args, matched, request, make)
         network.load_file_state_dict(weights.tensors, weights.source)
         return network
 
@@ -465,19 +495,18 @@ class NetworkFactory(NetworkModule[LayerNetwork]):
 
     def text_parts(self, names: Sequence[str], kwargs: Mapping[str, Any]) -> tuple[str, ...]:
         arch_args = self.parse(kwargs)[1]
-        return tuple(name for name in names if arch_args.learns(name))
+        return () if self.algorithm.denoiser_only else tuple(name for name in names if arch_args.learns(name))
 
     def _build(
         self,
         arch: NetworkArch,
         args: NetworkArgs,
-        arch_args: ArchArgs,
         layers: Sequence[Layer],
         request: NetworkRequest,
         make: Callable[[Layer, torch.Generator], Adapter],
     ) -> LayerNetwork:
         adapters = [make(layer, keyed_generator("network", request.init_seed, layer.key)) for layer in layers]
-        network = LayerNetwork(arch, args, arch_args, layers, adapters)
+        network = LayerNetwork(arch, args, layers, adapters)
         network.set_multiplier(request.multiplier)
         counts = {part: sum(layer.part == part for layer in layers) for part in dict.fromkeys(layer.part for layer in layers)}
         logger.info("%s: adapted layers: %s", self.name, ", ".join(f"{part} {count}" for part, count in counts.items()))

@@ -50,16 +50,21 @@ ALGORITHM_SIGNS: dict[str, Writer] = {
     "lokr_w1": Writer("LoKr", "networks.lokr"),
     "lokr_w1_a": Writer("LoKr", "networks.lokr"),
     "on_input": Writer("(IA)^3", "networks.ia3"),
-    "oft_blocks": Writer("OFT"),
+    "oft_blocks": Writer("OFT", "networks.oft"),
+    "oft_blocks.0": Writer("OFT", "networks.oft_flux"),
+    "oft_R.weight": Writer("OFTv2", "networks.oft_v2"),
+    "a1.weight": Writer("GLoRA", "networks.glora"),
     "diff": Writer("full difference"),
     "w_norm": Writer("trained norms"),
 }
 """Tensor name in a layer -> what writes it."""
 
 
-def writer_of(names: Iterable[str]) -> Writer | None:
-    """What wrote a layer with tensors of these names; None where no name tells."""
-    return next((ALGORITHM_SIGNS[name] for name in names if name in ALGORITHM_SIGNS), None)
+def writer_of(tensors: Mapping[str, Tensor]) -> Writer | None:
+    """What wrote a layer with these tensors; None where no name tells."""
+    if "oft_blocks" in tensors and tensors["oft_blocks"].ndim == 4:
+        return Writer("BOFT", "networks.boft")
+    return next((ALGORITHM_SIGNS[name] for name in tensors if name in ALGORITHM_SIGNS), None)
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
@@ -121,6 +126,10 @@ _PEFT_SETTINGS = "lora_adapter_metadata"
 """Where diffusers writes alphas and ranks, as JSON, into the metadata of a file in peft's names."""
 
 
+_OFT_PREFIX = "oft_"
+"""What sd-scripts' names of layers begin with, in place of `lora_`, where they are turned."""
+
+
 def by_layer(tensors: Mapping[str, Tensor]) -> LayerTensors:
     """Flat file keys grouped by layer: what stands before the first dot, or the dotted path of peft's and diffusers' files."""
     layers: LayerTensors = {}
@@ -128,6 +137,7 @@ def by_layer(tensors: Mapping[str, Tensor]) -> LayerTensors:
         dotted = _DOTTED.fullmatch(name)
         if dotted is None:
             layer, _, inner = name.partition(".")
+            layer = f"lora_{layer.removeprefix(_OFT_PREFIX)}" if layer.startswith(_OFT_PREFIX) else layer
         else:
             layer = dotted["layer"].removeprefix(_DOTTED_PREFIX)
             inner = dotted["inner"].replace(".default", "")
@@ -168,7 +178,7 @@ def check_names(
 ) -> None:
     """Raise `UserError` unless the layer `key` of a file has all `required` tensors and beside them only `known` ones."""
     if foreign := [name for name in tensors if name not in required and name not in known]:
-        writer = writer_of(foreign) or Writer("another algorithm")
+        writer = writer_of({name: tensors[name] for name in foreign}) or Writer("another algorithm")
         raise UserError(
             f"{key} holds {foreign[0]}: the file was made by {writer.algorithm}, not by {algorithm}. "
             f"Use --network_module {writer.module}, which may know it."

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,20 @@ from torch import Tensor, nn
 from library.optimizers import LearningRates, ParamGroup
 from networks.network_files import read_weights, write_weights
 from networks.network_targets import NetworkArch
+
+
+class LayerKind(NamedTuple):
+    """Adapted layers that differ in their number alone, for `--plan`."""
+
+    name: str
+    """Of their keys, with `*` for numbers."""
+    layers: int
+    size: str
+    """The shapes of a layer's parameters."""
+    parameters: int
+    """Of all these layers together."""
+    rate: float
+    """Learning rate; 0: they do not learn."""
 
 
 class AdapterNetwork(nn.Module, ABC):
@@ -65,6 +79,10 @@ class AdapterNetwork(nn.Module, ABC):
     def on_gradients(self) -> Callable[[], None] | None:
         """To be called when the gradients of an update are complete, averaged and clipped, before the weights are stepped."""
         return None
+
+    def layer_kinds(self) -> list[LayerKind]:
+        """What is adapted, after `param_groups`; empty where the network does not tell."""
+        return []
 
     def leave_untrained(self, modules: Collection[nn.Module]) -> None:
         """Adapters of layers inside these modules stay as they are: nothing depends on them. They are in files all the same."""

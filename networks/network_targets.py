@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import importlib
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import nn
 
 from library.errors import UserError
 from library.key_layout import KeyMap, Rule
-from networks.network_args import RATE_PRESETS, ArchArgs, NetworkArgs
+from networks.network_args import RATE_PRESETS, ArchArgs, NetworkArgs, fits
 
 logger = logging.getLogger(__name__)
 
@@ -164,6 +165,8 @@ class Layer:
     """Output rows of the parts that get an adapter each; empty: one for the whole layer."""
     aliases: tuple[str, ...] = ()
     """Its names in other programs' files."""
+    path: str = ""
+    """In sd-scripts' class, with dots."""
 
     @property
     def is_spatial(self) -> bool:
@@ -230,7 +233,8 @@ def infer_arch(text_encoder: object, unet: nn.Module | None) -> NetworkArch:
 def _linear_and_conv(group: TargetGroup, root: nn.Module) -> Iterator[tuple[str, Layer]]:
     for path, module in root.named_modules():
         if isinstance(module, (nn.Linear, nn.Conv2d)):
-            yield path, Layer(group.key(path), group.part, module, aliases=group.other_names(path))
+            own = Layer(group.key(path), group.part, module, aliases=group.other_names(path), path=group.canonical(path))
+            yield path, own
 
 
 def every_layer(arch: NetworkArch, parts: Mapping[str, nn.Module]) -> dict[str, Layer]:
@@ -239,11 +243,67 @@ def every_layer(arch: NetworkArch, parts: Mapping[str, nn.Module]) -> dict[str, 
     return {layer.key: layer for group in groups for _, layer in _linear_and_conv(group, parts[group.part])}
 
 
-def target_layers(
-    arch: NetworkArch, parts: Mapping[str, nn.Module], *, spatial: bool, arch_args: ArchArgs | None = None
+def choose_layers(
+    arch: NetworkArch,
+    parts: Mapping[str, nn.Module],
+    args: NetworkArgs,
+    arch_args: ArchArgs,
+    adapts: Callable[[Layer], bool] = lambda layer: True,
 ) -> list[Layer]:
+    """The layers that the arch's table and the arguments name in the given parts. adapts: what the algorithm says of a layer of
+    the table. Raises `UserError` for a group of the table, a pattern or a block number that fits no layer."""
+    table = [layer for layer in target_layers(arch, parts, args, arch_args) if adapts(layer)]
+    known = every_layer(arch, parts)
+    excluded, included = args.exclude_patterns or (), args.include_patterns or ()
+    _check_fit("exclude_patterns", excluded, table)
+    _check_fit("include_patterns", included, known.values())
+    wanted = {layer.key for layer in table if not any(fits(pattern, layer) for pattern in excluded)}
+    wanted |= {layer.key for layer in known.values() if any(fits(pattern, layer) for pattern in included)}
+    if args.train_block_indices is not None:
+        wanted = _in_blocks(arch, [known[key] for key in wanted], args.train_block_indices)
+    chosen = [layer for layer in known.values() if layer.key in wanted]
+    if not chosen:
+        raise UserError("no layer is left to adapt: --network_args exclude every one of them.")
+    has_rank = args.conv_size(1, 1.0)[0] or args.conv_block_dims is not None
+    if spatial := [layer.key for layer in chosen if layer.is_spatial and not has_rank and args.rank(layer) is None]:
+        raise UserError(f"include_patterns names {spatial[0]}, a convolution larger than 1x1. Give such ones a rank: conv_dim.")
+    return chosen
+
+
+def _check_fit(name: str, patterns: Iterable[re.Pattern[str]], layers: Iterable[Layer]) -> None:
+    """Raise `UserError` for a pattern that fits no layer."""
+    layers = list(layers)
+    for pattern in patterns:
+        if not any(fits(pattern, layer) for layer in layers):
+            some = ", ".join(layer.key for layer in layers[:3])
+            raise UserError(
+                f"--network_args {name}: '{pattern.pattern}' fits no layer. It is looked for in names such as {some}, "
+                f"or has to be the whole of a path such as {layers[0].path if layers else 'those of the model'}."
+            )
+
+
+def check_patterns(args: NetworkArgs, layers: Sequence[Layer]) -> None:
+    """Raise `UserError` for a rank or a rate by pattern that none of the adapted layers has."""
+    _check_fit("network_reg_dims", [pattern for pattern, _ in args.network_reg_dims or ()], layers)
+    _check_fit("network_reg_lrs", [pattern for pattern, _ in args.network_reg_lrs or ()], layers)
+
+
+def _in_blocks(arch: NetworkArch, layers: Sequence[Layer], numbers: Collection[int]) -> set[str]:
+    """Keys of the layers in these blocks of the denoiser, and of all layers of text encoders."""
+    if arch.blocks is None:
+        raise UserError(f"train_block_indices: the '{arch.name}' network table does not count blocks. Use exclude_patterns.")
+    blocks = {layer.key: arch.blocks.of(layer.key) for layer in layers if layer.part == DENOISER}
+    if absent := sorted(set(numbers) - set(blocks.values())):
+        raise UserError(
+            f"--network_args train_block_indices: no layer is adapted in block {absent[0]}. Blocks with layers: "
+            f"{', '.join(str(number) for number in sorted({n for n in blocks.values() if n is not None}))}."
+        )
+    return {layer.key for layer in layers if layer.part != DENOISER or blocks[layer.key] in numbers}
+
+
+def target_layers(arch: NetworkArch, parts: Mapping[str, nn.Module], args: NetworkArgs, arch_args: ArchArgs) -> list[Layer]:
     """The layers the arch's table and arguments name in the given parts. Raises `UserError` for a group that matches none."""
-    extra = arch_args.extra_modules() if arch_args is not None else ()
+    extra, spatial = arch_args.extra_modules(), args.adapts_spatial_convs
     found = []
     for group in arch.groups:
         if group.part not in parts:
@@ -290,7 +350,7 @@ def plan_sizes(
     alpha: float,
 ) -> dict[str, LayerSize]:
     """Rank and alpha by layer key. A layer of rank 0, or in a block whose learning rate factor is 0, is left out."""
-    plain, spatial = LayerSize(dim, alpha), LayerSize(args.conv_dim or 0, _or(args.conv_alpha, 1.0))
+    plain, spatial = LayerSize(dim, alpha), LayerSize(*args.conv_size(dim, alpha))
     blocks = _block_sizes(arch, args, plain, spatial)
     sizes = {}
     for layer in layers:
@@ -299,15 +359,14 @@ def plan_sizes(
             size = blocks[index][layer.is_spatial]
         else:
             size = spatial if layer.is_spatial else plain
-        if arch_args is not None and not layer.is_spatial:
+        own = args.rank(layer)
+        if own is not None:
+            size = LayerSize(own, size.alpha)
+        elif arch_args is not None and not layer.is_spatial:
             size = LayerSize(arch_args.rank(layer.key, size.rank), size.alpha)
-        if size.rank:
+        if size.rank and (arch_args is None or arch_args.chooses(layer.key)):
             sizes[layer.key] = size
     return sizes
-
-
-def _or(value: float | None, default: float) -> float:
-    return default if value is None else value
 
 
 def _block_sizes(

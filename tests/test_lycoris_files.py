@@ -17,8 +17,12 @@ from networks.network_base import Adapter, Layer, algorithm_of
 pytest.importorskip("lycoris")
 
 KEY = "lora_unet_x"
-SHARED = ("lora", "pissa", "rslora", "dora", "loha", "loha-dora", "lokr", "lokr-both", "lokr-full", "lokr-dora")
-"""What LyCORIS 4.1 reads as it was written: it takes DoRA's lengths for rows', and its reader of (IA)^3 raises TypeError."""
+SHARED = (
+    "lora", "pissa", "rslora", "dora", "loha", "loha-dora", "lokr", "lokr-both", "lokr-full", "lokr-dora", "oft-free", "boft",
+    "glora",
+)  # fmt: skip
+"""What LyCORIS 4.1 reads as it was written. It takes DoRA's lengths for rows', its reader of (IA)^3 raises TypeError, and its
+OFT wants at least as many blocks as a block has outputs."""
 
 
 @pytest.fixture(autouse=True)
@@ -76,6 +80,11 @@ def test_lycoris_computes_with_our_file_what_we_do(name: str, kind: str) -> None
         ("lokr", {"factor": 4, "decompose_both": True, "lora_dim": 1}),
         ("lokr", {"full_matrix": True}),
         ("lokr", {"factor": 2, "unbalanced_factorization": True}),
+        ("diag-oft", {"constraint": 0}),
+        ("diag-oft", {"constraint": 1e-2}),
+        ("boft", {"constraint": 0}),
+        ("boft", {"constraint": 1e-2, "lora_dim": 5}),
+        ("glora", {}),
         ("ia3", {}),
         ("ia3", {"train_on_input": True}),
     ],
@@ -84,8 +93,8 @@ def test_we_compute_with_lycoris_file_what_it_does(algorithm: str, arguments: di
     import lycoris.modules as modules
 
     layer, other = layers()[kind], layers()[kind]
-    classes = {"locon": modules.LoConModule, "loha": modules.LohaModule, "lokr": modules.LokrModule, "ia3": modules.IA3Module}
-    module = classes[algorithm](KEY, other, **{"lora_dim": 2, "alpha": 1.5, **arguments})
+    known = {getattr(module, "name", ""): module for module in modules.MODULE_LIST} | {"lokr": modules.LokrModule}
+    module = known[algorithm](KEY, other, **{"lora_dim": 2, "alpha": 1.5, **arguments})
     fill(module)
     module.apply_to()
     tensors = {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}

@@ -250,7 +250,13 @@ def test_plan_tells_everything_and_trains_nothing(
     workspaces: dict[str, Workspace], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     workspace = workspaces["flux"]
-    output = workspace.train("network", tmp_path / "out", *CACHED, FROZEN_TEXT["network"], "--plan")
+    targets = (
+        "--network_args",
+        "exclude_patterns=_mod_,modulation",
+        "network_reg_lrs=img_attn_qkv=0.5",
+        "network_reg_dims=txt_mlp_2=3",
+    )
+    output = workspace.train("network", tmp_path / "out", *CACHED, FROZEN_TEXT["network"], "--plan", *targets)
     assert [path.name for path in output.iterdir()] == [PLAN_FILE]
     plan = json.loads((output / PLAN_FILE).read_text())
     assert plan["data"]["images"] == 7
@@ -259,8 +265,19 @@ def test_plan_tells_everything_and_trains_nothing(
     assert plan["memory"]["device_peak"] == max(phase["device"] for phase in plan["memory"]["phases"])
     assert all(sum(phase["kinds"].values()) == phase["device"] for phase in plan["memory"]["phases"])
     assert plan["time"]["seconds_in_all"] == pytest.approx(4 * plan["time"]["seconds_per_update"])
+    layers = {kind["name"].removeprefix("lora_unet_"): kind for kind in plan["adapted_layers"]}
+    assert not any("mod" in name for name in layers)
+    assert layers["double_blocks_*_img_attn_qkv"] == {
+        "name": "lora_unet_double_blocks_*_img_attn_qkv",
+        "layers": 2,
+        "size": "lora_down.weight 4x64, lora_up.weight 192x4",
+        "parameters": 2 * 4 * (64 + 192),
+        "rate": 0.5,
+    }
+    assert layers["double_blocks_*_txt_mlp_2"]["size"] == "lora_down.weight 3x256, lora_up.weight 64x3"
+    assert sum(kind["parameters"] for kind in layers.values()) == sum(group["num_parameters"] for group in plan["learning"])
     shown = capsys.readouterr().out
-    for words in ("caching latents", "optimizer state", "updates", "in all", str(output / PLAN_FILE)):
+    for words in ("caching latents", "optimizer state", "updates", "in all", "adapted layers", str(output / PLAN_FILE)):
         assert words in shown
 
 
