@@ -99,6 +99,29 @@ def make_inputs(folder: Path, model: Model) -> None:
     tiny.write_images(folder / "images" / "1_thing", 8, model.resolution)
 
 
+def training_arguments(folder: Path, model: Model, steps: int) -> list[str]:
+    """A command line that trains on what `make_inputs` made, for the model's script."""
+    return [
+        f"--pretrained_model_name_or_path={folder / 'model'}",
+        f"--train_data_dir={folder / 'images'}",
+        f"--resolution={model.resolution}",
+        f"--train_batch_size={model.batch}",
+        "--network_module=networks.lora",
+        f"--network_dim={RANK}",
+        f"--network_alpha={RANK}",
+        "--network_train_unet_only",
+        "--cache_latents",
+        "--cache_text_encoder_outputs",
+        "--learning_rate=1e-4",
+        f"--max_train_steps={steps}",
+        "--max_data_loader_n_workers=0",
+        "--seed=1",
+        f"--output_dir={folder / 'out'}",
+        "--output_name=bench",
+        *model.arguments,
+    ]
+
+
 def run_ours(folder: Path, model: Model, steps: int) -> None:
     """Train with the script."""
     from library.run_writer import RunWriter
@@ -110,27 +133,7 @@ def run_ours(folder: Path, model: Model, steps: int) -> None:
         facts.step_done()
 
     RunWriter.after_update = after  # type: ignore[method-assign]
-    importlib.import_module(model.script).main(
-        [
-            f"--pretrained_model_name_or_path={folder / 'model'}",
-            f"--train_data_dir={folder / 'images'}",
-            f"--resolution={model.resolution}",
-            f"--train_batch_size={model.batch}",
-            "--network_module=networks.lora",
-            f"--network_dim={RANK}",
-            f"--network_alpha={RANK}",
-            "--network_train_unet_only",
-            "--cache_latents",
-            "--cache_text_encoder_outputs",
-            "--learning_rate=1e-4",
-            f"--max_train_steps={steps}",
-            "--max_data_loader_n_workers=0",
-            "--seed=1",
-            f"--output_dir={folder / 'out'}",
-            "--output_name=bench",
-            *model.arguments,
-        ]
-    )
+    importlib.import_module(model.script).main(training_arguments(folder, model, steps))
 
 
 def run_plain(folder: Path, model: Model, steps: int) -> None:

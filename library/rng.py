@@ -27,15 +27,18 @@ def keyed_random(*key: object) -> Random:
 
 @dataclass(frozen=True)
 class StepRng:
-    """Generators for one micro-step of one process. `step` counts micro-batches since the run began."""
+    """Generators for one micro-batch. `step`: its number in the run, over all processes in turn, so that several processes
+    draw what one would draw that accumulates as many batches."""
 
     seed: int
-    rank: int = 0
     step: int = 0
 
     def at(self, step: int) -> StepRng:
         return replace(self, step=step)
 
+    def seed_of(self, stream: str) -> int:
+        """Depends on (seed, step, stream) and on nothing else."""
+        return key_to_seed(self.seed, 0, self.step, stream)  # the 0 was once the process's number
+
     def __call__(self, stream: str, device: torch.device | str = "cpu") -> torch.Generator:
-        """A generator that depends on (seed, rank, step, stream) and on nothing else."""
-        return keyed_generator(self.seed, self.rank, self.step, stream, device=device)
+        return torch.Generator(device).manual_seed(self.seed_of(stream))

@@ -162,7 +162,7 @@ class TrainState:
     position: int = 0
     """This process's micro-batches already trained in the current epoch."""
     micro_step: int = 0
-    """This process's micro-batches since the run began: the key of its random numbers."""
+    """This process's micro-batches since the run began; with the process's number, the key of its random numbers."""
 
     def advance(self, micro_batches: int, length: RunLength) -> bool:
         """Count one update of `micro_batches`; True when it completed an epoch."""

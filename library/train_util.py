@@ -1,7 +1,7 @@
 """The loop: one for every family, for adapters and for full fine-tuning.
 
 `Trainer` composes what the model is (`ModelFamily`), what learns (`Trainable`) and what is predicted (`Objective`); it knows
-none of them by name. Everything random in a step is keyed by (seed, rank, micro-step, stream), so a run continues exactly
+none of them by name. Everything random in a step is keyed by (seed, number of the batch, stream), so a run continues exactly
 from the small `TrainState` it saves.
 """
 
@@ -43,7 +43,7 @@ from library.resume import (
     start_state,
     tell_changed_options,
 )
-from library.rng import StepRng, key_to_seed
+from library.rng import StepRng
 from library.run_plan import Mode, RunPlan, plan_of
 from library.run_requests import STOP, RunRequests
 from library.run_setup import RunLength, TrainState, make_accelerator, seed_default_generators, with_seed
@@ -118,7 +118,7 @@ class Trainer:
         """Whether what it encodes need not be looked at any more."""
         self.recent_losses: list[float] = []
         """Those `loss/average` goes on from, of the state that is resumed."""
-        self.rng = StepRng(options.training.seed or 0, rank=accelerator.process_index)
+        self.rng = StepRng(options.training.seed or 0)
         self.length = RunLength.of(options.training, batches_per_rank(data.train, accelerator.num_processes))
         self.record = run_record(options, self.length, accelerator.num_processes, data.train)
 
@@ -214,8 +214,8 @@ class Trainer:
         images = sum(len(batch) for batch in group)
         total = torch.zeros((), device=self.device)
         for offset, batch in enumerate(group):
-            self.rng = self.rng.at(self.state.micro_step + offset)
-            seed_default_generators(key_to_seed(self.rng.seed, self.rng.rank, self.rng.step, "default"), self.device)
+            self.rng = self.rng.at((self.state.micro_step + offset) * self.processes.count + self.processes.rank)
+            seed_default_generators(self.rng.seed_of("default"), self.device)
             found = self.batch_loss(batch.to(self.device))
             if self.image_losses is not None:
                 self.image_losses.push(batch.names, found.of_images, found.times)

@@ -30,11 +30,11 @@ class WatchedTrainer(train_util.Trainer):
 
     def fit(self, writer: train_util.RunWriter) -> None:
         WatchedTrainer.last = self
-        self.seen: list[tuple[int, ...]] = []
+        self.keys_seen: list[tuple[int, ...]] = []
         super().fit(writer)
 
     def batch_loss(self, batch: TrainBatch) -> train_util.BatchLoss:
-        self.seen.append(batch.latent_seeds)
+        self.keys_seen.append(batch.latent_seeds)
         if self.stop_at and self.state.step + 1 == self.stop_at and self.accelerator.process_index == 1:
             os.kill(os.getpid(), signal.SIGINT)
         return super().batch_loss(batch)
@@ -52,7 +52,7 @@ def main(folder: Path) -> None:
             said = str(stopped)
         trainer = WatchedTrainer.last
         weights = {key: value.clone() for key, value in trainer.trainable.state_dict().items()}
-        facts = {"seen": trainer.seen, "weights": weights, "said": said, "step": trainer.state.step}
+        facts = {"seen": trainer.keys_seen, "weights": weights, "said": said, "step": trainer.state.step}
         torch.save(facts, folder / f"{name}-{rank}.pt")
 
 

@@ -19,56 +19,50 @@ from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parent.parent
 WORLD = 2
-ONE_STEP = ["--max_train_steps=1", "--train_batch_size=4", "--max_grad_norm=0", "--save_state", "--optimizer_type=SGD"]
-MOMENTUM = ["--optimizer_args", "momentum=0.9"]
-"""After the first step SGD's momentum is the gradient itself."""
-ONE_STEP_SEED = 5
 STOP_AT = 2
 STATE_AT = 3
 
+PAIR = [
+    "--max_train_steps=3", "--train_batch_size=8", "--optimizer_type=SGD", "--optimizer_args", "momentum=0.9",
+    "--lr_scheduler=linear", "--lr_warmup_steps=1", "--validation_split=0.3", "--validate_every_n_steps=3",
+    "--validation_quantiles=3", "--save_state_on_train_end", "--learning_rate=0.1", "--noise_offset=0.1",
+]  # fmt: skip
+"""What two processes do, and one that accumulates twice as many batches; two are an epoch. SGD: no step is larger than its
+gradient says."""
 
-SWAPS = {
-    "unswapped": [],
+VARIANTS = {
+    "plain": [],
+    "fused": ["--fused_backward_pass", "--gradient_checkpointing"],
     "swapped": ["--blocks_to_swap=2"],
     "swapped-fused": ["--blocks_to_swap=2", "--fused_backward_pass", "--gradient_checkpointing"],
 }
 
 
-def swapping_jobs(folder: Path) -> list[list[Any]]:
-    case = CASES["flux"]
-    assert case.write_swappable is not None
-    flux = runs.make_workspace(replace(case, write_model=case.write_swappable), folder / "flux")
-    few = ["--max_train_steps=2", "--max_grad_norm=0", "--cache_latents", "--cache_text_encoder_outputs"]
-    return [
-        [name, flux.script("full"), flux.arguments("full", folder / name, *few, *extra), 0] for name, extra in SWAPS.items()
-    ]
-
-
 def jobs(workspace: Workspace, folder: Path) -> list[list[Any]]:
     """[name, script, arguments, step to stop at] of every run."""
-    rows: list[list[Any]] = []
-    for mode in MODES:
-        script = workspace.script(mode)
-        output = folder / f"epoch-{mode}"
-        epoch = ["--max_train_epochs=1", "--save_state", "--cache_latents_to_disk", f"--cache_dir={folder / 'cache'}"]
-        if mode == "network":
-            epoch += [f"--save_every_n_steps={STATE_AT}", "--network_dropout=0.3"]
-        rows.append([f"epoch-{mode}", script, workspace.arguments(mode, output, *epoch), 0])
-        if mode == "network":
-            resume = f"--resume={output / f'tiny-step{STATE_AT:08d}-state'}"
-            rows.append(["resumed", script, workspace.arguments(mode, folder / "resumed", *epoch, resume), 0])
-        arguments = workspace.arguments(mode, folder / f"step-{mode}", *ONE_STEP, f"--seed={ONE_STEP_SEED}", *MOMENTUM)
-        rows.append([f"step-{mode}", script, arguments, 0])
-    for name, extra in (("ordinary", []), ("fused", ["--fused_backward_pass", "--gradient_checkpointing"])):
-        few = ["--max_train_steps=3", "--max_grad_norm=0", "--gradient_accumulation_steps=2", *extra]
-        rows.append([name, workspace.script("full"), workspace.arguments("full", folder / name, *few), 0])
+    rows: list[list[Any]] = [
+        [f"pair-{mode}", workspace.script(mode), workspace.arguments(mode, folder / f"pair-{mode}", *PAIR), 0] for mode in MODES
+    ]
+    network = workspace.script("network")
+    epoch = ["--max_train_epochs=1", "--save_state", "--cache_latents_to_disk", f"--cache_dir={folder / 'cache'}"]
+    epoch += [f"--save_every_n_steps={STATE_AT}", "--network_dropout=0.3"]
+    rows.append(["epoch", network, workspace.arguments("network", folder / "epoch", *epoch), 0])
+    resume = f"--resume={folder / 'epoch' / f'tiny-step{STATE_AT:08d}-state'}"
+    rows.append(["resumed", network, workspace.arguments("network", folder / "resumed", *epoch, resume), 0])
+    few = ["--max_train_steps=2", "--max_grad_norm=0", "--gradient_accumulation_steps=2"]
+    cached = ["--cache_latents", "--cache_text_encoder_outputs"]
+    for name, extra in VARIANTS.items():
+        arguments = workspace.arguments("full", folder / name, *few, *cached, *extra)
+        rows.append([name, workspace.script("full"), arguments, 0])
     stopped = workspace.arguments("network", folder / "stopped", "--max_train_steps=50")
-    return [*rows, *swapping_jobs(folder), ["stopped", workspace.script("network"), stopped, STOP_AT]]
+    return [*rows, ["stopped", network, stopped, STOP_AT]]
 
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
-    return runs.make_workspace(CASES["sd"], tmp_path_factory.mktemp("processes"))
+    case = CASES["flux"]
+    assert case.write_swappable is not None
+    return runs.make_workspace(replace(case, write_model=case.write_swappable), tmp_path_factory.mktemp("processes"))
 
 
 @pytest.fixture(scope="module")
@@ -94,72 +88,60 @@ def facts(folder: Path, name: str) -> list[dict[str, Any]]:
     return [torch.load(folder / f"{name}-{rank}.pt", weights_only=True) for rank in range(WORLD)]
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_every_image_of_an_epoch_is_seen_by_one_of_the_processes(mode: Mode, finished: Path, workspace: Workspace) -> None:
-    seen = [Counter(seed for batch in process["seen"] for seed in batch) for process in facts(finished, f"epoch-{mode}")]
+def test_every_image_of_an_epoch_is_seen_by_one_of_the_processes(finished: Path, workspace: Workspace) -> None:
+    seen = [Counter(seed for batch in process["seen"] for seed in batch) for process in facts(finished, "epoch")]
     images = {path for path in workspace.images.rglob("*.png")}
     assert len(seen[0] | seen[1]) == len(images)
     # seven batches for two processes: the first one is trained twice, so that both have four
-    assert [len(process["seen"]) for process in facts(finished, f"epoch-{mode}")] == [4, 4]
+    assert [len(process["seen"]) for process in facts(finished, "epoch")] == [4, 4]
     assert sum((seen[0] + seen[1]).values()) == 2 * 7 + 2
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_files_are_written_once_and_all_processes_end_with_the_same_weights(mode: Mode, finished: Path) -> None:
-    output = finished / f"epoch-{mode}"
-    step = f"tiny-step{STATE_AT:08d}"
-    on_the_way = {f"{step}.safetensors", f"{step}-state"} if mode == "network" else set()
+def test_files_are_written_once_and_all_processes_end_with_the_same_weights(finished: Path) -> None:
+    output, step = finished / "epoch", f"tiny-step{STATE_AT:08d}"
     assert {path.name for path in output.iterdir()} == {
-        "tiny.safetensors", "tiny-state", "metrics.csv", "image_losses.csv", *on_the_way,
+        "tiny.safetensors", "tiny-state", "metrics.csv", "image_losses.csv", f"{step}.safetensors", f"{step}-state",
     }  # fmt: skip
     assert len(runs.losses(output)) == 4
-    first, second = (process["weights"] for process in facts(finished, f"epoch-{mode}"))
+    first, second = (process["weights"] for process in facts(finished, "epoch"))
     runs.assert_same_tensors(first, second)
     runs.assert_same_tensors(first, load_file(output / "tiny-state" / "trainable.safetensors"))
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_the_gradient_is_that_of_one_process_over_all_images(
+def test_two_processes_are_one_that_accumulates_twice_as_many_batches(
     mode: Mode, finished: Path, workspace: Workspace, tmp_path: Path
 ) -> None:
-    """The two batches differ in size, so a mean of the two means would be another number."""
-    trainer = workspace.trainer(mode, tmp_path, *ONE_STEP, f"--seed={ONE_STEP_SEED}", *MOMENTUM)
-    trainer.trainable.train()
-    batches = [trainer.data.train[(0, rank)] for rank in range(WORLD)]
-    total = sum(len(batch) for batch in batches)
-    assert len(batches[0]) != len(batches[1]), "choose another ONE_STEP_SEED"
-    loss, gradients = 0.0, [torch.zeros_like(parameter) for parameter in trainer.parameters]
-    for rank, batch in enumerate(batches):
-        trainer.rng = type(trainer.rng)(ONE_STEP_SEED, rank=rank)
-        own = trainer.loss(batch)
-        loss += own.item() * len(batch) / total
-        for mean, gradient in zip(gradients, torch.autograd.grad(own, trainer.parameters), strict=True):
-            mean += gradient * (len(batch) / total)
-    state = torch.load(finished / f"step-{mode}" / "tiny-state" / "optimizer.pt", weights_only=True)["optimizer"]["state"]
-    assert len(state) == len(gradients)
-    for index, gradient in enumerate(gradients):
-        torch.testing.assert_close(state[index]["momentum_buffer"], gradient, atol=1e-6, rtol=1e-5)
-    assert runs.losses(finished / f"step-{mode}") == pytest.approx([loss], rel=1e-5)
+    """Weights, losses, rates and validation. Batches differ in size, so a mean of two means would be another number."""
+    together = finished / f"pair-{mode}"
+    alone = workspace.train(mode, tmp_path, *PAIR, f"--gradient_accumulation_steps={WORLD}")
+    sizes = [len(batch) for process in facts(finished, f"pair-{mode}") for batch in process["seen"]]
+    assert len(set(sizes)) > 1
+    ends = [load_file(output / "tiny-state" / "trainable.safetensors") for output in (together, alone)]
+    start = workspace.trainer(mode, tmp_path / "start", *PAIR).trainable.state_dict()
+    assert ends[0].keys() == ends[1].keys() == start.keys()
+    for name, value in ends[1].items():
+        torch.testing.assert_close(ends[0][name], value, atol=1e-5, rtol=0)
+    assert max(float((ends[0][name] - value).abs().max()) for name, value in start.items()) > 1e-3
+    assert runs.rows(together, "lr/unet") == runs.rows(alone, "lr/unet") == pytest.approx([0.0, 0.1, 0.05])
+    columns = ["loss/current", "loss/average", "norm/gradient", "loss/validation/step_average"]
+    columns += [f"loss/validation/quantile_{quantile}" for quantile in (17, 50, 83)]
+    for column in columns:
+        expected = runs.rows(alone, column)
+        assert expected and runs.rows(together, column) == pytest.approx(expected, rel=1e-5), column
 
 
-def test_processes_that_step_during_backward_end_where_others_do(finished: Path) -> None:
-    """Gradients are averaged one by one, in an order that both processes keep to."""
-    ordinary, fused = (facts(finished, name) for name in ("ordinary", "fused"))
-    for one, other in zip(ordinary, fused, strict=True):
-        runs.assert_same_tensors(one["weights"], other["weights"])
-
-
-def test_processes_whose_blocks_are_swapped_end_where_others_do(finished: Path) -> None:
-    """Each swaps its own, and gradients are averaged wherever they are."""
-    expected = facts(finished, "unswapped")[0]["weights"]
-    for name in SWAPS:
-        for process in facts(finished, name):
-            runs.assert_same_tensors(process["weights"], expected)
+@pytest.mark.parametrize("name", [name for name in VARIANTS if name != "plain"])
+def test_processes_end_alike_however_their_weights_are_stepped_and_moved(name: str, finished: Path) -> None:
+    """Fused, gradients are averaged one by one, in an order that both processes keep to; swapped, wherever they are."""
+    expected = facts(finished, "plain")[0]["weights"]
+    for process in facts(finished, name):
+        runs.assert_same_tensors(process["weights"], expected)
 
 
 def test_several_processes_resume_exactly(finished: Path) -> None:
     """Each with its own random numbers: dropout is on."""
-    whole, resumed = (facts(finished, name) for name in ("epoch-network", "resumed"))
+    whole, resumed = (facts(finished, name) for name in ("epoch", "resumed"))
     for one, other in zip(whole, resumed, strict=True):
         assert other["seen"] == one["seen"][STATE_AT:]
         runs.assert_same_tensors(one["weights"], other["weights"])
