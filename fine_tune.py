@@ -11,14 +11,15 @@ import argparse
 from library.cli import read_options, run_script
 from library.option_groups import FineTuneOptions
 from library.options import build_parser
+from library.unet_options import UnetOptions
 
 
 def setup_parser() -> argparse.ArgumentParser:
-    return build_parser(FineTuneOptions, description=__doc__)
+    return build_parser(FineTuneOptions, UnetOptions, description=__doc__)
 
 
 def parse_options(argv: list[str] | None = None) -> FineTuneOptions:
-    return read_options(FineTuneOptions, argv, description=__doc__)
+    return read_options(FineTuneOptions, argv, UnetOptions, description=__doc__)
 
 
 def main(argv: list[str] | None = None) -> None:

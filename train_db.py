@@ -11,14 +11,15 @@ import argparse
 from library.cli import read_options, run_script
 from library.option_groups import DreamBoothOptions
 from library.options import build_parser
+from library.unet_options import UnetOptions
 
 
 def setup_parser() -> argparse.ArgumentParser:
-    return build_parser(DreamBoothOptions, description=__doc__)
+    return build_parser(DreamBoothOptions, UnetOptions, description=__doc__)
 
 
 def parse_options(argv: list[str] | None = None) -> DreamBoothOptions:
-    return read_options(DreamBoothOptions, argv, description=__doc__)
+    return read_options(DreamBoothOptions, argv, UnetOptions, description=__doc__)
 
 
 def main(argv: list[str] | None = None) -> None:

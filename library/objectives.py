@@ -62,6 +62,14 @@ def range_and_huber(noise: NoiseOptions, loss: LossOptions) -> dict[str, Any]:
     }
 
 
+_LEAST_QUANTILE = 1e-7  # keeps the normal distribution's quantiles finite in float32
+
+
+def logit_normal(q: Tensor, mean: float, std: float) -> Tensor:
+    """The quantiles q, in (0, 1), of sigmoid(N(mean, std))."""
+    return torch.sigmoid(mean + std * torch.special.ndtri(q))
+
+
 def zero_terminal_snr_betas(betas: Tensor) -> Tensor:
     """Rescale betas so that the last step is pure noise (Lin et al. 2023, arXiv 2305.08891, algorithm 1). [T] -> [T]."""
     root = (1.0 - betas).cumprod(0).sqrt()
@@ -86,6 +94,10 @@ class DiscreteDDPM:
     beta_end: float = 0.012
     min_timestep: int = 0
     max_timestep: int = 1000  # exclusive
+    density: str = "uniform"
+    """Of times between those: `uniform`, or `logit_normal` as for flows (Esser et al. 2024): sigmoid(N(mean, std))."""
+    logit_mean: float = 0.0
+    logit_std: float = 1.0
     min_snr_gamma: float | None = None
     debiased: bool = False
     scale_v_like_noise: bool = False
@@ -125,6 +137,11 @@ class DiscreteDDPM:
     def sample_times(self, x0: Tensor, rng: torch.Generator, quantile: float | None = None) -> Tensor:
         """[B] int64 in [min_timestep, max_timestep)."""
         count = self.max_timestep - self.min_timestep
+        if self.density == "logit_normal":
+            q = torch.rand(len(x0), generator=rng, device=x0.device)
+            q = q if quantile is None else torch.full_like(q, quantile)
+            share = logit_normal(q.clamp(_LEAST_QUANTILE, 1 - _LEAST_QUANTILE), self.logit_mean, self.logit_std)
+            return self.min_timestep + (share * count).long().clamp(max=count - 1)
         if quantile is not None:
             index = self.min_timestep + min(int(quantile * count), count - 1)
             return torch.full((x0.shape[0],), index, device=x0.device, dtype=torch.long)
@@ -173,7 +190,6 @@ class DiscreteDDPM:
 TIME_SAMPLINGS = ("sigma", "uniform", "sigmoid", "shift", "flux_shift")
 WEIGHTINGS = ("sigma_sqrt", "logit_normal", "mode", "cosmap", "none", "uniform")
 _LEAST_TIME = 1e-3  # where weights that grow without bound near t = 0 stop growing: the least time of the 1000-step grid
-_LEAST_QUANTILE = 1e-7  # keeps the normal distribution's quantiles finite in float32
 
 
 def shift_time(t: Tensor, shift: float) -> Tensor:
@@ -241,7 +257,7 @@ class RectifiedFlow:
     def _density_at(self, q: Tensor) -> Tensor:
         """sd-scripts' u, which counts from noise: its distribution is turned round, so that times still grow with q."""
         if self.density == "logit_normal":
-            return torch.sigmoid(self.logit_mean + self.logit_std * torch.special.ndtri(1 - q))
+            return logit_normal(1 - q, self.logit_mean, self.logit_std)
         if self.density == "mode":
             return 1 - q - self.mode_scale * (torch.cos(math.pi * q / 2) ** 2 - 1 + q)
         return 1 - q

@@ -106,6 +106,11 @@ class NoFamilyOptions:
         return rate > 0
 
     @property
+    def time_density(self) -> dict[str, Any]:
+        """Of a diffusion's times, as arguments of `objectives.DiscreteDDPM`."""
+        return {}
+
+    @property
     def swapped_blocks(self) -> int:
         """`--blocks_to_swap`, in families that have it."""
         return 0

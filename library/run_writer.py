@@ -250,7 +250,9 @@ class RunWriter:
         if not self.previews.due(trainer.state.step, epoch) and SAMPLE not in trainer.processes.agreed:
             return
         with trainer.looking():
-            self.previews.write(trainer.bundle, trainer.trainable.denoiser, step=trainer.state.step, epoch=epoch)
+            own = self.previews.write(trainer.bundle, trainer.trainable.denoiser, step=trainer.state.step, epoch=epoch)
+        paths = {index: path for process in trainer.processes.everybody(own) for index, path in process.items()}
+        self.tracker.show_pictures(trainer.state.step, {f"sample_{index}": paths[index] for index in sorted(paths)})
 
     def _validate(self, *, epoch: int | None) -> None:
         trainer = self.trainer

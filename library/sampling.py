@@ -230,17 +230,17 @@ class PreviewWriter:
             for text in self._texts():
                 self._encoded[text] = self._encode(bundle, text, frozen).to("cpu")
 
-    def write(self, bundle: ModelBundle, denoiser: nn.Module, *, step: int, epoch: int | None = None) -> list[Path]:
-        """All of this process's pictures; modules are in evaluation mode meanwhile. Returns where they were saved."""
+    def write(self, bundle: ModelBundle, denoiser: nn.Module, *, step: int, epoch: int | None = None) -> dict[int, Path]:
+        """All of this process's pictures; modules are in evaluation mode meanwhile. Returns where that of each prompt is."""
         vae_was_loaded = bundle.loaded("vae")
         parts = [denoiser, *(bundle.part(name) for name in bundle.text_encoder_names if bundle.loaded(name))]
-        paths = []
+        paths = {}
         with torch.no_grad(), evaluation_mode(parts):
             for index in range(self.rank, len(self.prompts), self.world):
                 picture = self.render(bundle, denoiser, index)
                 path = self.path(index, step, epoch)
                 atomic_write(path, picture.save)
-                paths.append(path)
+                paths[index] = path
         if not vae_was_loaded:
             bundle.release("vae")
         logger.info("saved %d preview pictures in %s", len(paths), self.folder)

@@ -31,13 +31,18 @@ SCHEDULERS: dict[str, str] = {
     "piecewise_constant": "diffusers.optimization:get_piecewise_constant_schedule",
     "inverse_sqrt": "transformers.optimization:get_inverse_sqrt_schedule",
     "cosine_with_min_lr": "transformers.optimization:get_cosine_with_min_lr_schedule_with_warmup",
+    "cosine_warmup_with_min_lr": "transformers.optimization:get_cosine_with_min_lr_schedule_with_warmup_lr_rate",
     "warmup_stable_decay": "transformers.optimization:get_wsd_schedule",
     "rex": "library.schedulers:rex",
     "adafactor": "library.schedulers:adafactor",
 }
-"""sd-scripts' names, and rex -> module:function, imported when asked for.
+"""sd-scripts' names, rex and others of transformers -> module:function, imported when asked for.
 
 A function gets those of `_keywords` it has parameters for."""
+
+
+BY_LOSS = ("reduce_lr_on_plateau", "greedy")
+"""transformers' schedules that look at a loss in each step."""
 
 
 def constant(optimizer: Optimizer) -> LRScheduler:
@@ -100,6 +105,11 @@ def create_scheduler(options: ScheduleOptions, optimizer: Optimizer, num_update_
         logger.info("--lr_scheduler %s is not used: the optimizer makes its own schedule", options.lr_scheduler)
         return constant(optimizer)
     name = options.lr_scheduler.lower()
+    if name in BY_LOSS:
+        raise UserError(
+            f"--lr_scheduler {name}: lowers the rate by the loss of each step, which is too noisy here. Use cosine or rex, or "
+            "end the run by the validation loss (--early_stopping_patience)."
+        )
     if name not in SCHEDULERS:
         raise UserError(
             f"--lr_scheduler: unknown schedule '{name}'. Known: {', '.join(SCHEDULERS)}.{suggest(name, SCHEDULERS)}"
@@ -139,7 +149,7 @@ def _keywords(options: ScheduleOptions, name: str, factory: Callable[..., Any], 
         keywords["num_cycles"] = cycles
     elif name == "rex":
         keywords["min_lr_rate"] = ratio
-    elif name == "cosine_with_min_lr":
+    elif name in ("cosine_with_min_lr", "cosine_warmup_with_min_lr"):
         keywords |= {"num_cycles": cycles / 2, "min_lr_rate": ratio}  # a cycle of ours is half a wave: once down
     elif name == "warmup_stable_decay":
         del keywords["num_training_steps"]

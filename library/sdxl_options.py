@@ -7,7 +7,8 @@ from typing import Any, ClassVar
 
 from library.option_groups import FullTrainOptions
 from library.option_rules import Rule
-from library.options import NoFamilyOptions, opt
+from library.options import opt
+from library.unet_options import UnetOptions
 
 NUM_BLOCKS = 23
 """Blocks with a rate of their own: the embeddings of time and size, 9 input blocks, 3 middle ones, 9 output blocks, the end."""
@@ -26,13 +27,14 @@ def rates_text(value: Any) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SdxlOptions(NoFamilyOptions):
+class SdxlOptions(UnetOptions):
     """SDXL."""
 
     disable_mmap_load_safetensors: bool = opt(False, "read files without mapping them", inert="files are never mapped")
 
     model_tells_v: ClassVar[bool] = True
     rules: ClassVar[tuple[Rule, ...]] = (
+        *UnetOptions.rules,
         Rule(lambda o: o.model.v2, "--v2 is for Stable Diffusion 2.x, and this script trains SDXL. Remove it."),
         Rule(
             lambda o: o.training.clip_skip is not None,

@@ -250,6 +250,19 @@ class Tracker:
             self.flush()
             self._write(Row(step, epoch, values), at=step)
 
+    def show_pictures(self, step: int, pictures: Mapping[str, Path]) -> None:
+        """Picture files, by the name that each has at every step, in TensorBoard and wandb."""
+        if self.tensorboard is not None:
+            import numpy as np
+            from PIL import Image
+
+            for name, path in pictures.items():
+                with Image.open(path) as picture:
+                    self.tensorboard.add_image(name, np.array(picture.convert("RGB")), step, dataformats="HWC")
+        if self.wandb is not None and pictures:
+            image = importlib.import_module("wandb").Image
+            self.wandb.log({**{name: image(str(path)) for name, path in pictures.items()}, "global_step": step})
+
     def close(self) -> None:
         self.flush()
         if self.bar is not None:

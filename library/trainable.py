@@ -30,6 +30,9 @@ logger = logging.getLogger(__name__)
 
 DENOISER = "denoiser"
 
+KEY_NORMS_EVERY = 20
+"""Updates between which adapters' norms are logged: they change slowly, and it takes a product for each of hundreds."""
+
 
 class Trainable(ABC):
     """The learning tensors of one run."""
@@ -168,6 +171,7 @@ class AdapterTrainable(Trainable):
         self.options = options
         self.parts = network.parts
         self._frozen = False  # inside `reference`, which no batch's multiplier may undo
+        self._step = 0
 
     @classmethod
     def create(cls, family: ModelFamily, bundle: ModelBundle, options: NetworkTrainOptions) -> AdapterTrainable:
@@ -225,8 +229,12 @@ class AdapterTrainable(Trainable):
     def on_gradients(self) -> Callable[[], None] | None:
         return self.network.on_gradients
 
+    def before_step(self, step: int) -> None:
+        self._step = step
+
     def after_step(self) -> dict[str, Tensor]:
-        return self.network.after_step(self.options.network.scale_weight_norms)
+        limited = self.network.after_step(self.options.network.scale_weight_norms)
+        return limited if limited or (self._step + 1) % KEY_NORMS_EVERY else self.network.key_norms()
 
 
 def saved_format(options: FullOptions, source: str) -> str:

@@ -135,6 +135,7 @@ class UnetFamily(ModelFamily):
             scale_v_like_noise=loss.scale_v_pred_loss_like_noise_pred,
             v_like_loss=loss.v_pred_like_loss or None,
             **range_and_huber(options.noise, loss),
+            **options.family.time_density,
         )
 
     def sample(self, denoiser: nn.Module, request: SampleRequest, options: TrainOptions, device: torch.device) -> Tensor:

@@ -338,6 +338,11 @@ class LayerNetwork(AdapterNetwork):
             "max_norm/max_key_norm": limited.max(),
         }
 
+    @torch.no_grad()
+    def key_norms(self) -> dict[str, Tensor]:
+        norms = torch.stack([adapter.weight_norm() for adapter in self.adapters()])
+        return {"norm/avg_key_norm": norms.mean(), "norm/max_key_norm": norms.max()}
+
     def file_state_dict(self, dtype: torch.dtype | None) -> dict[str, Tensor]:
         return {
             f"{adapter.file_key}.{name}": tensor.detach().to("cpu", dtype or tensor.dtype).contiguous()

@@ -96,6 +96,10 @@ class AdapterNetwork(nn.Module, ABC):
     def limit_norms(self, max_norm: float) -> dict[str, Tensor]:
         """Shrink every adapter to a weight norm of at most `max_norm`; sd-scripts' `max_norm/...` log rows."""
 
+    def key_norms(self) -> dict[str, Tensor]:
+        """0-d tensors to log: how large the adapters have become. Empty where they do not tell."""
+        return {}
+
     def prepare_for_training(self, mode: bool = True) -> None:
         """Float32 master weights, and training or evaluation mode (dropout)."""
         self.float()

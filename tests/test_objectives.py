@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from statistics import NormalDist
 
 import pytest
 import torch
@@ -125,6 +126,20 @@ def test_times_cover_the_range_evenly_and_never_leave_it():
     assert t.float().mean().item() == pytest.approx(199.5, abs=2)
     counts = torch.bincount(t - 100, minlength=200)
     assert counts.min() > 50 and counts.max() < 160
+
+
+def test_times_of_a_normal_density_have_its_quantiles_and_its_range():
+    objective = DiscreteDDPM(min_timestep=100, max_timestep=900, density="logit_normal", logit_mean=0.5, logit_std=0.8)
+    drawn = objective.sample_times(torch.zeros(20_000, 1, 1, 1), keyed_generator("x"))
+    assert drawn.dtype == torch.long and drawn.min() >= 100 and drawn.max() < 900
+    normal = NormalDist(0.5, 0.8)
+    for quantile in (0.1, 0.5, 0.9):
+        expected = 100 + 800 / (1 + math.exp(-normal.inv_cdf(quantile)))
+        assert float(drawn.float().quantile(quantile)) == pytest.approx(expected, abs=8)
+        fixed = objective.sample_times(latents(), keyed_generator("x"), quantile)
+        assert (fixed - expected).abs().max() <= 1
+    for end in (0.0, 1.0):
+        assert 100 <= int(objective.sample_times(latents(), keyed_generator("x"), end)[0]) < 900
 
 
 def test_a_time_depends_on_the_key_alone():

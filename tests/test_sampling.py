@@ -288,7 +288,7 @@ def make_writer(options: NetworkTrainOptions, **kwargs: object) -> tuple[Preview
 
 def test_previews_have_sd_scripts_names_the_asked_size_and_the_same_pixels_each_time(model, tmp_path):
     writer, bundle = make_writer(make_options(model, tmp_path))
-    first = writer.write(bundle, bundle.denoiser, step=12)
+    first = list(writer.write(bundle, bundle.denoiser, step=12).values())
     assert [path.parent for path in first] == [tmp_path / "out" / "sample"] * 2
     assert re.fullmatch(r"tiny_000012_00_\d{14}_5\.png", first[0].name)
     assert re.fullmatch(r"tiny_000012_01_\d{14}_\d+\.png", first[1].name)
@@ -297,7 +297,7 @@ def test_previews_have_sd_scripts_names_the_asked_size_and_the_same_pixels_each_
     assert pictures[0].std() > 1
 
     again, other = make_writer(make_options(model, tmp_path, sample_every_n_epochs=2))
-    second = again.write(other, other.denoiser, step=12, epoch=2)
+    second = list(again.write(other, other.denoiser, step=12, epoch=2).values())
     assert re.fullmatch(r"tiny_e000002_00_\d{14}_5\.png", second[0].name)
     assert writer.path(0, 12, epoch=2).name.startswith("tiny_000012_")  # every n steps, at an epoch's end
     assert writer.path(0, 0, epoch=None).name.startswith("tiny_e000000_")
@@ -336,7 +336,9 @@ def test_processes_share_the_prompts_and_nobody_else_is_disturbed(model, tmp_pat
     for rank in range(2):
         writer, bundle = make_writer(options, rank=rank, world=2)
         denoiser = bundle.denoiser.train()
-        paths += writer.write(bundle, denoiser, step=1)
+        own = writer.write(bundle, denoiser, step=1)
+        assert list(own) == [rank]
+        paths += own.values()
         assert denoiser.training and not bundle.loaded("vae")
     assert [path.name[:14] for path in paths] == ["tiny_000001_00", "tiny_000001_01"]
     assert torch.equal(state, torch.get_rng_state())

@@ -75,6 +75,10 @@ CASES = {
         ScheduleOptions(lr_warmup_steps=4, lr_scheduler_min_lr_ratio=0.25),
         lambda s: s / 4 if s < 4 else cosine(s, 4, low=0.25),
     ),
+    "cosine_warmup_with_min_lr": (
+        ScheduleOptions(lr_warmup_steps=4, lr_scheduler_min_lr_ratio=0.25, lr_scheduler_args=("warmup_lr_rate=0.1",)),
+        lambda s: 0.1 + 0.9 * s / 3 if s < 4 else cosine(s + 1, 4, low=0.25),
+    ),
     "rex": (
         ScheduleOptions(lr_warmup_steps=4, lr_scheduler_min_lr_ratio=0.1),
         lambda s: s / 4 if s < 4 else 0.1 + 0.9 * (1 - (s - 4) / 16) / (0.5 + 0.5 * (1 - (s - 4) / 16)),
@@ -119,6 +123,7 @@ def test_an_unused_warm_up_is_told(caplog):
     [
         (ScheduleOptions(lr_scheduler="cosin"), "Did you mean 'cosine'"),
         (ScheduleOptions(lr_scheduler="adafactor"), "--optimizer_type Adafactor"),
+        (ScheduleOptions(lr_scheduler="reduce_lr_on_plateau"), "--early_stopping_patience"),
         (ScheduleOptions(lr_scheduler_type="StepLRR"), "Did you mean 'StepLR'"),
         (ScheduleOptions(lr_scheduler_type="StepLR", lr_scheduler_args=("step=3",)), "Did you mean 'step_size'"),
         (ScheduleOptions(lr_scheduler_type="StepLR"), "does not accept"),

@@ -218,6 +218,23 @@ def test_tensorboard_has_the_same_rows_as_the_file(tmp_path):
     assert [(event.step, event.value) for event in events.Scalars("loss/epoch_average")] == [(1, 2.0), (2, 5.0)]
 
 
+def test_tensorboard_shows_previews_by_prompt_and_step(tmp_path):
+    pytest.importorskip("tensorboard")
+    from PIL import Image
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    target = tracker(tmp_path, LoggingOptions(logging_dir=str(tmp_path / "logs")))
+    for step, color in ((2, "red"), (4, "blue")):
+        Image.new("RGB", (6, 4), color).save(tmp_path / f"{step}.png")
+        target.show_pictures(step, {"sample_0": tmp_path / f"{step}.png"})
+    target.close()
+    (file,) = (tmp_path / "logs").rglob("events.*")
+    events = EventAccumulator(str(file.parent))
+    events.Reload()
+    shown = events.Images("sample_0")
+    assert [(event.step, event.width, event.height) for event in shown] == [(2, 6, 4), (4, 6, 4)]
+
+
 @pytest.mark.parametrize(
     ("options", "expected"),
     [

@@ -11,8 +11,9 @@ import pytest
 import runs
 import torch
 from runs import CASES, Workspace
+from safetensors.torch import load_file
 
-from library import interrupts, run_requests
+from library import interrupts, run_requests, trainable
 from library.errors import Interrupted, UserError
 from library.interrupts import InterruptFlag
 from library.run_writer import RunWriter
@@ -100,6 +101,24 @@ def test_gradient_checkpointing_reaches_a_frozen_denoiser_that_gradients_pass_th
     assert trainer.bundle.denoiser.training
     trainer.trainable.train(False)
     assert not trainer.bundle.denoiser.training
+
+
+def test_the_size_of_adapters_is_logged_now_and_then(
+    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainable, "KEY_NORMS_EVERY", 2)
+    output = workspace.train("network", tmp_path, "--max_train_steps=4", "--network_train_unet_only")
+    means, most = (runs.rows(output, f"norm/{name}_key_norm") for name in ("avg", "max"))
+    assert len(means) == len(most) == 2 and 0 < means[0] < means[1]
+    network = load_file(output / "tiny.safetensors")
+    layers = {name.removesuffix(".alpha") for name in network if name.endswith(".alpha")}
+    norms = [
+        float((network[f"{layer}.lora_up.weight"].flatten(1) @ network[f"{layer}.lora_down.weight"].flatten(1)).norm())
+        * float(network[f"{layer}.alpha"]) / len(network[f"{layer}.lora_down.weight"])
+        for layer in layers
+    ]  # fmt: skip
+    assert most[-1] == pytest.approx(max(norms), rel=1e-4)
+    assert means[-1] == pytest.approx(sum(norms) / len(norms), rel=1e-4)
 
 
 def test_two_signals_at_once_are_one_request_and_a_later_one_acts(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,6 +24,7 @@ from library.option_groups import (  # noqa: E402
 )
 from library.options import Flag, NoFamilyOptions, flags_of, groups_of  # noqa: E402
 from library.sdxl_options import SdxlFullOptions, SdxlOptions  # noqa: E402
+from library.unet_options import UnetOptions  # noqa: E402
 
 SCRIPTS: dict[str, type[TrainOptions]] = {
     "train_network.py": NetworkTrainOptions,
@@ -35,6 +36,9 @@ SCRIPTS: dict[str, type[TrainOptions]] = {
     "flux_train.py": FullTrainOptions,
 }
 FAMILY_GROUPS: dict[str, type] = {
+    "train_network.py": UnetOptions,
+    "train_db.py": UnetOptions,
+    "fine_tune.py": UnetOptions,
     "sdxl_train_network.py": SdxlOptions,
     "sdxl_train.py": SdxlFullOptions,
     "flux_train_network.py": FluxOptions,
@@ -66,7 +70,8 @@ def script_groups(script: str) -> dict[str, type]:
 
 def section(script: str, group: str) -> str:
     """Where the page has the flags of a group: those of a family stand under its name."""
-    return script.partition("_train")[0] if group == "family" else group
+    family, named, _ = script.partition("_train")
+    return group if group != "family" else family if named else "sd"
 
 
 def flags_by_script() -> dict[str, dict[str, Any]]:
