@@ -33,6 +33,7 @@ OUR_MODULES = (
     "networks.oft_v2",
     "networks.boft",
     "networks.glora",
+    "networks.peft_adapter",
 )
 
 PIP_NAMES = {"lycoris": "lycoris-lora"}
@@ -95,7 +96,7 @@ class ForeignModule(NetworkModule["ForeignNetwork"]):
         """The dropout is passed as `dropout` too, LyCORIS' name for it."""
         given = {"dropout": request.dropout, **request.arguments}
         model = self._model(request.text_encoder, request.unet)
-        with _seeded(request.init_seed):
+        with seeded(request.init_seed):
             network = self.module.create_network(
                 request.multiplier,
                 dim,
@@ -110,7 +111,7 @@ class ForeignModule(NetworkModule["ForeignNetwork"]):
 
     def make_from_weights(self, request: NetworkRequest, weights: FileWeights) -> ForeignNetwork:
         model = self._model(request.text_encoder, request.unet)
-        with _seeded(request.init_seed):
+        with seeded(request.init_seed):
             made = self._from_weights(model, request, weights)
         network = ForeignNetwork(made, model, request.parts, self, request.multiplier)
         network.load_file_state_dict(weights.tensors, weights.source, strict=False)
@@ -162,7 +163,7 @@ def wrap(
 
 
 @contextmanager
-def _seeded(seed: int) -> Iterator[None]:
+def seeded(seed: int) -> Iterator[None]:
     """Foreign initialisation draws from torch's global generator: seeded inside, and put back after."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(key_to_seed("network", seed))

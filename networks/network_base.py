@@ -69,6 +69,8 @@ class Adapter(nn.Module, ABC):
     default_alpha: ClassVar[float] = 1.0
     denoiser_only: ClassVar[bool] = False
     """Whether text encoders are left alone."""
+    own_files: ClassVar[bool] = False
+    """Whether nothing but the user's word tells that a file is this algorithm's."""
     splits_fused: ClassVar[bool] = False
     """Whether the parts of a fused layer are adapted each for itself, whatever the arguments say."""
 
@@ -470,9 +472,11 @@ class NetworkFactory(NetworkModule[LayerNetwork]):
         if not matched:
             raise UserError(_no_match(weights.source, file_layers, known))
 
+        by_content = request.for_inference and not self.algorithm.own_files
+
         def make(layer: Layer, generator: torch.Generator) -> Adapter:
             tensors = file_layers[layer.key]
-            algorithm = algorithm_of(layer.key, tensors) if request.for_inference else self.algorithm
+            algorithm = algorithm_of(layer.key, tensors) if by_content else self.algorithm
             size = algorithm.size_of_part(algorithm.size_in_file(layer.key, tensors), layer)
             own = args if isinstance(args, algorithm.arguments) else algorithm.arguments()
             return algorithm.like_file(layer, size, own, generator, tensors)

@@ -12,6 +12,7 @@ from test_algorithms import ALGORITHMS, change
 from tiny_denoisers import DENOISERS
 from torch import nn
 
+from library.errors import UserError
 from library.optimizers import LearningRates
 
 RATES = LearningRates(1e-3, None, ())
@@ -24,6 +25,22 @@ BOFT_RANK = 64
 def denoisers() -> dict[str, nn.Module]:
     """No test changes one for good."""
     return {name: denoiser.make() for name, denoiser in DENOISERS.items()}
+
+
+@pytest.mark.parametrize("name", ["lora", "dylora", "loha", "lokr", "glora", "ia3", "oft", "boft", "oft-v2"])
+def test_loraplus_has_its_rate_for_every_algorithm_with_a_pair_of_matrices(name: str, denoisers: dict[str, nn.Module]) -> None:
+    algorithm, rank = ALGORITHMS[name], BOFT_RANK if name == "boft" else ALGORITHMS[name].rank
+    factory, model = algorithm.factory().for_arch(DENOISERS["flux"].arch), denoisers["flux"]
+
+    def make() -> Any:
+        return factory.create_network(1.0, rank, 1.0, None, None, model, **algorithm.arguments, loraplus_lr_ratio=4)
+
+    if not factory.algorithm.plus_parameters:
+        with pytest.raises(UserError, match="no pair of matrices"):
+            make()
+        return
+    groups = {group.name: group for group in make().param_groups(RATES)}
+    assert {name: group.learning_rate for name, group in groups.items()} == pytest.approx({"unet": 1e-3, "unet plus": 4e-3})
 
 
 @pytest.mark.parametrize("family", DENOISERS)

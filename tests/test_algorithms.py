@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 import torch
 from network_models import fill
+from test_quantization import layer_pair
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from networks.external import load_network_module
 from networks.lora import LoRA
 from networks.network_args import parse_network_args
-from networks.network_base import Adapter, Layer, LayerSize, NetworkFactory
+from networks.network_base import Adapter, AdditiveAdapter, Layer, LayerSize, NetworkFactory
 from networks.oft import OutputTurner, limited_skew
 
 
@@ -169,6 +170,41 @@ def test_gradients_reach_all_that_learns_and_the_parameters_are_as_many_as_the_f
     learned = {name for name, parameter in adapter.named_parameters() if parameter.grad is not None and parameter.grad.any()}
     assert learned == {name for name, _ in adapter.named_parameters()} - set(algorithm.frozen)
     assert all(parameter.grad is None for parameter in layer.parameters())
+
+
+@pytest.mark.parametrize("name", ["lora", "loha", "lokr", "lokr-full"])
+def test_rank_dropout_keeps_the_mean(name: str) -> None:
+    adapter = ALGORITHMS[name].adapter(layers()["linear"], rank_dropout=0.25)
+    assert isinstance(adapter, AdditiveAdapter)
+    change(adapter)
+    x = sample(layers()["linear"])[:1, :3]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        dropped = adapter.delta(x.expand(8000, -1, -1))
+    assert (dropped - dropped[:1]).abs().max() > 1e-3
+    expected = adapter.eval().delta(x)
+    torch.testing.assert_close(dropped.mean(0, keepdim=True), expected, rtol=0, atol=0.03 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("scheme", ["fp8", "int8"])
+@pytest.mark.parametrize("algorithm", ALGORITHMS.values(), ids=ALGORITHMS)
+def test_a_layer_in_few_bits_is_adapted_as_one_with_its_weight(algorithm: Algorithm, scheme: str) -> None:
+    quantised, plain = layer_pair(layers()["linear"], scheme)
+    x, found = sample(plain), []
+    for layer in (quantised, plain):
+        adapter = algorithm.adapter(layer).eval()
+        change(adapter)
+        adapter.attach()
+        out = layer(x)
+        out.square().mean().backward()
+        found.append((out, {name: parameter.grad for name, parameter in adapter.named_parameters()}))
+        adapter.detach()
+        adapter.merge_into_base()
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+    assert isinstance(plain, nn.Linear)
+    merged = plain.weight  # of the quantised weight; that of the other is quantised anew
+    assert (quantised.weight - merged).norm() < 0.06 * merged.norm()
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS.values(), ids=ALGORITHMS)
