@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,10 +20,11 @@ from library.caching import (
     text_fingerprints,
 )
 from library.near_duplicates import near_duplicates
+from library.stored_priors import prior_files
 from library.strategy_base import LATENT_DTYPE
 
 if TYPE_CHECKING:
-    from library.cache_io import LatentFile, TextFile
+    from library.cache_io import TextFile
     from library.dataset import TrainData
     from library.strategy_base import Conditioning
     from library.train_util import PreparedRun
@@ -40,6 +42,8 @@ def caches_of_run(prepared: PreparedRun, caption: Conditioning | None) -> dict[s
         found["latents"] = _latents(prepared)
     if prepared.options.cache.text_outputs and caption is not None:
         found["text_encoder_outputs"] = _text(prepared, caption)
+    if prepared.data.train.priors is not None:
+        found["predictions_to_keep"] = _predictions(prepared)
     return found
 
 
@@ -52,9 +56,7 @@ def disk_of_run(prepared: PreparedRun, caches: Mapping[str, Any]) -> dict[str, i
     return {"new_bytes": sum(cache["new_bytes"] for cache in caches.values()), "free_bytes": shutil.disk_usage(there).free}
 
 
-def _on_disk(
-    files: Mapping[str, LatentFile] | Mapping[str, TextFile], missing: list[str], total: int, new: int
-) -> dict[str, Any]:
+def _on_disk(files: Mapping[str, object], missing: list[str], total: int, new: int) -> dict[str, Any]:
     return {
         "entries": len(files),
         "where": "disk",
@@ -101,6 +103,14 @@ def _text(prepared: PreparedRun, caption: Conditioning) -> dict[str, Any]:
         return sum(widened) + _HEADERS
 
     return _on_disk(files, missing, sum(map(size, files.values())), sum(size(files[key]) for key in missing))
+
+
+def _predictions(prepared: PreparedRun) -> dict[str, Any]:
+    """Files that are there count as found: whether they are still true is known once the model is read."""
+    files = prior_files(prepared.data, prepared.strategies)
+    missing = [key for key, file in files.items() if not file.path.exists()]
+    sizes = {key: file.count * LATENT_DTYPE.itemsize * math.prod(file.shape) + _HEADERS for key, file in files.items()}
+    return _on_disk(files, missing, sum(sizes.values()), sum(sizes[key] for key in missing))
 
 
 def leaks(data: TrainData) -> list[dict[str, Any]]:

@@ -25,12 +25,12 @@ from library.prior_cache import PriorFile
 from library.quarantine import BadFile
 from library.rng import StepRng
 from library.saved_state import NEUTRAL_OPTIONS, result_options
-from library.strategy_base import LATENT_DTYPE
+from library.strategy_base import LATENT_DTYPE, Strategies
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from library.dataset import ImageDataset, Row
+    from library.dataset import ImageDataset, Row, TrainData
     from library.records import Record
     from library.train_util import Trainer
 
@@ -64,14 +64,14 @@ def _preserved(dataset: ImageDataset) -> Iterator[tuple[Record, float]]:
                 yield record, part.multiplier
 
 
-def prior_files(trainer: Trainer) -> dict[str, PriorFile]:
+def prior_files(data: TrainData, strategies: Strategies) -> dict[str, PriorFile]:
     """The file of each picture, beside it or in `--cache_dir`, by `Record.key`."""
-    dataset, spec, options = trainer.data.train, trainer.latent, trainer.options
+    dataset, spec = data.train, data.latent
     found: dict[str, PriorFile] = {}
     taken: set[Path] = set()
     for record, _ in _preserved(dataset):
-        latents = trainer.strategies.latents_caching.format.path_for(record.path, record.size)
-        path = cache_path(latents.with_name(f"{latents.stem}_prior{latents.suffix}"), options.cache.cache_dir)
+        latents = strategies.latents_caching.format.path_for(record.path, record.size)
+        path = cache_path(latents.with_name(f"{latents.stem}_prior{latents.suffix}"), data.options.cache.cache_dir)
         path = own_path(path, record.key) if path in taken else path
         taken.add(path)
         width, height = (side // spec.stride for side in record.placement.bucket)
@@ -112,7 +112,7 @@ def store_priors(trainer: Trainer) -> None:
     if dataset.priors is None:
         return
     share = Share.of_process(trainer.accelerator)
-    files, fingerprints = prior_files(trainer), _fingerprints(trainer)
+    files, fingerprints = prior_files(trainer.data, trainer.strategies), _fingerprints(trainer)
     if share.rank == 0:
         remove_leftovers({file.path.parent for file in files.values()})
     own = set(share.of(list(files), {key: file.path for key, file in files.items()}))

@@ -151,7 +151,9 @@ def check_trackers(options: LoggingOptions) -> list[str]:
         try:
             importlib.import_module(name)
         except ImportError as error:
-            raise UserError(f"--log_with: the package {name} is not installed. Install it: pip install {name}") from error
+            if isinstance(error, ModuleNotFoundError) and error.name == name:
+                raise UserError(f"--log_with: the package {name} is not installed. Install it: pip install {name}") from error
+            raise UserError(f"--log_with: the package {name} is installed but cannot be imported: {error}") from error
     return names
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -119,6 +120,15 @@ def test_a_run_goes_on_exactly_with_predictions_of_the_model_as_it_was(workspace
     assert all((first[name] == again[name]).all() for name in first)
     ends = [load_file(folder / "tiny-state" / "trainable.safetensors") for folder in (whole, resumed)]
     runs.assert_same_tensors(*ends)
+
+
+def test_the_plan_counts_them(workspace: Workspace, tmp_path: Path) -> None:
+    workspace.train("full", tmp_path, *flags(workspace, tmp_path), "--plan")
+    found = json.loads((tmp_path / "plan.json").read_text())["caches"]["predictions_to_keep"]
+    assert (found["entries"], found["to_make"]) == (2, 2)
+    workspace.trainer("full", tmp_path, *flags(workspace, tmp_path))
+    made = sum(path.stat().st_size for path in tmp_path.rglob("*_prior.npz"))
+    assert found["new_bytes"] == pytest.approx(made, rel=0.5)  # tiny ones are names and fingerprints above all
 
 
 def test_a_lost_file_leaves_its_picture_out(workspace: Workspace, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 import time
 from pathlib import Path
 
@@ -255,6 +256,14 @@ def test_a_tracker_that_cannot_work_is_an_error():
     except ImportError:
         with pytest.raises(UserError, match="pip install wandb"):
             check_trackers(LoggingOptions(log_with="wandb"))
+
+
+def test_a_tracker_that_is_there_and_broken_says_what_it_misses(tmp_path, monkeypatch):
+    (tmp_path / "wandb.py").write_text("import a_package_that_nobody_has")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    with pytest.raises(UserError, match="wandb is installed but cannot be imported: .*a_package_that_nobody_has"):
+        check_trackers(LoggingOptions(log_with="wandb"))
 
 
 def test_rates_that_are_named_already_keep_their_name_and_unknown_ones_are_left_out(tmp_path):
