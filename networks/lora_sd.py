@@ -22,11 +22,16 @@ def block_index(key: str) -> int | None:
     return within + (1 if side == "down" else 13)
 
 
+WITH_ATTENTION = (1, 2, 4, 5, 7, 8, 12, *range(16, 25))
+"""The blocks of a plain LoRA: IN01, 02, 04, 05, 07, 08, MID, OUT03 to 11."""
+
 ARCH = NetworkArch(
     name="sd",
     groups=(
         unet_targets(),
         clip_targets("text_encoder", "lora_te", "text_encoder"),
     ),
-    blocks=BlockTable(index=block_index, lead=0, down=12, mid=1, up=12, tail=0),
+    blocks=BlockTable(
+        index=block_index, lead=0, down=12, mid=1, up=12, tail=0, short_lists={17: tuple((block,) for block in WITH_ATTENTION)}
+    ),
 )

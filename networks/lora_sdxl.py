@@ -18,6 +18,9 @@ def original_name(path: str) -> str:
     return SDXL_UNET_NAMES.their_name(path) or path
 
 
+IN, MID, OUT = tuple((block,) for block in range(1, 10)), (10, 11, 12), tuple((block,) for block in range(13, 22))
+"""Blocks as lists of block weights name them, where the middle counts once."""
+
 ARCH = NetworkArch(
     name="sdxl",
     groups=(
@@ -25,6 +28,14 @@ ARCH = NetworkArch(
         clip_targets("text_encoder1", "lora_te1", "text_encoder"),
         clip_targets("text_encoder2", "lora_te2", "text_encoder_2"),
     ),
-    blocks=BlockTable(index=block_index, lead=1, down=9, mid=3, up=9, tail=1),
+    blocks=BlockTable(
+        index=block_index,
+        lead=1,
+        down=9,
+        mid=3,
+        up=9,
+        tail=1,
+        short_lists={12: (IN[4], IN[5], IN[7], IN[8], MID, *OUT[:6]), 20: (*IN, MID, *OUT)},
+    ),
     marker="add_embedding",
 )

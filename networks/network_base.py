@@ -234,6 +234,7 @@ class LayerNetwork(AdapterNetwork):
         self.arch, self.args = arch, args
         self._own_rates = {layer.key: rate for layer in layers if (rate := args.rate(layer)) is not None}
         self._rates: dict[str, float] = {}
+        self._weights: Mapping[str, float] = {}
         self._part_of = {layer.key: layer.part for layer in layers}
         self._alias_of = {alias: layer.key for layer in layers for alias in layer.aliases}
         self._untrained: frozenset[str] = frozenset()
@@ -248,7 +249,11 @@ class LayerNetwork(AdapterNetwork):
     def set_multiplier(self, multiplier: float) -> None:
         super().set_multiplier(multiplier)
         for adapter in self.adapters():
-            adapter.multiplier = multiplier
+            adapter.multiplier = multiplier * self._weights.get(adapter.key, 1.0)
+
+    def set_layer_weights(self, weights: Mapping[str, float]) -> None:
+        self._weights = weights
+        self.set_multiplier(self.multiplier)
 
     def attach(self) -> None:
         for adapter in self.adapters():

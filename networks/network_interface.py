@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
+from library.errors import UserError
 from library.optimizers import LearningRates, ParamGroup
 from networks.network_files import read_weights, write_weights
 from networks.network_targets import NetworkArch
@@ -52,6 +53,10 @@ class AdapterNetwork(nn.Module, ABC):
     def set_multiplier(self, multiplier: float) -> None:
         """Strength of all adapters; 0 is exactly the base model."""
         self._multiplier = multiplier
+
+    def set_layer_weights(self, weights: Mapping[str, float]) -> None:
+        """Factor on the multiplier by layer key; 1 for a layer that is not named (`block_weights.layer_weights`)."""
+        raise UserError(f"{type(self).__name__}: a network of this module has no strengths by block. Remove the block weights.")
 
     @abstractmethod
     def attach(self) -> None:

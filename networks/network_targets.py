@@ -118,6 +118,8 @@ class BlockTable:
     up: int
     tail: int
     """Number of blocks of each kind, in counting order. `lead` and `tail` have no learning rate factor of their own."""
+    short_lists: Mapping[int, tuple[tuple[int, ...], ...]] = field(default_factory=dict)
+    """Length of a list of block weights -> the blocks that each number after the first stands for. See `block_weights`."""
 
     def of(self, key: str) -> int | None:
         """Block number of a layer, checked against the table's size."""
