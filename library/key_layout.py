@@ -130,6 +130,15 @@ class KeyMap:
     def _from_ours(self) -> list[tuple[re.Pattern[str], Rule, int]]:
         return [(_pattern(name), rule, part) for rule in self.rules for part, name in enumerate(rule.parts)]
 
+    @cached_property
+    def _from_flat(self) -> list[tuple[re.Pattern[str], Rule]]:
+        return [(_pattern(rule.theirs.replace(".", "_")), rule) for rule in self.rules]
+
+    @cached_property
+    def _from_our_flat(self) -> list[tuple[re.Pattern[str], Rule, int]]:
+        parts = ((name, rule, part) for rule in self.rules for part, name in enumerate(rule.parts))
+        return [(_pattern(name.replace(".", "_")), rule, part) for name, rule, part in parts]
+
     # ---- names alone -----------------------------------------------------------------------------------------------
 
     def our_names(self, theirs: str) -> tuple[str, ...] | None:
@@ -149,10 +158,24 @@ class KeyMap:
     def flat_origins(self, flat: str) -> dict[str, Origin]:
         """Our names, and where each comes from, for a layer of theirs whose name has underscores for dots, as adapters' files
         have it. Empty when no rule fits."""
-        for rule in self.rules:
-            if match := _pattern(rule.theirs.replace(".", "_")).match(flat):
+        for pattern, rule in self._from_flat:
+            if match := pattern.match(flat):
                 return {_fill(name, match): Origin(flat, rule, part) for part, name in enumerate(rule.parts)}
         return {}
+
+    def origin_of(self, ours: str, *, flat: bool = False) -> Origin | None:
+        """Where the tensor or layer `ours` comes from; None when no rule fits. flat: it has underscores for dots."""
+        for pattern, rule, part in self._from_our_flat if flat else self._from_ours:
+            if match := pattern.match(ours):
+                return Origin(_fill(rule.theirs, match), rule, part)
+        return None
+
+    def dotted(self, flat: str) -> str | None:
+        """The name of theirs that has underscores for dots in `flat`; None when no rule fits."""
+        for pattern, rule in self._from_flat:
+            if match := pattern.match(flat):
+                return _fill(rule.theirs, match)
+        return None
 
     # ---- plans: which tensor comes from where ----------------------------------------------------------------------
 

@@ -276,6 +276,11 @@ class NetworkOptions:
     base_weights: tuple[str, ...] | None = opt(None, "network files merged into the base model before training")
     base_weights_multiplier: tuple[float, ...] | None = opt(None, "strength of each of --base_weights; 1 unless given")
     save_model_as: str = opt("safetensors", "format of saved networks", choices=("safetensors", "ckpt", "pt"))
+    save_format: str = opt(
+        "kohya",
+        "whose names saved networks have: kohya (sd-scripts', which all UIs read), comfy, diffusers, or peft (a folder)",
+        choices=("kohya", "diffusers", "peft", "comfy"),
+    )
     fp8_base_unet: bool = opt(False, "keep the frozen denoiser in fp8, the text encoders not")
 
     @property

@@ -384,6 +384,11 @@ _NETWORK = (
         "--base_weights_multiplier has more values than --base_weights has files: {base_weights_multiplier}, {base_weights}.",
         scope=NetworkTrainOptions,
     ),
+    Rule(
+        lambda o: o.network.save_format != "kohya" and o.network.save_model_as != "safetensors",
+        "--save_format {save_format} is written as safetensors alone, and --save_model_as says {save_model_as}. Remove it.",
+        scope=NetworkTrainOptions,
+    ),
 )
 
 _FULL = (
@@ -432,6 +437,8 @@ RULES: tuple[Rule, ...] = (
 
 FILES = ("dataset_config", "in_json", "sample_prompts", "log_tracker_config", "network_weights", "base_weights")
 """Flags that name files which have to exist. Models, VAEs and tokenizers may be hub ids: the family looks at those."""
+ADAPTERS = ("network_weights", "base_weights")
+"""Those that may be peft's folders."""
 FOLDERS = ("train_data_dir", "reg_data_dir", "resume")
 _IGNORED_BESIDE_DATASET_CONFIG = ("train_data_dir", "reg_data_dir", "in_json")
 
@@ -473,7 +480,8 @@ def _path_problems(values: dict[str, Any]) -> Iterator[str]:
             is_no_path = name == "resume" and (path == NEWEST_STATE or values["resume_from_huggingface"])
             if path is None or name in ignored or is_no_path:
                 continue
-            if not (Path(path).is_file() if kind == "file" else Path(path).is_dir()):
+            found = Path(path).is_file() if kind == "file" else Path(path).is_dir()
+            if not found and not (name in ADAPTERS and any(Path(path).glob("**/adapter_config.json"))):
                 yield f"--{name} {path}: {_missing(Path(path), kind)}"
 
 

@@ -122,6 +122,7 @@ class RunWriter:
             trainer.length.num_epochs,
             trainer.options.training.seed,
         )
+        trainer.trainable.check_savable()
         if trainer.state.step == 0:
             self._preview(epoch=None)
 

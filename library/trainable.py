@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from library.option_groups import FullOptions, FullTrainOptions, NetworkOptions, NetworkTrainOptions
     from networks.external import NetworkModule
     from networks.network_interface import AdapterNetwork, LayerKind
+    from networks.network_targets import NetworkArch
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +72,10 @@ class Trainable(ABC):
     @abstractmethod
     def save(self, path: Path, *, dtype: torch.dtype | None, metadata: Mapping[str, str]) -> None:
         """Write what other programs read to `path`; the caller makes that atomic."""
+
+    def check_savable(self) -> None:
+        """Raise the `UserError`s that `save` would, before training."""
+        return
 
     @property
     @abstractmethod
@@ -146,11 +151,11 @@ def merge_base_weights(module: NetworkModule, bundle: ModelBundle, options: Netw
     From then on the parts have another identity: what is cached of the unmerged model is not theirs.
     """
     files, multipliers = options.base_weights or (), options.base_weights_multiplier or ()
-    merged = []
+    merged: list[str] = []
     for index, file in enumerate(files):
         multiplier = multipliers[index] if index < len(multipliers) else 1.0
         module.merge_weights(multiplier, file, bundle.text_encoders, bundle.denoiser)
-        merged.append(f"{open_checkpoint(file).fingerprint()}*{multiplier:g}")
+        merged.extend(f"{open_checkpoint(one).fingerprint()}*{multiplier:g}" for one in _weight_files(Path(file)))
         logger.info("merged %s at %g", file, multiplier)
     for part in (DENOISER, *bundle.text_encoder_names):
         end_merging(bundle.part(part))
@@ -162,12 +167,18 @@ def merge_base_weights(module: NetworkModule, bundle: ModelBundle, options: Netw
         }
 
 
+def _weight_files(path: Path) -> list[Path]:
+    """`path` itself, or the files of peft's folder."""
+    return sorted(path.rglob("*.safetensors")) if path.is_dir() else [path]
+
+
 class AdapterTrainable(Trainable):
     """An adapter network on a frozen model."""
 
-    def __init__(self, bundle: ModelBundle, network: AdapterNetwork, options: NetworkTrainOptions) -> None:
+    def __init__(self, bundle: ModelBundle, network: AdapterNetwork, options: NetworkTrainOptions, arch: NetworkArch) -> None:
         self.bundle = bundle
         self.network = network
+        self.arch = arch
         self.options = options
         self.parts = network.parts
         self._frozen = False  # inside `reference`, which no batch's multiplier may undo
@@ -184,7 +195,7 @@ class AdapterTrainable(Trainable):
             network.leave_untrained(family.unused_modules(part, bundle.part(part)))
         network.to(bundle.device, learning_dtype(options.precision))
         network.attach()
-        return cls(bundle, network, options)
+        return cls(bundle, network, options, family.arch)
 
     def param_groups(self, rates: LearningRates) -> list[ParamGroup]:
         return self.network.param_groups(rates)
@@ -215,11 +226,20 @@ class AdapterTrainable(Trainable):
             self.bundle.part(part).train(mode)
 
     def save(self, path: Path, *, dtype: torch.dtype | None, metadata: Mapping[str, str]) -> None:
-        self.network.save_weights(path, dtype, dict(metadata))
+        from networks.file_formats import write_adapter
+
+        tensors = self.network.file_state_dict(None)
+        write_adapter(path, tensors, metadata, self.arch, self.options.network.save_format, dtype)
+
+    def check_savable(self) -> None:
+        from networks.file_formats import in_format
+
+        format = self.options.network.save_format
+        in_format(self.network.file_state_dict(None), self.arch, format, f"--save_format {format}")
 
     @property
     def suffix(self) -> str:
-        return f".{self.options.network.save_model_as}"
+        return "" if self.options.network.save_format == "peft" else f".{self.options.network.save_model_as}"
 
     def set_multiplier(self, multiplier: float) -> None:
         if multiplier != self.network.multiplier and not self._frozen:

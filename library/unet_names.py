@@ -62,8 +62,24 @@ def unet_key_map_for(config: Mapping[str, Any]) -> KeyMap:
     return unet_key_map(["Cross" in kind for kind in config["down_block_types"]], config["layers_per_block"])
 
 
-SDXL_UNET_NAMES = unet_key_map([False, True, True], 2)
+_ATTENTION = tuple(f"transformer_blocks.{{i}}.attn{number}.to_{name}" for number in (1, 2) for name in ("q", "k", "v", "out.0"))
+_TRANSFORMER = (
+    "proj_in", *_ATTENTION, "transformer_blocks.{i}.ff.net.0.proj", "transformer_blocks.{i}.ff.net.2", "proj_out",
+)  # fmt: skip
+
+
+def unet_layer_map(attention: Sequence[bool], num_layers: int) -> KeyMap:
+    """`unet_key_map` with a row for every layer: names with underscores for dots can be told apart by it."""
+    leaves = [Rule(layer, layer) for layer in _TRANSFORMER]
+    rules = unet_key_map(attention, num_layers).rules
+    return key_map(*(nested(r.theirs, str(r.ours), leaves) if ".attentions." in str(r.ours) else r for r in rules))
+
+
+SDXL_LEVELS, SD_LEVELS = (False, True, True), (True, True, True, False)
+"""Of the published UNets: for each level, whether it has transformer blocks."""
+SDXL_UNET_NAMES = unet_key_map(SDXL_LEVELS, 2)
 """The one layout that SDXL's UNet has, whatever its widths and depths."""
+SDXL_UNET_LAYERS, SD_UNET_LAYERS = unet_layer_map(SDXL_LEVELS, 2), unet_layer_map(SD_LEVELS, 2)
 
 _BLOCK = re.compile(r"(input_blocks|middle_block|output_blocks)[._](\d+)[._]")
 _FIRST = {"input_blocks": 1, "middle_block": 10, "output_blocks": 13}

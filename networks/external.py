@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from library.errors import UserError, suggest
 from library.optimizers import LearningRates, ParamGroup
 from library.rng import key_to_seed
+from networks.file_formats import in_kohya_names
 from networks.network_files import by_layer, describe_family, shorten
 from networks.network_interface import AdapterNetwork, FileWeights, NetworkModule, NetworkRequest
 from networks.network_targets import DENOISER, NetworkArch, infer_arch, same_name
@@ -123,7 +124,7 @@ class ForeignModule(NetworkModule["ForeignNetwork"]):
             raise UserError(f"{self.name} cannot make a network from a file: do not use --dim_from_weights or --base_weights.")
         path = None if weights.file is None else str(weights.file)
         model_parts = (request.vae, model.encoders, model.unet)
-        tensors = model.from_file(weights.tensors)
+        tensors = model.from_file(weights.tensors, weights.source)
         made = create(request.multiplier, path, *model_parts, tensors, request.for_inference, **request.arguments)
         return made[0] if isinstance(made, tuple) else made
 
@@ -137,7 +138,11 @@ class ForeignModule(NetworkModule["ForeignNetwork"]):
         parameters = [parameter for module in model.modules.values() for parameter in module.parameters()]
         before = [parameter.clone() for parameter in parameters]
         network.merge_to(
-            model.encoders, model.unet, model.from_file(weights.tensors), parameters[0].dtype, parameters[0].device
+            model.encoders,
+            model.unet,
+            model.from_file(weights.tensors, weights.source),
+            parameters[0].dtype,
+            parameters[0].device,
         )
         if all(torch.equal(parameter, old) for parameter, old in zip(parameters, before, strict=True)):
             keys = shorten(by_layer(weights.tensors))
@@ -178,6 +183,7 @@ class _Model:
     text_parts: tuple[str, ...]
     encoders: object
     unet: nn.Module
+    arch: NetworkArch
     file_names: Mapping[str, str]
     """Layer of the denoiser as a foreign module names it, after its path -> its name in files, where the two differ."""
 
@@ -200,13 +206,14 @@ class _Model:
         encoders = [views[part] for part in arch.text_parts if part in views]
         # sd-scripts passes one encoder bare; a list makes foreign modules count: lora_te1_, lora_te2_
         shown = encoders if len(arch.text_parts) > 1 else next(iter(encoders), None)
-        return cls(modules, arch.text_parts, shown, views[DENOISER], file_names)
+        return cls(modules, arch.text_parts, shown, views[DENOISER], arch, file_names)
 
     def to_file(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """A foreign module's tensors under the family's names."""
         return _renamed(tensors, self.file_names)
 
-    def from_file(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def from_file(self, tensors: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
+        tensors = in_kohya_names(tensors, self.arch, source)
         return _renamed(tensors, {theirs: own for own, theirs in self.file_names.items()})
 
 
@@ -363,7 +370,7 @@ class ForeignNetwork(AdapterNetwork):
         }
 
     def load_file_state_dict(self, tensors: Mapping[str, Tensor], source: str, strict: bool = True) -> None:
-        tensors = self._model[0].from_file(tensors)
+        tensors = self._model[0].from_file(tensors, source)
         own, given = by_layer(self.network.state_dict()), by_layer(tensors)
         shared = own.keys() & given.keys()
         if not shared:

@@ -11,7 +11,7 @@ from library.flux_names import FLUX_DIFFUSERS
 from networks.lora import LoRA
 from networks.network_args import BOOLEAN, INDICES, INTEGER, INTEGERS, ArchArgs, Kind, arg, one_of
 from networks.network_base import bind
-from networks.network_targets import DiffusersNames, Layer, NetworkArch, TargetGroup, clip_targets
+from networks.network_targets import T5_LAYERS, Layer, NetworkArch, PartNames, TargetGroup, clip_targets
 
 _INPUTS = ("img_in", "time_in", "vector_in", "guidance_in", "txt_in")
 _PARTS = {
@@ -99,10 +99,15 @@ ARCH = NetworkArch(
             "denoiser",
             "lora_unet",
             ("DoubleStreamBlock", "SingleStreamBlock"),
-            diffusers=DiffusersNames("transformer", FLUX_DIFFUSERS),
+            names=PartNames(FLUX_DIFFUSERS, "transformer", "diffusion_model"),
         ),
-        clip_targets("clip_l", "lora_te1", diffusers="text_encoder"),
-        TargetGroup("t5xxl", "lora_te3", ("T5Attention", "T5DenseGatedActDense")),
+        clip_targets("clip_l", "lora_te1", diffusers="text_encoder", comfy="text_encoders.clip_l.transformer"),
+        TargetGroup(
+            "t5xxl",
+            "lora_te3",
+            ("T5Attention", "T5DenseGatedActDense"),
+            names=PartNames(T5_LAYERS, comfy="text_encoders.t5xxl.transformer"),
+        ),
     ),
     arguments=FluxArgs,
     fused_rows=fused_rows,

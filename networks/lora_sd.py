@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 
-from networks.network_targets import BlockTable, NetworkArch, clip_targets, unet_targets
+from library.unet_names import SD_UNET_LAYERS
+from networks.network_targets import BlockTable, NetworkArch, PartNames, clip_targets, unet_targets
 
 _BLOCK = re.compile(r"_(down|up)_blocks_(\d+)_(resnets|attentions|downsamplers|upsamplers)_(\d+)_")
 
@@ -28,8 +29,9 @@ WITH_ATTENTION = (1, 2, 4, 5, 7, 8, 12, *range(16, 25))
 ARCH = NetworkArch(
     name="sd",
     groups=(
-        unet_targets(),
-        clip_targets("text_encoder", "lora_te", "text_encoder"),
+        unet_targets(PartNames(SD_UNET_LAYERS, "unet", "diffusion_model", spells_diffusers=True)),
+        # ComfyUI's own names differ between 1.x and 2.x, sd-scripts' do not
+        clip_targets("text_encoder", "lora_te", "text_encoder", diffusers="text_encoder"),
     ),
     blocks=BlockTable(
         index=block_index, lead=0, down=12, mid=1, up=12, tail=0, short_lists={17: tuple((block,) for block in WITH_ATTENTION)}

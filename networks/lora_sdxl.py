@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from library.unet_names import SDXL_UNET_NAMES, sdxl_block
-from networks.network_targets import BlockTable, NetworkArch, clip_targets, unet_targets
+from library.unet_names import SDXL_UNET_LAYERS, SDXL_UNET_NAMES, sdxl_block
+from networks.network_targets import BlockTable, NetworkArch, PartNames, clip_targets, unet_targets
 
 _PREFIX = "lora_unet_"
+_COMFY = "text_encoders"
 
 
 def block_index(key: str) -> int | None:
@@ -24,9 +25,13 @@ IN, MID, OUT = tuple((block,) for block in range(1, 10)), (10, 11, 12), tuple((b
 ARCH = NetworkArch(
     name="sdxl",
     groups=(
-        unet_targets(original_name),
-        clip_targets("text_encoder1", "lora_te1", "text_encoder"),
-        clip_targets("text_encoder2", "lora_te2", "text_encoder_2"),
+        unet_targets(PartNames(SDXL_UNET_LAYERS, "unet", "diffusion_model"), original_name),
+        clip_targets(
+            "text_encoder1", "lora_te1", "text_encoder", diffusers="text_encoder", comfy=f"{_COMFY}.clip_l.transformer"
+        ),
+        clip_targets(
+            "text_encoder2", "lora_te2", "text_encoder_2", diffusers="text_encoder_2", comfy=f"{_COMFY}.clip_g.transformer"
+        ),
     ),
     blocks=BlockTable(
         index=block_index,

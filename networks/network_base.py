@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from library.errors import UserError
 from library.optimizers import LearningRates, ParamGroup
 from library.rng import keyed_generator
+from networks.file_formats import own_layers
 from networks.network_args import SIZE_ARGS, ArchArgs, NetworkArgs, parse_network_args, split_args
-from networks.network_files import by_layer, describe_family, shorten, under_own_keys, writer_of
+from networks.network_files import describe_family, shorten, writer_of
 from networks.network_interface import AdapterNetwork, FileWeights, LayerKind, NetworkModule, NetworkRequest
 from networks.network_targets import (
     DENOISER,
@@ -358,7 +359,7 @@ class LayerNetwork(AdapterNetwork):
         }
 
     def load_file_state_dict(self, tensors: Mapping[str, Tensor], source: str, strict: bool = True) -> None:
-        file_layers = under_own_keys(by_layer(tensors), self._alias_of, source)
+        file_layers = own_layers(tensors, self.arch, source, self._alias_of)
         own = {adapter.key: adapter for adapter in self.adapters()}
         shared = [key for key in own if key in file_layers]
         if not shared:
@@ -470,7 +471,7 @@ class NetworkFactory(NetworkModule[LayerNetwork]):
             logger.warning("network_args %s have no effect: ranks come from %s", ", ".join(unused), weights.source)
         known = every_layer(arch, _modules(arch, arch_args, request))
         aliases = {alias: key for key, layer in known.items() for alias in layer.aliases}
-        file_layers = under_own_keys(by_layer(weights.tensors), aliases, weights.source)
+        file_layers = own_layers(weights.tensors, arch, weights.source, aliases)
         matched = [layer for key, layer in known.items() if key in file_layers]
         if arch_args.splits_fused():
             matched = _split(arch, matched)

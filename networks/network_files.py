@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 
 from library.errors import UserError
+from networks.peft_folders import read_peft
 
 LayerTensors = dict[str, dict[str, Tensor]]
 """Tensors by layer key and by their name in the layer: {"lora_unet_...": {"lora_down.weight": ...}}."""
@@ -68,8 +69,10 @@ def writer_of(tensors: Mapping[str, Tensor]) -> Writer | None:
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """All tensors of a `.safetensors`, `.ckpt` or `.pt` file, on the CPU. Never runs pickled code."""
+    """All tensors of a `.safetensors`, `.ckpt` or `.pt` file, or of peft's folder, on the CPU. Never runs pickled code."""
     path = Path(path)
+    if path.is_dir():
+        return read_peft(path)
     if not path.is_file():
         raise UserError(f"network weights not found: {path}. Check --network_weights / --base_weights.")
     try:
@@ -118,10 +121,13 @@ def weights_hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -
 
 
 _DOTTED = re.compile(
-    r"(?P<layer>.+\..+)\.(?P<inner>lora_[AB](\.default)?\.weight|lora(_linear_layer\.|[._])(down|up)\.weight|alpha)"
+    r"(?P<layer>.+\..+)\.(?P<inner>lora_[AB](\.default)?\.weight|lora(_linear_layer\.|[._])(down|up|mid)\.weight|alpha"
+    r"|lora_magnitude_vector(\.default)?(\.weight)?|dora_scale|hada_\w+|lokr_\w+|[ab][12]\.weight|oft_blocks|oft_R\.weight"
+    r"|diff(_b)?|[wb]_norm|on_input)"
 )
 _DOTTED_PREFIX = "base_model.model."
 _DOTTED_NAMES = {"lora_A": "lora_down", "lora_B": "lora_up", "lora.": "lora_", "lora_linear_layer.": "lora_"}
+_MAGNITUDE = "lora_magnitude_vector"
 _PEFT_SETTINGS = "lora_adapter_metadata"
 """Where diffusers writes alphas and ranks, as JSON, into the metadata of a file in peft's names."""
 
@@ -143,17 +149,19 @@ def by_layer(tensors: Mapping[str, Tensor]) -> LayerTensors:
             inner = dotted["inner"].replace(".default", "")
             for theirs, ours in _DOTTED_NAMES.items():
                 inner = inner.replace(theirs, ours)
+            if inner.startswith(_MAGNITUDE):  # peft's are [o], or [1, o, 1, 1] of a convolution
+                inner, tensor = "dora_scale", tensor.reshape(-1, *[1] * (tensor.ndim - 1 or 1))
         layers.setdefault(layer, {})[inner] = tensor
     return layers
 
 
-def under_own_keys(layers: LayerTensors, aliases: Mapping[str, str], source: str) -> LayerTensors:
+def under_own_keys(layers: LayerTensors, aliases: Mapping[str, str], source: str, others: Collection[str] = ()) -> LayerTensors:
     """Layers under the family's own keys; `aliases` has the names other programs give them. Raises `UserError` naming `source`
-    for a layer that is there twice."""
+    for a layer that is there twice, or among `others`."""
     renamed: LayerTensors = {}
     for name, tensors in layers.items():
         key = aliases.get(name, name)
-        if key in renamed:
+        if key in renamed or key in others:
             raise UserError(f"{source} has the layer {key} twice, the second time as {name}. It is two files in one.")
         renamed[key] = tensors
     return renamed

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from library.errors import UserError
-from library.key_layout import KeyMap, Rule
+from library.key_layout import KeyMap, Origin, Rule
 from networks.network_args import RATE_PRESETS, ArchArgs, NetworkArgs, fits
 
 logger = logging.getLogger(__name__)
@@ -31,20 +31,60 @@ def same_name(path: str) -> str:
 
 
 @dataclass(frozen=True)
-class DiffusersNames:
-    """What diffusers and peft call the layers of one part."""
+class PartNames:
+    """What programs call the layers of one part; every layer is in it that an adapter may stand on."""
 
-    part: str
-    """The first name of the dotted paths: "transformer"."""
     layers: KeyMap
-    """sd-scripts' path of a layer -> theirs, several where ours is fused."""
+    """Names in the original checkpoint <-> diffusers'; several of theirs where the original is fused."""
+    diffusers: str = ""
+    """The first name of diffusers' and peft's dotted paths: "transformer". Empty: they have no place for the part."""
+    comfy: str = ""
+    """The first names of ComfyUI's dotted paths: "diffusion_model". Empty: it has sd-scripts' names alone."""
+    spells_diffusers: bool = False
+    """Whether sd-scripts' names spell diffusers' paths; otherwise the original ones."""
+
+    def of_kohya(self, flat: str) -> tuple[str, dict[str, Origin]] | None:
+        """(original path, diffusers' paths and what of the layer each is) of a layer by its path with underscores for dots."""
+        if self.spells_diffusers:
+            origin = self.layers.origin_of(flat, flat=True)
+            names = None if origin is None else self.layers.our_names(origin.key)
+            return None if origin is None or names is None else (origin.key, {names[0]: origin})
+        path = self.layers.dotted(flat)
+        return None if path is None else (path, self.layers.flat_origins(flat))
+
+    def to_kohya(self, path: str, *, flat: bool = False) -> Origin | None:
+        """Path in sd-scripts' names, and what of that layer `path` is, which is in anyone's; None for a name of nobody's."""
+        original = self.layers.dotted(path) if flat else path if self.layers.our_names(path) else None
+        if original is None:
+            origin = self.layers.origin_of(path, flat=flat)
+            original = None if origin is None else origin.key
+        else:
+            origin = Origin(original, WHOLE, 0)
+        if origin is None or original is None or not self.spells_diffusers:
+            return origin
+        names = self.layers.our_names(original)
+        return None if names is None else Origin(names[0], WHOLE, 0)
 
 
-CLIP_DIFFUSERS = KeyMap(
+WHOLE = Rule("", "")
+"""Of a layer that is not taken apart."""
+
+CLIP_LAYERS = KeyMap(
     tuple(
         Rule(path, path)
         for layer in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj", "mlp.fc1", "mlp.fc2")
         for path in [f"text_model.encoder.layers.{{i}}.{layer}"]
+    )
+    + (Rule("text_projection", "text_projection"),)
+)
+T5_LAYERS = KeyMap(
+    tuple(
+        Rule(path, path)
+        for layer in (
+            *(f"0.SelfAttention.{name}" for name in "qkvo"),
+            *(f"1.DenseReluDense.{name}" for name in ("wi_0", "wi_1", "wo")),
+        )
+        for path in [f"encoder.block.{{i}}.layer.{layer}"]
     )
 )
 
@@ -65,8 +105,8 @@ class TargetGroup:
     """Module path in our class -> path in sd-scripts' class, which the file's keys spell."""
     aliases: tuple[str, ...] = ()
     """What diffusers and peft call the part: the first name of the dotted paths in their files."""
-    diffusers: DiffusersNames | None = None
-    """For `networks.diffusers_files`; None where diffusers has no place for the part's adapters, or nobody has named it yet."""
+    names: PartNames | None = None
+    """For `networks.file_formats`."""
 
     def key(self, path: str) -> str:
         """The file's name of the layer at `path`."""
@@ -87,7 +127,7 @@ def clip_text_name(path: str) -> str:
     return path if path.startswith(("text_model.", "text_projection")) else f"text_model.{path}"
 
 
-def unet_targets(canonical: Callable[[str], str] = same_name) -> TargetGroup:
+def unet_targets(names: PartNames, canonical: Callable[[str], str] = same_name) -> TargetGroup:
     """The transformers, and on request the convolutions, of diffusers' UNet."""
     return TargetGroup(
         part=DENOISER,
@@ -96,14 +136,15 @@ def unet_targets(canonical: Callable[[str], str] = same_name) -> TargetGroup:
         conv_containers=("ResnetBlock2D", "Downsample2D", "Upsample2D"),
         canonical=canonical,
         aliases=("unet",),
+        names=names,
     )
 
 
-def clip_targets(part: str, prefix: str, *aliases: str, diffusers: str | None = None) -> TargetGroup:
-    """A CLIP text encoder's attention and MLP layers. diffusers: its name there, for writing."""
+def clip_targets(part: str, prefix: str, *aliases: str, diffusers: str, comfy: str = "") -> TargetGroup:
+    """A CLIP text encoder's attention and MLP layers. diffusers, comfy: see `PartNames`."""
     containers = ("CLIPAttention", "CLIPSdpaAttention", "CLIPMLP")
-    names = None if diffusers is None else DiffusersNames(diffusers, CLIP_DIFFUSERS)
-    return TargetGroup(part, prefix, containers, canonical=clip_text_name, aliases=aliases, diffusers=names)
+    names = PartNames(CLIP_LAYERS, diffusers, comfy)
+    return TargetGroup(part, prefix, containers, canonical=clip_text_name, aliases=aliases, names=names)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,134 @@
+"""What the tools for adapter files share: flags, reading any format of any family, and writing."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from library.checkpoint import atomic_write
+from library.errors import UserError
+from library.family_base import FAMILIES
+from library.model_io import open_checkpoint
+from networks.file_formats import FORMATS, KOHYA, PEFT, arch_named, arch_of, flat, own_layers, write_adapter
+from networks.network_files import LayerTensors, by_layer, read_weights
+from networks.network_targets import NetworkArch
+from networks.peft_folders import WEIGHTS, peft_parts
+
+PRECISIONS: dict[str, torch.dtype] = {
+    "float": torch.float32,
+    "fp32": torch.float32,
+    "float32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+    "fp8": torch.float8_e4m3fn,
+    "fp8_e4m3fn": torch.float8_e4m3fn,
+    "fp8_e5m2": torch.float8_e5m2,
+}
+"""sd-scripts' names of what is written."""
+HASHES = ("_hash", "hash_sha256")
+
+
+def tool_parser(description: str | None) -> argparse.ArgumentParser:
+    """A parser with what every tool knows."""
+    parser = argparse.ArgumentParser(description=(description or "").splitlines()[0])
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def add_saving(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--save_precision", choices=PRECISIONS, help="of what is written; that of the first file unless given")
+    parser.add_argument("--no_metadata", action="store_true", help="write only the metadata that loading needs")
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", default="cpu", help="what computes: cpu, cuda, ...")
+
+
+def add_family(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--family", choices=FAMILIES, help="of the adapters, where their names leave it open")
+
+
+def precision(name: str | None) -> torch.dtype | None:
+    return None if name is None else PRECISIONS[name]
+
+
+@dataclass(frozen=True)
+class AdapterFile:
+    """An adapter file, whole: it is small beside a model."""
+
+    path: Path
+    layers: LayerTensors
+    """Under sd-scripts' names."""
+    metadata: Mapping[str, str]
+    arch: NetworkArch
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That most of its numbers have."""
+        sizes: dict[torch.dtype, int] = {}
+        for layer in self.layers.values():
+            for tensor in layer.values():
+                sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.numel()
+        return max(sizes, key=lambda dtype: sizes[dtype])
+
+    def write(
+        self, path: Path, layers: LayerTensors, *, format: str = KOHYA, dtype: torch.dtype | None = None, **metadata: str
+    ) -> None:
+        """`layers` as a file of this one's family, with its metadata and what is given beside."""
+        write_adapter_file(path, layers, self.arch, {**self.metadata, **metadata}, format=format, dtype=dtype or self.dtype)
+
+
+def read_adapter(path: Path, arch: NetworkArch | str | None = None) -> AdapterFile:
+    """arch: the table of its family or the family's name, where it is known."""
+    tensors = read_weights(path)
+    if arch is None:
+        arch = arch_of(by_layer(tensors), str(path))
+    elif isinstance(arch, str):
+        arch = arch_named(arch)
+    return AdapterFile(path, own_layers(tensors, arch, str(path)), adapter_metadata(path), arch)
+
+
+def adapter_metadata(path: Path) -> dict[str, str]:
+    """What `path` says about itself, but for hashes of its tensors."""
+    file = peft_parts(path)[0] / WEIGHTS if path.is_dir() else path
+    found = open_checkpoint(file).metadata if file.suffix == ".safetensors" else {}
+    return {"format": "pt"} | {name: str(value) for name, value in found.items() if not name.endswith(HASHES)}
+
+
+def write_adapter_file(
+    path: Path,
+    layers: LayerTensors,
+    arch: NetworkArch,
+    metadata: Mapping[str, str],
+    *,
+    format: str = KOHYA,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """A file, or peft's folder, put in place in one move."""
+    assert format in FORMATS
+    if format != PEFT and path.suffix not in (".safetensors", ".ckpt", ".pt"):
+        raise UserError(f"{path}: give a name that ends in .safetensors.")
+    if format != KOHYA and format != PEFT and path.suffix != ".safetensors":
+        raise UserError(f"{path}: under {format}'s names only .safetensors files are written.")
+    tensors: dict[str, Tensor] = {name: tensor.contiguous() for name, tensor in flat(layers).items()}
+    atomic_write(path, lambda temporary: write_adapter(temporary, tensors, metadata, arch, format, dtype))
+
+
+def minimal(metadata: Mapping[str, str]) -> dict[str, str]:
+    """What loading needs of an adapter's metadata."""
+    kept = ("ss_v2", "ss_base_model_version", "ss_network_module", "ss_network_dim", "ss_network_alpha", "ss_network_args")
+    return {name: metadata[name] for name in ("format", *kept) if name in metadata}
+
+
+def one_family(files: Iterable[AdapterFile]) -> NetworkArch:
+    """Raise `UserError` for adapters of several families."""
+    archs = {file.arch.name: file for file in files}
+    if len(archs) > 1:
+        told = ", ".join(f"{file.path} is for {name}" for name, file in archs.items())
+        raise UserError(f"these adapters are for different models: {told}.")
+    return next(iter(archs.values())).arch
