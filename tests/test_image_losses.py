@@ -98,3 +98,23 @@ def test_a_run_that_becomes_slow_is_told_once(monkeypatch: pytest.MonkeyPatch, c
     assert logs == {"speed/steps_per_second": 0.5, "speed/images_per_second": 4.0}
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert "updates take 2.00 s now and took 1.00 s before" in caplog.text
+
+
+def test_code_that_is_compiled_again_late_in_a_run_is_told_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from torch._dynamo import utils
+
+    stats = utils.counters["stats"]
+    monkeypatch.setitem(stats, "unique_graphs", 3)
+    dog = Watchdog(torch.device("cpu"))
+    for _ in range(watchdog.SETTLED):
+        stats["unique_graphs"] += 1  # a graph for each bucket, at first
+        dog.lap(1)
+    dog.lap(1)
+    assert not caplog.records
+    for _ in range(2):
+        stats["unique_graphs"] += 1
+        dog.lap(1)
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert f"compiled again after {watchdog.SETTLED + 2} updates" in caplog.text
