@@ -1,6 +1,6 @@
 """What logging costs: steps with everything logged against steps with nothing logged, in turn, in one run.
 
-    python benchmarks/logging_cost.py [--model sd_tiny|sd_mid|flux_mid] [--steps 40] [--out FILE]
+    python benchmarks/logging_cost.py [--model sd_tiny|sd_mid|flux_mid] [--steps 40] [--threads 1] [--out FILE]
 
 Logged are TensorBoard, `metrics.csv`, the progress bar, the picture losses, the pace and the gradient norm, at every step. The
 row has the median of the ratios of neighbouring steps, which a busy machine disturbs, and `share`: the CPU seconds spent
@@ -92,8 +92,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=MODELS, default="sd_tiny")
     parser.add_argument("--steps", type=int, default=40, help="an even number, half of them logged")
+    parser.add_argument("--threads", type=int, help="as many as torch takes unless given")
     parser.add_argument("--out", type=Path, help="add the row to this file")
     arguments = parser.parse_args()
+    if arguments.threads:
+        import torch
+
+        torch.set_num_threads(arguments.threads)
     row = json.dumps(measure(arguments.model, arguments.steps))
     sys.stdout.write(row + "\n")
     if arguments.out is not None:
