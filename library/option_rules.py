@@ -175,6 +175,18 @@ _NOISE_AND_LOSS = (
         lambda o: o.loss.v_pred_like_loss and o.model.v_parameterization,
         "--v_pred_like_loss is for noise predictions. Remove it, or --v_parameterization.",
     ),
+    Rule(
+        lambda o: o.loss.preserve_prior and (o.data.reg_data_dir is None or o.data.dataset_config is not None),
+        "--preserve_prior has no effect without --reg_data_dir. In a dataset file, give the subset "
+        "custom_attributes = {{ diff_output_preservation = true }}.",
+        warning=True,
+    ),
+    Rule(
+        lambda o: "prior_choices" in o.explicit,
+        "--prior_choices has no effect: an adapter is switched off to ask the frozen model, at any noise and time.",
+        scope=NetworkTrainOptions,
+        warning=True,
+    ),
 )
 
 _DATA = (
