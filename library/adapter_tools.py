@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import json
+import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +20,8 @@ from networks.file_formats import FORMATS, KOHYA, PEFT, arch_named, arch_of, fla
 from networks.network_files import LayerTensors, by_layer, read_weights
 from networks.network_targets import NetworkArch
 from networks.peft_folders import WEIGHTS, peft_parts
+
+logger = logging.getLogger(__name__)
 
 PRECISIONS: dict[str, torch.dtype] = {
     "float": torch.float32,
@@ -132,3 +136,48 @@ def one_family(files: Iterable[AdapterFile]) -> NetworkArch:
         told = ", ".join(f"{file.path} is for {name}" for name, file in archs.items())
         raise UserError(f"these adapters are for different models: {told}.")
     return next(iter(archs.values())).arch
+
+
+# ---- flags of sd-scripts' tools that are taken and need nothing --------------------------------------------------------
+
+
+def add_ignored(parser: argparse.ArgumentParser, switches: Iterable[str], values: Iterable[str] = ()) -> None:
+    """sd-scripts' flags that say what is told from the files here, or how to compute; `report_ignored` names those given."""
+    for name in switches:
+        parser.add_argument(f"--{name}", action="store_true", help=argparse.SUPPRESS)
+    for name in values:
+        parser.add_argument(f"--{name}", help=argparse.SUPPRESS)
+    parser.set_defaults(ignored=(*switches, *values))
+
+
+def report_ignored(given: argparse.Namespace) -> None:
+    names = [f"--{name}" for name in given.ignored if getattr(given, name)]
+    if names:
+        logger.warning("%s: no effect here: files tell what they are, and everything is computed in float32", ", ".join(names))
+
+
+def strengths(ratios: Iterable[float] | None, count: int) -> list[float]:
+    """`--ratios`, 1 for each file where none is given."""
+    found = [1.0] * count if ratios is None else list(ratios)
+    if len(found) != count:
+        raise UserError(f"{len(found)} --ratios for {count} --models. Give one for each.")
+    return found
+
+
+def named_files(pairs: Iterable[str] | None, flag: str) -> dict[str, Path]:
+    """`clip_l=clip.safetensors` ... as a dict."""
+    found = {}
+    for pair in pairs or ():
+        name, equals, file = pair.partition("=")
+        if not equals or not file:
+            raise UserError(f"{flag} {pair}: give NAME=FILE.")
+        found[name] = Path(file)
+    return found
+
+
+def network_facts(module: str, rank: int, conv_rank: int | None = None) -> dict[str, str]:
+    """The metadata of an adapter that a tool has made: its algorithm and sizes."""
+    facts = {"ss_network_module": module, "ss_network_dim": str(rank), "ss_network_alpha": str(float(rank))}
+    if conv_rank:
+        facts["ss_network_args"] = json.dumps({"conv_dim": conv_rank, "conv_alpha": float(conv_rank)})
+    return facts

@@ -160,6 +160,12 @@ class ModelFamily(ABC):
         """The denoiser of the model at `path` (a file or a diffusers folder), for tools that look at nothing else."""
         raise UserError(f"tools cannot open the denoiser of {self.title} yet.")
 
+    def open_parts(self, path: Path, others: Mapping[str, Path]) -> Mapping[str, Component]:
+        """The parts that are in the model at `path`, and those in the files `others`, by part; for tools."""
+        if others:
+            raise UserError(f"{self.title} has all parts in one file or folder. Leave out {', '.join(others)}.")
+        return {"denoiser": self.open_denoiser(path)}
+
     @abstractmethod
     def strategies(self, options: TrainOptions) -> Strategies:
         """The four strategies, as values; data loader workers get them by pickling."""

@@ -14,7 +14,7 @@ from library.clip_tokenizer import SD1_TOKENIZER, TokenizerKind, find_tokenizer,
 from library.family_base import LatentSpec, ModelBundle, ModelFamily, SampleRequest
 from library.flux_models import Flux, image_ids, pack, unpack
 from library.flux_saving import FluxCheckpoint
-from library.flux_utils import CLIP_L, FLUX_LAYERS, TITLE, FluxModel, describe, open_denoiser
+from library.flux_utils import CLIP_L, FLUX_LAYERS, TITLE, FluxModel, describe, open_denoiser, open_parts
 from library.model_loading import lazy_bundle
 from library.model_parts import Component, SaveSettings, enable_encoder_checkpointing
 from library.objectives import RectifiedFlow, range_and_huber, resolution_shift
@@ -119,6 +119,9 @@ class FluxFamily(ModelFamily):
 
     def open_denoiser(self, path: Path) -> Component:
         return open_denoiser(path)
+
+    def open_parts(self, path: Path, others: Mapping[str, Path]) -> Mapping[str, Component]:
+        return open_parts(path, others)
 
     def strategies(self, options: TrainOptions) -> Strategies:
         model = describe(options)

@@ -156,6 +156,24 @@ def _open_transformer(path: Path) -> tuple[TensorSource, TensorSource | None]:
 
 def _other_parts(path: Path, whole: TensorSource | None, given: Mapping[str, Path], kind: Kind) -> dict[str, Component]:
     """Text encoders and autoencoder: from their own files, else from the model's. One `UserError` lists all that lack."""
+    found, missing = _text_encoders(path, whole, given, kind)
+    if "ae" in given or whole is None or "vae.encoder.conv_in.weight" in whole:
+        flag = "--ae" if "ae" in given else "--pretrained_model_name_or_path"
+        found["vae"] = open_vae(given.get("ae", path), flag=flag, title=TITLE, scale=VAE_SCALE, shift=VAE_SHIFT)
+    else:
+        missing.append("--ae")
+    if missing:
+        raise UserError(
+            f"{path} holds the transformer alone. Give {', '.join(missing)}, each a file or a folder, or give a diffusers "
+            "folder that has all parts."
+        )
+    return found
+
+
+def _text_encoders(
+    path: Path, whole: TensorSource | None, given: Mapping[str, Path], kind: Kind
+) -> tuple[dict[str, Component], list[str]]:
+    """(those that there are, the flags of those that there are not)."""
     found: dict[str, Component] = {}
     missing = []
     openers = {CLIP_L: open_clip, T5XXL: open_t5}
@@ -171,17 +189,18 @@ def _other_parts(path: Path, whole: TensorSource | None, given: Mapping[str, Pat
             found[name] = opener(path, str(path))
         else:
             missing.append(f"--{name}")
-    if "ae" in given or whole is None or "vae.encoder.conv_in.weight" in whole:
-        flag = "--ae" if "ae" in given else "--pretrained_model_name_or_path"
-        found["vae"] = open_vae(given.get("ae", path), flag=flag, title=TITLE, scale=VAE_SCALE, shift=VAE_SHIFT)
-    else:
-        missing.append("--ae")
-    if missing:
-        raise UserError(
-            f"{path} holds the transformer alone. Give {', '.join(missing)}, each a file or a folder, or give a diffusers "
-            "folder that has all parts."
-        )
-    return found
+    return found, missing
+
+
+def open_parts(path: Path, others: Mapping[str, Path]) -> dict[str, Component]:
+    """The transformer, and the text encoders that are in the same file or folder or in the files `others`."""
+    source, whole = _open_transformer(path)
+    denoiser = _transformer(source)
+    params: FluxParams = denoiser.config["params"]
+    found, _ = _text_encoders(path, whole, others, "chroma" if params.approximator else "dev")
+    if unknown := others.keys() - found.keys():
+        raise UserError(f"{path} has no part {min(unknown)}. Its text encoders: {CLIP_L}, {T5XXL}; Chroma has {T5XXL} alone.")
+    return {"denoiser": denoiser, **found}
 
 
 def _check_sizes(path: Path, params: FluxParams, parts: Mapping[str, Component]) -> None:

@@ -114,6 +114,12 @@ class UnetFamily(ModelFamily):
     def open_denoiser(self, path: Path) -> Component:
         return folder_unet(path / "unet") if path.is_dir() else file_unet(open_checkpoint(path))
 
+    def open_parts(self, path: Path, others: Mapping[str, Path]) -> Mapping[str, Component]:
+        from library.option_groups import FullTrainOptions, ModelOptions
+
+        super().open_parts(path, others)
+        return self.describe(FullTrainOptions(model=ModelOptions(pretrained_model_name_or_path=str(path)))).parts
+
     def enable_gradient_checkpointing(self, part: str, module: nn.Module) -> None:
         if part == "denoiser":
             unet: Any = module

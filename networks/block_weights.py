@@ -84,3 +84,12 @@ def _block_paths(arch: NetworkArch, denoiser: nn.Module) -> list[str]:
         for path, module in denoiser.named_modules()
         if type(module).__name__ in group.containers
     ]
+
+
+def table_weights(weights: Sequence[float], arch: NetworkArch, keys: Sequence[str]) -> dict[str, float]:
+    """Strength by layer key without a model. Raises `UserError` for families whose blocks only a model tells."""
+    if arch.blocks is None:
+        raise UserError(f"block weights of adapters for {arch.name} need the model, which tells its blocks. Give --model.")
+    base, by_block = _by_table(weights, arch.blocks)
+    blocks = {key: arch.blocks.index(key) for key in keys}
+    return {key: base if block is None else by_block.get(block, base) for key, block in blocks.items()}
