@@ -50,7 +50,8 @@ def prompt_of(scene: Scene) -> str:
 
 def before_after(lora: Path, target: Path) -> None:
     """The same prompts and seeds without and with the LoRA."""
-    from examples.gallery import Model, grid
+    from examples.gallery import Model
+    from library.picture_grid import draw_grid
 
     new, other = new_shape_scenes(), other_scenes()
     prompts = [prompt_of(scene) for scene in [*new[3 :: len(new) // 5][:5], *other[5 :: len(other) // 3][:3]]]
@@ -58,7 +59,7 @@ def before_after(lora: Path, target: Path) -> None:
     base = model.draw(prompts)
     with model.with_lora(lora):
         changed = model.draw(prompts)
-    grid([("base", base), ("with LoRA", changed)], prompts).save(target)
+    draw_grid([("base", base), ("with LoRA", changed)], prompts).save(target)
 
 
 def evaluate(lora: Path) -> dict[str, float]:

@@ -1,25 +1,25 @@
-"""Pictures from a Stable Diffusion model, with or without a LoRA, many at a time; how many show what was asked; labelled grids.
+"""Pictures from a Stable Diffusion model, with or without a LoRA, many at a time; how many show what was asked.
 
 Everything runs through the family that is trained: its strategies, its `predict`, its samplers.
 """
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from torch import Tensor
 
 from examples.shapes import SIZE, Scene, check
 from library.option_groups import NetworkTrainOptions
 from library.options import from_flags
+from library.picture_maker import to_picture
 from library.rng import keyed_generator
-from library.sampling import guided_pair, make_scheduler, sample_diffusion, to_picture
+from library.sampling import guided_pair, make_scheduler, sample_diffusion
 from library.sd_train_utils import SdFamily
 from library.strategy_sd import SdConditioning
 
@@ -85,18 +85,3 @@ class Model:
 def score(pictures: Sequence[Image.Image], wanted: Sequence[Scene]) -> float:
     """Share of pictures in which shape, colour and background are as wanted."""
     return sum(check(picture).matches(scene) for picture, scene in zip(pictures, wanted, strict=True)) / len(wanted)
-
-
-def grid(rows: Sequence[tuple[str, Sequence[Image.Image]]], headings: Sequence[str]) -> Image.Image:
-    """Labelled rows of pictures under headings."""
-    gap, margin, head = 6, 90, 62
-    sheet = Image.new("RGB", (margin + len(headings) * (SIZE + gap), head + len(rows) * (SIZE + gap)), "white")
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=13)
-    for column, heading in enumerate(headings):
-        pen.multiline_text((margin + column * (SIZE + gap), 6), "\n".join(textwrap.wrap(heading, 18)), fill="black", font=font)
-    for index, (label, pictures) in enumerate(rows):
-        top = head + index * (SIZE + gap)
-        pen.text((8, top + SIZE // 2 - 8), label, fill="black", font=font)
-        for column, picture in enumerate(pictures):
-            sheet.paste(picture, (margin + column * (SIZE + gap), top))
-    return sheet

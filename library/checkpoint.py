@@ -119,19 +119,19 @@ def _remove(path: Path) -> bool:
 # ---- what is saved when, under which name, and what it replaces --------------------------------------------------------
 
 
-def check_output(output: OutputOptions) -> Path:
-    """The output folder, made and found to be writable before anything is loaded."""
-    if not output.output_dir:
-        raise UserError("--output_dir is missing: say where the results go.")
-    folder = Path(output.output_dir)
+def check_output(output_dir: str | None, flag: str = "--output_dir") -> Path:
+    """The output folder, given as `flag`, made and found to be writable before anything is loaded."""
+    if not output_dir:
+        raise UserError(f"{flag} is missing: say where the results go.")
+    folder = Path(output_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as probe:
             probe.write(b"probe")
     except OSError as error:
         if is_disk_full(error):
-            raise UserError(f"--output_dir {folder}: its disk is full. Free some space, or choose another folder.") from error
-        raise UserError(f"--output_dir {folder} cannot be written to: {error.strerror}. Choose another folder.") from error
+            raise UserError(f"{flag} {folder}: its disk is full. Free some space, or choose another folder.") from error
+        raise UserError(f"{flag} {folder} cannot be written to: {error.strerror}. Choose another folder.") from error
     return folder
 
 

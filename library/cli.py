@@ -10,15 +10,21 @@ import os
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Sequence
-from typing import NoReturn, TypeVar
+from collections.abc import Callable, Iterable, Sequence
+from typing import NoReturn, Protocol, TypeVar
 
 from library.errors import Interrupted, UserError, is_disk_full
-from library.option_groups import LoggingOptions, TrainOptions
-from library.option_rules import check_rules
+from library.option_groups import LoggingOptions
+from library.option_rules import RULES, Rule, check_rules
 from library.options import NoFamilyOptions, parse
 
-Options = TypeVar("Options", bound=TrainOptions)
+
+class _Container(Protocol):
+    @property
+    def logging(self) -> LoggingOptions: ...
+
+
+Options = TypeVar("Options", bound=_Container)
 
 _OURS = "from_setup_logging"  # marks a handler of ours
 EXIT_INTERNAL, EXIT_USER, EXIT_INTERRUPTED = 1, 2, 130
@@ -29,11 +35,12 @@ def read_options(
     argv: Sequence[str] | None = None,
     family_group: type = NoFamilyOptions,
     description: str | None = None,
+    rules: Iterable[Rule] = RULES,
 ) -> Options:
     """The start of every script: options, then logging as they say, then all rules. Raises `UserError`."""
     options = parse(container_class, argv, family_group, description)
     setup_logging(options.logging)
-    check_rules(options)
+    check_rules(options, rules)
     return options
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from library.option_groups import FullTrainOptions, TrainOptions
 from library.option_rules import Rule
@@ -12,7 +13,24 @@ WEIGHTINGS = ("sigma_sqrt", "logit_normal", "mode", "cosmap", "none", "uniform")
 
 
 @dataclass(frozen=True, kw_only=True)
-class DitOptions(NoFamilyOptions):
+class DitModelOptions(NoFamilyOptions):
+    """The model, and memory."""
+
+    is_flow: ClassVar[bool] = True
+
+    blocks_to_swap: int | None = opt(None, "keep about this many blocks in main memory until they are needed", minimum=0)
+    disable_mmap_load_safetensors: bool = opt(False, "read files without mapping them", inert="files are never mapped")
+
+    @property
+    def swapped_blocks(self) -> int:
+        return self.blocks_to_swap or 0
+
+
+DitModelOptions.model_group = DitModelOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class DitOptions(DitModelOptions):
     """Times and weights of a flow, and memory."""
 
     weighting_scheme: str = opt(
@@ -22,12 +40,6 @@ class DitOptions(NoFamilyOptions):
     logit_mean: float = opt(0.0, "mean of --weighting_scheme logit_normal")
     logit_std: float = opt(1.0, "standard deviation of --weighting_scheme logit_normal", minimum=0)
     mode_scale: float = opt(1.29, "strength of --weighting_scheme mode")
-    blocks_to_swap: int | None = opt(None, "keep about this many blocks in main memory until they are needed", minimum=0)
-    disable_mmap_load_safetensors: bool = opt(False, "read files without mapping them", inert="files are never mapped")
-
-    @property
-    def swapped_blocks(self) -> int:
-        return self.blocks_to_swap or 0
 
 
 def _weights_of_ddpm(o: TrainOptions) -> bool:

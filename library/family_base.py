@@ -7,12 +7,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from library.errors import UserError, suggest
+from library.model_io import find_model, open_checkpoint
+from library.model_signatures import detect_family, detect_folder
 from library.offload_plan import SwapDivision
 from library.quantization import LayerTable
 from library.quantized_layers import Quantizer
@@ -102,7 +104,7 @@ class ModelBundle:
 
 @dataclass(frozen=True)
 class SampleRequest:
-    """One preview picture: latent size, guidance and the encoded prompts, each with batch size 1."""
+    """Pictures of one size, made together: their encoded prompts, a row for each, and what all of them share."""
 
     positive: Conditioning
     negative: Conditioning
@@ -111,9 +113,20 @@ class SampleRequest:
     steps: int
     guidance: float
     sampler: str
-    seed: int
+    seeds: tuple[int, ...]
+    """Of each picture: its noise is that of its seed, whatever pictures are made with it."""
     extra: Mapping[str, Any] = field(default_factory=dict)
     """The prompt line's family options (`flow_shift`, `renorm_cfg`, ...)."""
+
+    @property
+    def count(self) -> int:
+        return len(self.seeds)
+
+    def both(self, device: torch.device | str) -> Any:
+        """All positive rows, then all negative ones: what `sampling.guided_pair` asks for, of which an unguided model is shown
+        the first half."""
+        rows = [side.rows(index) for side in (self.positive, self.negative) for index in range(self.count)]
+        return type(self.positive).collate(rows).to(device)
 
 
 class ModelFamily(ABC):
@@ -128,6 +141,8 @@ class ModelFamily(ABC):
     arch: ClassVar[NetworkArch]
     quantized_layers: ClassVar[LayerTable | None] = None
     """Which layers of a frozen denoiser can be kept in 8 or 4 bits; None where nobody has chosen them yet."""
+    usual_side: ClassVar[int] = 1024
+    """Width and height, in pixels, of pictures for which nobody says any."""
 
     @abstractmethod
     def latent(self, options: TrainOptions) -> LatentSpec:
@@ -184,7 +199,7 @@ class ModelFamily(ABC):
 
     @abstractmethod
     def sample(self, denoiser: nn.Module, request: SampleRequest, options: TrainOptions, device: torch.device) -> Tensor:
-        """Latents of one preview, normalized, [1, C, h, w]; runs `predict`, the very function that is trained."""
+        """Normalized latents of the request's pictures, [B, C, h, w]; runs `predict`, the very function that is trained."""
 
     @abstractmethod
     def decode(self, vae: nn.Module, latents: Tensor, options: TrainOptions) -> Tensor:
@@ -254,3 +269,24 @@ def family_class(name: str) -> type[ModelFamily]:
     module, _, attribute = FAMILIES[name].partition(":")
     found: type[ModelFamily] = getattr(importlib.import_module(module), attribute)
     return found
+
+
+class DetectedFamily(NamedTuple):
+    family: str
+    """Key in `FAMILIES`."""
+    title: str
+
+
+def detected_family(model: str, flag: str) -> DetectedFamily:
+    """The family of the model that `model` names (a file, a diffusers folder or a hub id, given as `flag`), from headers alone.
+
+    Raises `UserError` for what is no whole model of a known family.
+    """
+    path = find_model(model, flag, allow_patterns=("model_index.json",))
+    found = detect_folder(path) if path.is_dir() else detect_family(open_checkpoint(path))
+    if found is None:
+        raise UserError(f"{flag} {model}: not a model this program knows. Known: {', '.join(FAMILIES)}.")
+    for name in FAMILIES if found.script else ():
+        if found.script in family_class(name).scripts.values():
+            return DetectedFamily(name, found.title)
+    raise UserError(f"{flag} {model} is {found.title}. Give a whole model of one of these families: {', '.join(FAMILIES)}.")

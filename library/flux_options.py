@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from library.dit_options import FLOW_RULES, DitOptions
+from library.dit_options import FLOW_RULES, DitModelOptions, DitOptions
 from library.option_rules import Rule
 from library.options import opt
 
@@ -16,7 +16,7 @@ _NEVER_WORKED = "sd-scripts does not read it, either"
 
 
 @dataclass(frozen=True, kw_only=True)
-class FluxOptions(DitOptions):
+class FluxModelOptions(DitModelOptions):
     """FLUX.1 and Chroma."""
 
     clip_l: str | None = opt(None, "CLIP-L text encoder, where the model is not a whole folder; Chroma has none")
@@ -28,6 +28,20 @@ class FluxOptions(DitOptions):
         None, "T5 tokens of a caption; 256 for schnell, 512 otherwise, unless given", minimum=1, maximum=512
     )
     apply_t5_attn_mask: bool = opt(False, "hide padding from T5 and from the transformer; Chroma always does")
+    split_mode: bool = opt(False, f"the same as --blocks_to_swap {SPLIT_MODE_BLOCKS}, unless that is given")
+
+    @property
+    def swapped_blocks(self) -> int:
+        return SPLIT_MODE_BLOCKS if self.split_mode and self.blocks_to_swap is None else self.blocks_to_swap or 0
+
+
+FluxModelOptions.model_group = FluxModelOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class FluxOptions(FluxModelOptions, DitOptions):
+    """FLUX.1 and Chroma."""
+
     guidance_scale: float = opt(1.0, "guidance that the model is told in training; dev only", minimum=0)
     timestep_sampling: str = opt("sigma", "density of times", choices=TIME_SAMPLINGS)
     sigmoid_scale: float = opt(1.0, "spread of sigmoid, shift and flux_shift", minimum=0)
@@ -38,11 +52,6 @@ class FluxOptions(DitOptions):
         "additive, the same as raw",
         choices=("raw", "additive", "sigma_scaled"),
     )
-    split_mode: bool = opt(False, f"the same as --blocks_to_swap {SPLIT_MODE_BLOCKS}, unless that is given")
-
-    @property
-    def swapped_blocks(self) -> int:
-        return SPLIT_MODE_BLOCKS if self.split_mode and self.blocks_to_swap is None else self.blocks_to_swap or 0
 
     several_text_encoders: ClassVar[bool] = True
     rules: ClassVar[tuple[Rule, ...]] = (

@@ -193,14 +193,14 @@ class FluxFamily(ModelFamily):
         spec = self.latent(options)
         height, width = request.height // spec.stride, request.width // spec.stride
         flags: FluxOptions = options.family
-        both: Any = type(request.positive).collate([request.positive.rows(0), request.negative.rows(0)]).to(device)
+        both = request.both(device)
         told = request.extra.get("guidance_scale", PREVIEW_GUIDANCE)
         model = describe(options)
         if _masks_text(model, flags):
             both = both.fitted([length + model.spare_tokens for length in both.mask.sum(1).tolist()])
 
         def predict(x_t: Tensor, t: Tensor) -> Tensor:
-            """One row for each of x_t's: the positive prompt, then, when guided, the negative one."""
+            """One row for each of x_t's: the positive prompts, then, when guided, the negative ones."""
             cond = both.rows(slice(0, len(x_t)))
             return velocity(denoiser, x_t, t, cond, guidance=told, masked=flags.apply_t5_attn_mask).float()
 
@@ -208,8 +208,8 @@ class FluxFamily(ModelFamily):
         return sample_flow(
             predict if request.guidance == 1 else guided_pair(predict, request.guidance),
             flow_levels(request.steps, shift),
-            (1, spec.channels, height, width),
-            seed=request.seed,
+            (request.count, spec.channels, height, width),
+            seed=request.seeds,
             device=device,
         )
 

@@ -31,13 +31,19 @@ class Component:
     """Patterns of names that may be there without being used."""
     folder: Path | None = None
     _checked: list[nn.Module] = field(default_factory=list, init=False, repr=False, compare=False)
-    """The module that `check` has made, for `load` to fill: making it takes its time."""
+    """A module without weights, for `load` to fill: making it takes its time."""
 
     def check(self) -> None:
         """Raise the `UserError`s that `load` would, from names and shapes alone."""
         module = self.make(self.config)
         check_fit(module, self.source, self.key_map, self.optional)
         self._checked[:] = [module]
+
+    def empty(self) -> nn.Module:
+        """The module without weights, to look at and not to be changed."""
+        if not self._checked:
+            self._checked.append(self.make(self.config))
+        return self._checked[0]
 
     def load(self, *, dtype: torch.dtype, device: torch.device | str, quantizer: Quantizer | None = None) -> nn.Module:
         """The module, frozen, in eval mode; the layers that `quantizer` takes in few bits."""

@@ -26,9 +26,10 @@ from library.options import NoFamilyOptions, group, opt
 __all__ = [
     "AttentionOptions", "AverageOptions", "CacheOptions", "DataOptions", "DeepSpeedOptions", "DreamBoothOptions",
     "DreamBoothPartOptions", "FineTuneOptions", "FullOptions", "FullTrainOptions", "HubOptions", "LoggingOptions",
-    "LossOptions", "MemoryOptions", "MetadataOptions", "ModelOptions", "NetworkOptions", "NetworkTrainOptions",
-    "NoiseOptions", "OptimizerOptions", "OutputOptions", "PrecisionOptions", "RunOptions", "SamplingOptions",
-    "ScheduleOptions", "StateOptions", "TrainOptions", "TrainingOptions", "ValidationOptions", "steps_or_ratio",
+    "LossOptions", "MemoryOptions", "MetadataOptions", "ModelOptions", "ModelPrecisionOptions", "NetworkOptions",
+    "NetworkTrainOptions", "NoiseOptions", "OptimizerOptions", "OutputOptions", "PrecisionOptions", "RunOptions",
+    "SamplingOptions", "ScheduleOptions", "StateOptions", "TrainOptions", "TrainingOptions", "ValidationOptions",
+    "steps_or_ratio",
 ]  # fmt: skip
 
 
@@ -80,21 +81,10 @@ class ModelOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PrecisionOptions:
-    """In which number format is computed, kept and saved."""
+class ModelPrecisionOptions:
+    """In which number format a frozen model is kept and computed."""
 
     mixed_precision: str = opt("no", "format of the computation", choices=("no", "fp16", "bf16"))
-    full_fp16: bool = opt(False, "keep learning weights and gradients in fp16, too; with --mixed_precision fp16")
-    full_bf16: bool = opt(False, "keep learning weights and gradients in bf16, too")
-    bf16_update: str = opt(
-        "stochastic",
-        "how bf16 weights take up steps: rounded stochastically; kahan, to the nearest with a bf16 remainder for each weight; "
-        "nearest, which loses small steps",
-        choices=("stochastic", "kahan", "nearest"),
-    )
-    save_precision: str | None = opt(
-        None, "format of saved weights; as trained unless given", choices=("float", "fp16", "bf16")
-    )
     no_half_vae: bool = opt(False, "run the VAE in float32 even under mixed precision")
     fp8_base: bool = opt(
         False, "keep the frozen denoiser in fp8, as --quantize_base fp8, and text encoders whose outputs are not cached"
@@ -112,6 +102,23 @@ class PrecisionOptions:
         "dequantize",
         "how a quantised denoiser multiplies: in the format of the computation, or in int8 or fp8, which is less exact",
         choices=("dequantize", "8bit"),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrecisionOptions(ModelPrecisionOptions):
+    """In which number format is computed, kept and saved."""
+
+    full_fp16: bool = opt(False, "keep learning weights and gradients in fp16, too; with --mixed_precision fp16")
+    full_bf16: bool = opt(False, "keep learning weights and gradients in bf16, too")
+    bf16_update: str = opt(
+        "stochastic",
+        "how bf16 weights take up steps: rounded stochastically; kahan, to the nearest with a bf16 remainder for each weight; "
+        "nearest, which loses small steps",
+        choices=("stochastic", "kahan", "nearest"),
+    )
+    save_precision: str | None = opt(
+        None, "format of saved weights; as trained unless given", choices=("float", "fp16", "bf16")
     )
 
     @property

@@ -65,6 +65,12 @@ class StateOptions:
     skip_until_initial_step: bool = opt(False, "begin inside the epoch, with the pictures that come at --initial_step")
 
 
+PREVIEW_SAMPLERS = (
+    "ddim", "pndm", "lms", "euler", "euler_a", "heun", "dpm_2", "dpm_2_a", "dpmsolver", "dpmsolver++", "dpmsingle",
+    "k_lms", "k_euler", "k_euler_a", "k_dpm_2", "k_dpm_2_a",
+)  # fmt: skip
+
+
 @dataclass(frozen=True, kw_only=True)
 class SamplingOptions:
     """Preview pictures during training."""
@@ -73,14 +79,7 @@ class SamplingOptions:
     sample_every_n_steps: int | None = opt(None, "make previews every so many steps; 0 never", type=every_or_off)
     sample_every_n_epochs: int | None = opt(None, "make previews every so many epochs; 0 never", type=every_or_off)
     sample_at_first: bool = opt(False, "make previews before the first step, too")
-    sample_sampler: str = opt(
-        "ddim",
-        "sampler of previews; lms needs the package scipy",
-        choices=(
-            "ddim", "pndm", "lms", "euler", "euler_a", "heun", "dpm_2", "dpm_2_a", "dpmsolver", "dpmsolver++", "dpmsingle",
-            "k_lms", "k_euler", "k_euler_a", "k_dpm_2", "k_dpm_2_a",
-        ),
-    )  # fmt: skip
+    sample_sampler: str = opt("ddim", "sampler of previews; lms needs the package scipy", choices=PREVIEW_SAMPLERS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,7 +169,7 @@ class DeepSpeedOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunOptions:
+class ProgramOptions:
     """The run as a program; on the command line only."""
 
     config_file: str | None = opt(
@@ -179,6 +178,12 @@ class RunOptions:
     output_config: bool = opt(False, "write the options to --config_file and end", cli_only=True)
     print_config: bool = opt(False, "print the options as TOML and end", cli_only=True)
     debug: bool = opt(False, "show Python tracebacks of errors", cli_only=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions(ProgramOptions):
+    """The run as a program; on the command line only."""
+
     plan: bool = opt(False, "print what the run would take, in memory and time, write it to plan.json, and end", cli_only=True)
     show_batches: int | None = opt(
         None, "write the first so many batches to batches.html, as they would be trained, and end", minimum=1, cli_only=True

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ class Rule:
 
     broken: Callable[[Any], bool]
     message: str
-    scope: type[TrainOptions] = TrainOptions
+    scope: type = object
     warning: bool = False
 
 
@@ -447,7 +447,7 @@ RULES: tuple[Rule, ...] = (
     *_FULL,
 )
 
-FILES = ("dataset_config", "in_json", "sample_prompts", "log_tracker_config", "network_weights", "base_weights")
+FILES = ("dataset_config", "in_json", "sample_prompts", "log_tracker_config", "network_weights", "base_weights", "from_file")
 """Flags that name files which have to exist. Models, VAEs and tokenizers may be hub ids: the family looks at those."""
 ADAPTERS = ("network_weights", "base_weights")
 """Those that may be peft's folders."""
@@ -455,22 +455,33 @@ FOLDERS = ("train_data_dir", "reg_data_dir", "resume")
 _IGNORED_BESIDE_DATASET_CONFIG = ("train_data_dir", "reg_data_dir", "in_json")
 
 
-def check_rules(options: TrainOptions) -> None:
-    """Raise one `UserError` with everything that is wrong, one line each; log what is only doubtful."""
+def check_rules(options: Any, rules: Iterable[Rule] = RULES) -> None:
+    """Raise one `UserError` with everything that is wrong, one line each; log what is only doubtful.
+
+    options: a container of option groups. rules: those of its kind of program, beside which the family has its own.
+    """
+    problems = [
+        *_flag_problems(options, flat(options)),
+        *_path_problems(flat(options)),
+        *rule_problems(options, (*rules, *options.family.rules)),
+    ]
+    if problems:
+        raise UserError("\n".join(problems))
+
+
+def rule_problems(options: Any, rules: Iterable[Rule]) -> Iterator[str]:
+    """What the broken ones among `rules` say; warnings are logged instead."""
     values = flat(options)
-    problems = [*_flag_problems(options, values), *_path_problems(values)]
-    for rule in (*RULES, *options.family.rules):
+    for rule in rules:
         if isinstance(options, rule.scope) and rule.broken(options):
             message = rule.message.format_map(values)
             if rule.warning:
                 logger.warning(message)
             else:
-                problems.append(message)
-    if problems:
-        raise UserError("\n".join(problems))
+                yield message
 
 
-def _flag_problems(options: TrainOptions, values: dict[str, Any]) -> Iterator[str]:
+def _flag_problems(options: Any, values: dict[str, Any]) -> Iterator[str]:
     """What a flag's own line says of its value."""
     for name, flag in flags_of(type(options), type(options.family)).items():
         if values[name] == flag.default:
@@ -485,11 +496,11 @@ def _flag_problems(options: TrainOptions, values: dict[str, Any]) -> Iterator[st
 
 
 def _path_problems(values: dict[str, Any]) -> Iterator[str]:
-    ignored = _IGNORED_BESIDE_DATASET_CONFIG if values["dataset_config"] else ()
+    ignored = _IGNORED_BESIDE_DATASET_CONFIG if values.get("dataset_config") else ()
     for name, kind in [(name, "file") for name in FILES] + [(name, "folder") for name in FOLDERS]:
         value = values.get(name)
         for path in value if isinstance(value, tuple) else (value,):
-            is_no_path = name == "resume" and (path == NEWEST_STATE or values["resume_from_huggingface"])
+            is_no_path = name == "resume" and (path == NEWEST_STATE or values.get("resume_from_huggingface"))
             if path is None or name in ignored or is_no_path:
                 continue
             found = Path(path).is_file() if kind == "file" else Path(path).is_dir()

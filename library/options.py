@@ -95,6 +95,10 @@ class NoFamilyOptions:
     """Whether some text encoders may learn while the outputs of others are cached."""
     model_tells_v: ClassVar[bool] = False
     """Whether v prediction is taken from the model where no flag says, so that flags alone do not tell."""
+    is_flow: ClassVar[bool] = False
+    """Whether the model is a flow: without a choice of samplers, and without weights in prompts."""
+    model_group: ClassVar[type]
+    """The part of the group that says what the model is: all that a program that does not train takes of it."""
 
     def text_encoder_rates(self, shared: float | None) -> tuple[float | None, ...]:
         """Learning rates of the text encoders in full fine-tuning, in the family's order; `shared`: the one given for all.
@@ -119,6 +123,9 @@ class NoFamilyOptions:
     def fused_backward(self) -> bool:
         """Whether a flag of the family's own asks for weights to be stepped during the backward pass."""
         return False
+
+
+NoFamilyOptions.model_group = NoFamilyOptions
 
 
 @dataclass(frozen=True)

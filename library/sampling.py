@@ -8,9 +8,9 @@ from __future__ import annotations
 import inspect
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -22,9 +22,10 @@ from library.errors import UserError, suggest
 from library.family_base import ModelBundle, ModelFamily, SampleRequest
 from library.lean_imports import diffusers_class
 from library.objectives import shift_time
+from library.picture_maker import PictureMaker, evaluation_mode
 from library.prompts import PromptLine, parse_prompts
 from library.rng import key_to_seed
-from library.strategy_base import Conditioning, Strategies
+from library.strategy_base import Strategies
 
 if TYPE_CHECKING:
     from library.option_groups import SamplingOptions, TrainOptions
@@ -79,6 +80,11 @@ def _diffusers_class(name: str) -> tuple[type[Any], Mapping[str, Any]]:
     return cls, arguments
 
 
+def check_sampler(name: str) -> None:
+    """Raise `UserError` for a name that is not known, or whose packages are not installed."""
+    _diffusers_class(name)
+
+
 def make_scheduler(name: str, objective: DiscreteObjective) -> Any:
     """A diffusers scheduler over the very schedule that is trained, with its prediction type.
 
@@ -122,16 +128,28 @@ def guided_pair(both: Predict, guidance: float) -> Predict:
     return predict
 
 
+Seed = int | Sequence[int]
+"""Of a batch as a whole, or of each row, which then is the same in any batch."""
+
+
+def _generators(seed: Seed) -> list[torch.Generator]:
+    """On the CPU, so that a seed is the same picture on every device."""
+    return [torch.Generator().manual_seed(number) for number in ([seed] if isinstance(seed, int) else seed)]
+
+
+def _first_noise(shape: tuple[int, ...], generators: Sequence[torch.Generator]) -> Tensor:
+    rows = shape[0] // len(generators)
+    return torch.cat([torch.randn((rows, *shape[1:]), generator=generator) for generator in generators])
+
+
 @torch.no_grad()
 def sample_diffusion(
-    predict: Predict, scheduler: Any, shape: tuple[int, ...], *, steps: int, seed: int, device: torch.device | str
+    predict: Predict, scheduler: Any, shape: tuple[int, ...], *, steps: int, seed: Seed, device: torch.device | str
 ) -> Tensor:
-    """Latents of `shape`, float32 on `device`, sampled in `steps` steps with `scheduler` (see `make_scheduler`).
-
-    All noise is made on the CPU from `seed`, so that a seed is the same picture on every device.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    latents = torch.randn(shape, generator=generator).to(device)
+    """Latents of `shape`, float32 on `device`, sampled in `steps` steps with `scheduler` (see `make_scheduler`)."""
+    generators = _generators(seed)
+    latents = _first_noise(shape, generators).to(device)
+    generator = generators[0] if len(generators) == 1 else generators
     scheduler.set_timesteps(steps, device=device)
     latents = latents * scheduler.init_noise_sigma
     extra = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
@@ -147,12 +165,9 @@ def flow_levels(steps: int, shift: float) -> Tensor:
 
 
 @torch.no_grad()
-def sample_flow(velocity: Predict, levels: Tensor, shape: tuple[int, ...], *, seed: int, device: torch.device | str) -> Tensor:
-    """Latents of `shape`, float32 on `device`: Euler steps along the flow `velocity` (noise - data) through `levels`.
-
-    The noise is made on the CPU from `seed`, so that a seed is the same picture on every device.
-    """
-    latents = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device)
+def sample_flow(velocity: Predict, levels: Tensor, shape: tuple[int, ...], *, seed: Seed, device: torch.device | str) -> Tensor:
+    """Latents of `shape`, float32 on `device`: Euler steps along the flow `velocity` (noise - data) through `levels`."""
+    latents = _first_noise(shape, _generators(seed)).to(device)
     for now, following in zip(levels.tolist(), levels[1:].tolist(), strict=False):
         t = torch.full((shape[0],), now, device=device)
         latents = latents + (following - now) * velocity(latents, t).float()
@@ -176,59 +191,50 @@ def preview_due(options: SamplingOptions, step: int, epoch: int | None) -> bool:
     return bool(options.sample_every_n_steps) and step % (options.sample_every_n_steps or 1) == 0
 
 
-@contextmanager
-def evaluation_mode(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Modules (and what is in them) in evaluation mode, each put back as it was."""
-    before = [(module, module.training) for root in modules for module in root.modules()]
-    for root in modules:
-        root.eval()
-    try:
-        yield
-    finally:
-        for module, training in before:
-            module.training = training
-
-
 @dataclass
 class PreviewWriter:
     """Makes and saves the pictures of `--sample_prompts`. Each process makes every `world`-th of them."""
 
-    family: ModelFamily
-    strategies: Strategies
-    options: TrainOptions
-    device: torch.device
+    maker: PictureMaker
     rank: int = 0
     world: int = 1
-    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
     prompts: list[PromptLine] = field(default_factory=list)
-    _encoded: dict[str, Conditioning] = field(default_factory=dict)
-    """By prompt, on the CPU; only of encoders that do not learn."""
 
     @staticmethod
     def check(options: SamplingOptions) -> list[PromptLine]:
         """The prompts of the prompt file, if there is one. Raises `UserError` for a file or a sampler that cannot be used."""
-        prompts = parse_prompts(options.sample_prompts) if options.sample_prompts else []
+        prompts: list[PromptLine] = parse_prompts(options.sample_prompts) if options.sample_prompts else []
         for line in prompts:
-            _diffusers_class(line.sample_sampler or options.sample_sampler)
+            check_sampler(line.sample_sampler or options.sample_sampler)
         return prompts
 
     @classmethod
     def of(
-        cls, family: ModelFamily, strategies: Strategies, options: TrainOptions, device: torch.device, **kwargs: Any
+        cls,
+        family: ModelFamily,
+        strategies: Strategies,
+        options: TrainOptions,
+        device: torch.device,
+        *,
+        rank: int = 0,
+        world: int = 1,
+        autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> PreviewWriter:
         """A writer for what `options` asks for; it is never due without a prompt file."""
         prompts = cls.check(options.sampling)
-        return cls(family, strategies, options, device, prompts=prompts, **kwargs)
+        return cls(PictureMaker(family, strategies, options, device, autocast), rank, world, prompts)
+
+    @property
+    def options(self) -> TrainOptions:
+        return self.maker.options
 
     def due(self, step: int, epoch: int | None = None) -> bool:
         return bool(self.prompts) and preview_due(self.options.sampling, step, epoch)
 
     def encode_frozen(self, bundle: ModelBundle, learning: frozenset[str] = frozenset()) -> None:
         """Encode all prompts now with the encoders that do not learn (part names in `learning` do), once for the run."""
-        frozen = frozenset(bundle.text_encoder_names) - learning
-        if frozen:
-            for text in self._texts():
-                self._encoded[text] = self._encode(bundle, text, frozen).to("cpu")
+        texts = [text for line in self.prompts for text in line.texts]
+        self.maker.keep(bundle, texts, frozenset(bundle.text_encoder_names) - learning)
 
     def write(self, bundle: ModelBundle, denoiser: nn.Module, *, step: int, epoch: int | None = None) -> dict[int, Path]:
         """All of this process's pictures; modules are in evaluation mode meanwhile. Returns where that of each prompt is."""
@@ -237,7 +243,7 @@ class PreviewWriter:
         paths = {}
         with torch.no_grad(), evaluation_mode(parts):
             for index in range(self.rank, len(self.prompts), self.world):
-                picture = self.render(bundle, denoiser, index)
+                [picture] = self.maker.make(bundle, denoiser, self.request(bundle, index))
                 path = self.path(index, step, epoch)
                 atomic_write(path, picture.save)
                 paths[index] = path
@@ -246,27 +252,8 @@ class PreviewWriter:
         logger.info("saved %d preview pictures in %s", len(paths), self.folder)
         return paths
 
-    def render(self, bundle: ModelBundle, denoiser: nn.Module, index: int) -> Any:
-        """The picture of prompt number `index`, a PIL image."""
-        request = self.request(bundle, index)
-        with self.autocast():
-            latents = self.family.sample(denoiser, request, self.options, self.device)
-        return to_picture(self.family.decode(bundle.vae, latents, self.options)[0])
-
     def request(self, bundle: ModelBundle, index: int) -> SampleRequest:
-        line = self.prompts[index]
-        width, height = self._size(line)
-        return SampleRequest(
-            positive=self._conditioning(bundle, line.prompt),
-            negative=self._conditioning(bundle, line.negative_prompt or ""),
-            width=width,
-            height=height,
-            steps=line.sample_steps,
-            guidance=self.family.preview_guidance(self.options) if line.scale is None else line.scale,
-            sampler=line.sample_sampler or self.options.sampling.sample_sampler,
-            seed=self.seed(index),
-            extra=line.extra(),
-        )
+        return self.maker.request(bundle, [self._fitting(self.prompts[index])], [self.seed(index)])
 
     def seed(self, index: int) -> int:
         """The line's own seed, or one that is the same at every preview of the run, so that pictures can be compared."""
@@ -288,40 +275,12 @@ class PreviewWriter:
         stamp = time.strftime("%Y%m%d%H%M%S")
         return self.folder / f"{name + '_' if name else ''}{when}_{index:02d}_{stamp}_{self.seed(index)}.png"
 
-    def _texts(self) -> list[str]:
-        """Every text the prompts need, once."""
-        return list(dict.fromkeys(text for line in self.prompts for text in (line.prompt, line.negative_prompt or "")))
-
-    def _size(self, line: PromptLine) -> tuple[int, int]:
-        """(width, height) in whole steps of the latent grid; at least 64 pixels, as in sd-scripts."""
-        step = self.family.latent(self.options).bucket_step
+    def _fitting(self, line: PromptLine) -> PromptLine:
+        """In whole steps of the latent grid; at least 64 pixels, as in sd-scripts."""
+        step = self.maker.side_step
         least = max(64, step)
         width, height = (max(least, size) // step * step for size in (line.width, line.height))
         if (width, height) != (line.width, line.height):
             asked, made = f"{line.width} x {line.height}", f"{width} x {height}"
             logger.info("preview of %s is made in %s: sides are multiples of %d", asked, made, step)
-        return width, height
-
-    def _encode(self, bundle: ModelBundle, text: str, only: frozenset[str]) -> Conditioning:
-        tokens = {name: ids.to(self.device) for name, ids in self.strategies.tokenize.tokenize([text]).items()}
-        encoders = {name: bundle.part(name) for name in sorted(only)}
-        with torch.no_grad(), evaluation_mode(list(encoders.values())), self.autocast():
-            return self.strategies.text_encoding.encode(encoders, tokens, only)
-
-    def _conditioning(self, bundle: ModelBundle, text: str) -> Conditioning:
-        """Kept fields as they are, the others encoded now. [1, ...] on the device."""
-        kept = self._encoded.get(text)
-        missing = frozenset(bundle.text_encoder_names) if kept is None else kept.missing()
-        if not missing:
-            assert kept is not None
-            return kept.to(self.device)
-        live = self._encode(bundle, text, missing)
-        return live if kept is None else kept.to(self.device).merged(live)
-
-
-def to_picture(image: Tensor) -> Any:
-    """[3, H, W] in [-1, 1] -> a PIL image."""
-    from PIL import Image
-
-    pixels = (image.float().clamp(-1, 1) + 1) * 127.5
-    return Image.fromarray(pixels.round().byte().permute(1, 2, 0).cpu().numpy())
+        return replace(line, width=width, height=height)

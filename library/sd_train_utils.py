@@ -36,6 +36,7 @@ class SdFamily(UnetFamily):
     title: ClassVar[str] = TITLE
     scripts: ClassVar[Mapping[str, str]] = {"network": "train_network.py", "full": "train_db.py", "metadata": "fine_tune.py"}
     arch: ClassVar[NetworkArch] = ARCH
+    usual_side: ClassVar[int] = 512
 
     def describe(self, options: TrainOptions) -> SdModel:
         return describe(options.model)

@@ -403,7 +403,7 @@ def prepare_run(family: ModelFamily, options: TrainOptions, mode: Mode) -> Prepa
     describe_optimizer(options.optimizer)
     check_update(options)
     check_average(options)
-    check_output(options.output)
+    check_output(options.output.output_dir)
     check_trackers(options.logging)
     PreviewWriter.check(options.sampling)
     family.check(options)

@@ -146,18 +146,18 @@ class UnetFamily(ModelFamily):
 
     def sample(self, denoiser: nn.Module, request: SampleRequest, options: TrainOptions, device: torch.device) -> Tensor:
         spec = self.latent(options)
-        cond: Any = type(request.positive).collate([request.positive.rows(0), request.negative.rows(0)]).to(device)
+        cond = request.both(device)
 
         def predict(x_t: Tensor, t: Tensor) -> Tensor:
-            """One row for each of x_t's: the positive prompt, then, when guided, the negative one."""
+            """One row for each of x_t's: the positive prompts, then, when guided, the negative ones."""
             return self.predict(denoiser, x_t, t, cond.rows(slice(0, len(x_t))), None, options).float()
 
         return sample_diffusion(
             predict if request.guidance == 1 else guided_pair(predict, request.guidance),
             make_scheduler(request.sampler, self.objective(options)),
-            (1, spec.channels, request.height // spec.stride, request.width // spec.stride),
+            (request.count, spec.channels, request.height // spec.stride, request.width // spec.stride),
             steps=request.steps,
-            seed=request.seed,
+            seed=request.seeds,
             device=device,
         )
 

@@ -128,13 +128,13 @@ def test_other_errors_are_not_called_a_full_disk(tmp_path):
 
 
 def test_the_output_folder_is_made_and_tried(tmp_path):
-    assert check_output(OutputOptions(output_dir=str(tmp_path / "a" / "b"))).is_dir()
+    assert check_output(str(tmp_path / "a" / "b")).is_dir()
     assert names(tmp_path / "a" / "b") == []
     with pytest.raises(UserError, match="--output_dir is missing"):
-        check_output(OutputOptions())
+        check_output(None)
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written to"):
-        check_output(OutputOptions(output_dir=str(tmp_path / "file")))
+        check_output(str(tmp_path / "file"))
 
 
 @pytest.mark.skipif(sys.platform == "win32" or os.geteuid() == 0, reason="nothing is read-only for this user")
@@ -142,7 +142,7 @@ def test_a_read_only_output_folder_is_an_error(tmp_path):
     tmp_path.chmod(0o500)
     try:
         with pytest.raises(UserError, match="cannot be written to"):
-            check_output(OutputOptions(output_dir=str(tmp_path)))
+            check_output(str(tmp_path))
     finally:
         tmp_path.chmod(0o700)
 

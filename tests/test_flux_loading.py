@@ -214,7 +214,9 @@ def test_a_preview_is_the_picture_the_pipeline_makes(folders: dict[str, Path]) -
     prompt = "a blue square"
     with torch.no_grad():
         cond = strategies.text_encoding.encode(bundle.text_encoders, strategies.tokenize.tokenize([prompt]))
-        request = SampleRequest(cond, cond, 64, 96, steps=4, guidance=1.0, sampler="", seed=3, extra={"guidance_scale": 2.5})
+        request = SampleRequest(
+            cond, cond, 64, 96, steps=4, guidance=1.0, sampler="", seeds=(3,), extra={"guidance_scale": 2.5}
+        )
         ours = FAMILY.sample(bundle.denoiser, request, chosen, CPU)
         pipe = pipeline(folders["dev"], "dev")
         expected = pipe(

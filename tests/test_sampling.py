@@ -18,11 +18,11 @@ from library.errors import UserError
 from library.family_base import ModelBundle, family_class
 from library.objectives import DiscreteDDPM
 from library.option_groups import ModelOptions, NetworkTrainOptions, OutputOptions, SamplingOptions, TrainingOptions
+from library.picture_maker import evaluation_mode
 from library.prompts import PromptLine, parse_line, parse_prompts
 from library.sampling import (
     SCHEDULERS,
     PreviewWriter,
-    evaluation_mode,
     guided,
     guided_pair,
     make_scheduler,

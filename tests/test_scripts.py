@@ -21,6 +21,8 @@ SCRIPTS = [
     "sdxl_train.py",
     "flux_train_network.py",
     "flux_train.py",
+    "gen_img.py",
+    "sdxl_minimal_inference.py",
 ]
 
 
@@ -168,3 +170,26 @@ def test_flux_trains_with_swapped_blocks_in_a_process_of_its_own(
     assert "1 of 3 double blocks and 2 of 4 single blocks" in result.stderr
     assert "gains nothing" in result.stderr
     assert (tmp_path / "out" / "tiny.safetensors").exists()
+
+
+def test_gen_img_makes_pictures_and_a_sheet_in_a_process_of_its_own(workspace: Workspace, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a thing --n bad\n# not this one\na thing --d 3\n")
+    model = [f"--ckpt={workspace.model}", f"--tokenizer={workspace.tokenizer}", f"--outdir={tmp_path / 'out'}"]
+    result = run(
+        "gen_img.py", *model, f"--from_file={prompts}", "--W=64", "--H=64", "--steps=2", "--seed=1", "--grid", "--bf16"
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert [path.name[-6:] for path in sorted((tmp_path / "out").glob("im_*.png"))] == ["_1.png", "_3.png"]
+    assert len(list((tmp_path / "out").glob("grid_*.png"))) == 1
+
+
+def test_flux_minimal_inference_makes_a_picture_in_a_process_of_its_own(
+    tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
+) -> None:
+    flux = runs.make_workspace(CASES["flux"], tmp_path_factory.mktemp("flux"))
+    model = [f"--ckpt_path={flux.model}", *flux.case.arguments(flux.model.parent), "--dtype=bfloat16"]
+    flags = ["--prompt=a thing", "--width=64", "--height=64", "--steps=2", "--seed=5", "--guidance=3.5"]
+    result = run("flux_minimal_inference.py", *model, *flags, f"--output_dir={tmp_path}")
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert [path.name[-10:] for path in tmp_path.glob("*.png")] == ["_000_5.png"]

@@ -171,7 +171,7 @@ def test_previews_run_the_predict_that_is_trained_and_decode_to_the_pictures_siz
         )
     calls: list[int] = []
     bundle.denoiser.register_forward_hook(lambda module, args, out: calls.append(args[0].shape[0]))
-    base = {"positive": positive, "negative": negative, "width": 64, "height": 48, "steps": 2, "sampler": "ddim", "seed": 1}
+    base = {"positive": positive, "negative": negative, "width": 64, "height": 48, "steps": 2, "sampler": "ddim", "seeds": (1,)}
     guided = FAMILY.sample(bundle.denoiser, SampleRequest(**base, guidance=5.0), options, CPU)
     plain = FAMILY.sample(bundle.denoiser, SampleRequest(**base, guidance=1.0), options, CPU)
     assert calls == [2, 2, 1, 1]

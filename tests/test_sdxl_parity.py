@@ -236,8 +236,8 @@ def test_previews_are_guided_in_one_call_and_decode_to_the_pictures_size(options
 
     bundle.denoiser.register_forward_hook(note, with_kwargs=True)
     base: dict[str, Any] = {"positive": cond, "negative": empty, "width": 64, "height": 32, "steps": 2, "sampler": "ddim"}
-    guided = FAMILY.sample(bundle.denoiser, SampleRequest(**base, guidance=5.0, seed=1), options, CPU)
-    FAMILY.sample(bundle.denoiser, SampleRequest(**base, guidance=1.0, seed=1), options, CPU)
+    guided = FAMILY.sample(bundle.denoiser, SampleRequest(**base, guidance=5.0, seeds=(1,)), options, CPU)
+    FAMILY.sample(bundle.denoiser, SampleRequest(**base, guidance=1.0, seeds=(1,)), options, CPU)
     assert calls == [(2, [32, 64, 0, 0, 32, 64])] * 2 + [(1, [32, 64, 0, 0, 32, 64])] * 2
     assert FAMILY.decode(bundle.vae, guided, options).shape == (1, 3, 32, 64)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from library.flux_options import FluxFullOptions, FluxOptions  # noqa: E402
+from library.generation_options import GenerateOptions  # noqa: E402
 from library.option_groups import (  # noqa: E402
     DreamBoothOptions,
     FineTuneOptions,
@@ -45,6 +46,8 @@ FAMILY_GROUPS: dict[str, type] = {
     "flux_train.py": FluxFullOptions,
 }
 """Script -> its family's own group, where it has one."""
+PICTURES = "gen_img.py"
+"""It has options of its own; only a few are training's."""
 PAGE, SNAPSHOT = ROOT / "docs" / "options.md", ROOT / "tests" / "snapshots" / "flags.json"
 
 _INTRODUCTION = """# Options
@@ -80,7 +83,8 @@ def flags_by_script() -> dict[str, dict[str, Any]]:
 
 
 def snapshot() -> str:
-    return json.dumps(flags_by_script(), indent=1) + "\n"
+    pictures = {name: flag.default for name, flag in flags_of(GenerateOptions).items()}
+    return json.dumps({**flags_by_script(), PICTURES: pictures}, indent=1) + "\n"
 
 
 def _scripts_of(name: str, group: str) -> dict[str, Flag]:
@@ -101,6 +105,10 @@ def _row(name: str, group: str) -> str:
         default = next(iter(defaults.values()))
     else:
         default = ", ".join(f"{value} ({script})" for script, value in defaults.items())
+    return _line(flag, default)
+
+
+def _line(flag: Flag, default: str) -> str:
     notes = [flag.help]
     if flag.declared.choices:
         notes.append("one of " + ", ".join(f"`{choice}`" for choice in flag.declared.choices))
@@ -111,7 +119,29 @@ def _row(name: str, group: str) -> str:
     if flag.inert:
         notes.append(f"**no effect**: {flag.inert}")
     text = "; ".join(notes).replace("|", "\\|")
-    return f"| `--{name}` | {flag.type_name} | {default} | {text} |"
+    return f"| `--{flag.name}` | {flag.type_name} | {default} | {text} |"
+
+
+def _section(title: str, purpose: str, rows: Iterable[str]) -> str:
+    lines = "\n".join(rows)
+    return f"## {title}\n\n{purpose}\n\n| option | type | default | |\n| --- | --- | --- | --- |\n{lines}\n"
+
+
+def _purpose(group_class: type) -> str:
+    return (group_class.__doc__ or "").strip().split("\n")[0]
+
+
+def _picture_sections() -> Iterator[str]:
+    """What `gen_img.py` has of its own."""
+    yield (
+        f"# {PICTURES}\n\nBeside these it has the groups attention and logging, and of the model's family the options that say "
+        f"what the model is and where: `python {PICTURES} --family NAME --help`.\n"
+    )
+    trained = {found for script in SCRIPTS for found in script_groups(script).values()}
+    for name, group_class in groups_of(GenerateOptions).items():
+        flags = [flag for flag in flags_of(GenerateOptions).values() if flag.group == name]
+        if flags and group_class not in trained:
+            yield _section(name, _purpose(group_class), (_line(flag, _code(flag.default)) for flag in flags))
 
 
 def page() -> str:
@@ -128,11 +158,10 @@ def page() -> str:
         )
         if not names:
             continue
-        purpose = (next(iter(classes.values())).__doc__ or "").strip().split("\n")[0]
         only = "" if len(classes) == len(SCRIPTS) else f" Only {', '.join(f'`{script}`' for script in classes)}."
-        rows = "\n".join(_row(name, group) for name in names)
-        parts.append(f"## {group}\n\n{purpose}{only}\n\n| option | type | default | |\n| --- | --- | --- | --- |\n{rows}\n")
-    return "\n".join(parts)
+        purpose = _purpose(next(iter(classes.values())))
+        parts.append(_section(group, f"{purpose}{only}", (_row(name, group) for name in names)))
+    return "\n".join([*parts, *_picture_sections()])
 
 
 def main() -> None:
