@@ -21,6 +21,8 @@ from networks.network_base import algorithm_of
 from networks.network_targets import Layer
 
 ALPHA = "alpha"
+PLAIN = frozenset({DOWN, UP, ALPHA})
+"""Of LoRA without variants."""
 SMALL = 256
 """Matrices up to this size are decomposed as fast wholly."""
 LayerWeights = dict[str, Tensor]
@@ -39,8 +41,17 @@ def _module(weight: Tensor) -> nn.Linear | nn.Conv2d:
 
 @torch.no_grad()
 def merged_weight(weight: Tensor, key: str, part: str, adapters: Sequence[tuple[Mapping[str, Tensor], float]]) -> Tensor:
-    """A layer's float32 `weight` with its adapters, of any algorithm, at their multipliers in it, one after the other."""
+    """A layer's float32 `weight`, which may be changed, with its adapters, of any algorithm, at their multipliers in it, one
+    after the other. LoRA takes no further memory of the weight's size."""
     for tensors, multiplier in adapters:
+        if not tensors.keys() - PLAIN:
+            weight = weight.contiguous()
+            factors, matrix = factors_of(key, tensors, weight.device), weight.view(len(weight), -1)
+            if matrix.shape != (factors.up.shape[0], factors.down.shape[1]):
+                theirs = (factors.up.shape[0], factors.down.shape[1])
+                raise UserError(f"{key} is {tuple(matrix.shape)} in the model and {theirs} in the adapter: of another model.")
+            matrix.addmm_(factors.up, factors.down, alpha=multiplier)
+            continue
         algorithm = algorithm_of(key, tensors)
         layer = Layer(key, part, _module(weight))
         size = algorithm.size_of_part(algorithm.size_in_file(key, tensors), layer)

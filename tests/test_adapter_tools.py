@@ -176,6 +176,9 @@ def test_an_adapter_of_another_model_is_refused(models: Callable[[str], Path], t
     flags = ("--models", tmp_path / "a.safetensors", "--save_to", tmp_path / "x.safetensors")
     with pytest.raises(UserError, match="1 layers that .* has not: lora_unet_double_blocks_0_img_attn_qkv"):
         run(merge_lora, "--model", models("sd"), *flags)
+    save_file(plain(SD_KEY), tmp_path / "a.safetensors")
+    with pytest.raises(UserError, match=r"in the model and \(6, 4\) in the adapter: of another model"):
+        run(merge_lora, "--model", models("sd"), *flags)
 
 
 SD_KEY = "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q"
