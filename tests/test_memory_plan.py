@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import memory_measure
 import pytest
 import runs
+import tiny
 import tiny_flux
 import torch
 from runs import CASES, FamilyCase, Mode, Workspace
@@ -41,9 +42,27 @@ DEEP = FamilyCase(
 """A FLUX.1 of which one double and two single blocks can be swapped."""
 
 
+def write_shallow(folder: Path) -> Path:
+    """Stable Diffusion with two levels, one of them with attention: every kind of layer there is, and a fifth of the number."""
+    from diffusers import UNet2DConditionModel
+
+    tiny.write_sd_diffusers(folder / "sd")
+    two_levels = {
+        "block_out_channels": [32, 64],
+        "layers_per_block": 1,
+        "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
+        "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
+    }
+    UNet2DConditionModel.from_config(tiny.sd_configs()["denoiser"] | two_levels).save_pretrained(folder / "sd" / "unet")
+    return folder / "sd"
+
+
+SHALLOW = FamilyCase(family="sd", write_model=write_shallow, scripts=CASES["sd"].scripts)
+
+
 @pytest.fixture(scope="module")
 def workspaces(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Workspace]:
-    cases = {**CASES, "deep": DEEP}
+    cases = {**CASES, "deep": DEEP, "shallow": SHALLOW}
     return {name: runs.make_workspace(case, tmp_path_factory.mktemp(name)) for name, case in cases.items()}
 
 
@@ -141,9 +160,9 @@ def flags(mode: Mode, recomputes: bool, precision: str, batch: int) -> list[str]
 
 PAIRWISE: Sequence[tuple[str, Mode, bool, str, int]] = (
     ("flux", "network", False, "no", 1),
-    ("sd", "full", True, "no", 1),
+    ("shallow", "full", True, "no", 1),
     ("sdxl", "network", True, "no", 2),
-    ("sd", "network", False, "bf16", 1),
+    ("shallow", "network", False, "bf16", 1),
     ("flux", "full", True, "bf16", 2),
     ("flux", "full", False, "bf16", 2),
 )
@@ -182,7 +201,7 @@ def test_the_plan_follows_the_way_weights_are_stepped(
     extra: list[str], workspaces: dict[str, Workspace], tmp_path: Path
 ) -> None:
     """All of them with everything live: pictures and captions are encoded in the step."""
-    assert_accurate(workspaces["sd"].prepared("full", tmp_path, *extra))
+    assert_accurate(workspaces["shallow"].prepared("full", tmp_path, *extra))
 
 
 def test_caching_has_its_own_phases_and_they_leave_no_trace(workspaces: dict[str, Workspace], tmp_path: Path) -> None:
@@ -293,7 +312,7 @@ def test_plan_reads_no_weights(tmp_path: Path) -> None:
     """Caching latents with this VAE would end in an error."""
     workspace = runs.make_workspace(CASES["sd"], tmp_path)
     unreadable(workspace.model)
-    workspace.train("full", tmp_path / "out", "--cache_latents", "--plan")
+    workspace.train("network", tmp_path / "out", FROZEN_TEXT["network"], "--cache_latents", "--plan")
     assert (tmp_path / "out" / PLAN_FILE).is_file()
 
 
@@ -312,7 +331,7 @@ def in_gigabytes(num_bytes: float) -> str:
 
 
 def test_what_fits_is_left_as_it_is(workspaces: dict[str, Workspace], tmp_path: Path) -> None:
-    run = workspaces["sd"].prepared("network", tmp_path, *CACHED, FROZEN_TEXT["network"], "--auto_fit", ROOMY)
+    run = workspaces["shallow"].prepared("network", tmp_path, *CACHED, FROZEN_TEXT["network"], "--auto_fit", ROOMY)
     assert fit_to_memory(run) == run.options
 
 
