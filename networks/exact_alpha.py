@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +20,7 @@ class ExactAlpha(nn.Module):
         self.register_load_state_dict_post_hook(_read)
         _read(self)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ExactAlpha:
         super()._apply(fn, recurse)
         self.alpha = torch.tensor(self._alpha, device=self.alpha.device)
         return self
