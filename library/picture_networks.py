@@ -110,7 +110,7 @@ class FittingNetwork:
     use: NetworkUse
 
     def put_on(self, bundle: ModelBundle) -> AdapterNetwork:
-        """Made for the model, and merged into it or attached."""
+        """Made for the model, and merged into it or attached. Once."""
         asked = self.asked
         encoders = {name: bundle.part(name) for name in bundle.text_encoder_names if name in self.parts}
         denoiser = bundle.denoiser if DENOISER in self.parts else None
@@ -119,6 +119,7 @@ class FittingNetwork:
         )
         if self.weights is not None:
             network.set_layer_weights(self.weights)
+        self.tensors.clear()  # the network has its own
         network.to(bundle.device)
         if asked.merged:
             network.merge_into_base()

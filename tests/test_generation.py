@@ -20,9 +20,10 @@ from safetensors.torch import load_file, save_file
 import gen_img
 import sdxl_gen_img
 from library.errors import UserError
+from library.family_base import FAMILIES as ALL_FAMILIES
 from library.family_base import family_class
 from library.generation import generate, prepare
-from library.generation_options import model_options
+from library.generation_options import FAMILY_OPTIONS, family_group, model_options
 from library.picture_grid import draw_grid
 from library.picture_metadata import NetworkUse, parameters_text
 from library.sampling import PreviewWriter
@@ -194,10 +195,10 @@ def test_a_prompt_has_strengths_of_its_own(
 ) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text(f"{PROMPT} --am 0\n{PROMPT}\n{PROMPT} --am 0.5\n")
-    weights = f"--network_weights={lora('chroma')}"
-    zero, one, half = make(workspaces("chroma"), tmp_path / "own", f"--from_file={prompts}", weights)
-    [expected] = make(workspaces("chroma"), tmp_path / "half", f"--prompt={PROMPT}", weights, "--network_mul=0.5")
-    assert farthest(zero, base("chroma")) == 0 and farthest(half, expected) == 0
+    weights = f"--network_weights={lora('sd')}"
+    zero, one, half = make(workspaces("sd"), tmp_path / "own", f"--from_file={prompts}", weights)
+    [expected] = make(workspaces("sd"), tmp_path / "half", f"--prompt={PROMPT}", weights, "--network_mul=0.5")
+    assert farthest(zero, base("sd")) == 0 and farthest(half, expected) == 0
     assert farthest(one, half) > 1
 
 
@@ -370,3 +371,9 @@ def test_a_script_for_one_family_names_that_of_the_model(workspaces: Callable[[s
         sdxl_gen_img.parse_options(arguments(workspaces("sd"), tmp_path, "--prompt=a"))
     with pytest.raises(UserError, match="--ckpt is missing"):
         gen_img.parse_options(["--prompt=a"])
+
+
+def test_every_family_makes_pictures() -> None:
+    assert FAMILY_OPTIONS.keys() == ALL_FAMILIES.keys()
+    for name in ALL_FAMILIES:
+        assert issubclass(family_group(name), family_group(name).model_group), name
