@@ -124,6 +124,11 @@ class LoRA(LowRankAdapter):
             return own
         return own + disturbance(self.base, x, self.deviations)
 
+    def add_to(self, out: Tensor, x: Tensor) -> Tensor:
+        if self.rows or self.first_down is not None or self.perturbation is not None:
+            return super().add_to(out, x)
+        return self._through(x, *self.factors(), self.scale * self.multiplier, onto=out)
+
     def _low_rank(self, x: Tensor, down: Tensor, up: Tensor, strength: float) -> Tensor:
         if not self.rows:
             return self._through(x, down, up, strength)

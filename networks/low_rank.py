@@ -122,15 +122,23 @@ class LowRankAdapter(ExactAlpha, AdditiveAdapter):
             hidden = hidden * kept.to(hidden.dtype) / (1 - self.rank_dropout)
         return hidden
 
-    def _through(self, x: Tensor, down: Tensor, up: Tensor, strength: float) -> Tensor:
-        """up(down(x)) for matrices or, of a convolution, kernels [r, in, k, k] and [out, r, 1, 1].
+    def _through(self, x: Tensor, down: Tensor, up: Tensor, strength: float, onto: Tensor | None = None) -> Tensor:
+        """up(down(x)) for matrices or, of a convolution, kernels [r, in, k, k] and [out, r, 1, 1]; added to `onto`.
 
-        `strength` is applied at the rank-sized tensor, which is far smaller than the output.
+        `strength` is applied at the rank-sized tensor, which is far smaller than the output. A matrix product adds its result
+        to `onto` as it goes, which saves writing and reading an output.
         """
         down, up = down.to(x.dtype), up.to(x.dtype)
         if isinstance(self.base, nn.Conv2d):
-            return F.conv2d(self._drop(self._convolve(x, down), rank_dim=1) * strength, up)
-        return F.linear(self._drop(F.linear(x, down), rank_dim=-1) * strength, up)
+            added = F.conv2d(self._drop(self._convolve(x, down), rank_dim=1) * strength, up)
+            return added if onto is None else onto + added.to(onto.dtype)
+        hidden = self._drop(F.linear(x, down), rank_dim=-1) * strength
+        if onto is None:
+            return F.linear(hidden, up)
+        if onto.dtype != hidden.dtype:
+            return onto + F.linear(hidden, up).to(onto.dtype)
+        rows = torch.addmm(onto.reshape(-1, onto.shape[-1]), hidden.reshape(-1, hidden.shape[-1]), up.t())
+        return rows.view(onto.shape)
 
     def _convolve(self, x: Tensor, kernel: Tensor) -> Tensor:
         """With the base layer's stride, padding and dilation."""

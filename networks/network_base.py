@@ -211,7 +211,10 @@ class AdditiveAdapter(Adapter):
         """The same as a weight of the base's shape, float32, without dropout."""
 
     def adapted(self, x: Tensor) -> Tensor:
-        out = self.base_forward(x)
+        return self.add_to(self.base_forward(x), x)
+
+    def add_to(self, out: Tensor, x: Tensor) -> Tensor:
+        """The layer's output `out` for `x` with `delta` on it."""
         return out + self.delta(x, self.multiplier).to(out.dtype)
 
     def merged(self, weight: Tensor) -> Tensor:
@@ -353,7 +356,7 @@ class LayerNetwork(AdapterNetwork):
 
     def file_state_dict(self, dtype: torch.dtype | None) -> dict[str, Tensor]:
         return {
-            f"{adapter.file_key}.{name}": tensor.detach().to("cpu", dtype or tensor.dtype).contiguous()
+            f"{adapter.file_key}.{name}": _in_file(tensor.detach(), dtype).contiguous()
             for adapter in self.adapters()
             for name, tensor in adapter.file_tensors().items()
         }
@@ -386,6 +389,15 @@ class LayerNetwork(AdapterNetwork):
     def apply_to(self, text_encoder: object, unet: object, apply_text_encoder: bool = True, apply_unet: bool = True) -> None:
         self.keep_parts({part for part in self.parts if (apply_unet if part == DENOISER else apply_text_encoder)})
         self.attach()
+
+
+def _in_file(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """On the CPU, in `dtype`; single numbers, such as alpha, only where it holds them exactly."""
+    tensor = tensor.to("cpu")
+    if dtype is None or not tensor.is_floating_point():
+        return tensor
+    cast = tensor.to(dtype)
+    return tensor if tensor.ndim == 0 and float(cast) != float(tensor) else cast
 
 
 def _no_match(source: str, found: Collection[str], wanted: Collection[str]) -> str:

@@ -479,6 +479,10 @@ def test_saving_in_half_precision_rounds_the_file_and_not_the_network(shared_mod
     network.save_weights(tmp_path / "half.safetensors", torch.float16, {})
     assert {tensor.dtype for tensor in load_file(tmp_path / "half.safetensors").values()} == {torch.float16}
     assert {parameter.dtype for parameter in network.parameters()} == {torch.float32}
+    tensors = make(shared_model, dim=8, rs_lora=True).file_state_dict(torch.bfloat16)
+    assert {tensor.dtype for name, tensor in tensors.items() if not name.endswith("alpha")} == {torch.bfloat16}
+    key = "lora_unet_mid_block_attentions_0_proj_in.alpha"
+    assert float(tensors[key]) == pytest.approx(2 * 8**0.5, rel=1e-6)  # which bfloat16 would make 5.66
 
 
 def test_hashes_in_the_file_are_those_of_its_bytes(tmp_path: Path) -> None:
