@@ -73,20 +73,18 @@ class LowRankAdapter(ExactAlpha, AdditiveAdapter):
         other = [dim for dim in range(weight.ndim) if dim != (0 if self.on_output else 1)]
         return torch.linalg.vector_norm(weight, dim=other, keepdim=True)
 
-    def _gains(self, added: Tensor, weight: Tensor) -> Tensor:
-        """m / ||W + dW|| for the sum `added`, [out, 1, ...] or [1, in, ...]. weight: W itself, for its shape's device."""
+    def _gains(self, added: Tensor) -> Tensor:
+        """m / ||W + dW|| for the sum `added`, [out, 1, ...] or [1, in, ...]; as LyCORIS has it, a norm of 0 divides too."""
         assert self.dora_scale is not None
-        tiny = torch.finfo(torch.float32).eps
-        return self.dora_scale.to(weight.device).float() / (self._lengths(added) + tiny)
+        return self.dora_scale.float() / (self._lengths(added) + torch.finfo(torch.float32).eps)
 
     def adapted(self, x: Tensor) -> Tensor:
         if self.dora_scale is None:
             return super().adapted(x)
         with torch.autocast(x.device.type, enabled=False):
             with torch.no_grad():
-                weight = self.base.weight.float()
-                added = weight + self.delta_weight()
-            gains = self._gains(added, weight).flatten()
+                added = self.base.weight.float() + self.delta_weight()
+            gains = self._gains(added).flatten()
         spatial = (1, 1) if isinstance(self.base, nn.Conv2d) else ()
         gains = gains.view(-1, *spatial)
         if not self.on_output:
@@ -105,7 +103,7 @@ class LowRankAdapter(ExactAlpha, AdditiveAdapter):
         if self.dora_scale is None:
             return super().merged(weight)
         added = weight + self.delta_weight()
-        return weight + self.multiplier * (added * self._gains(added, weight) - weight)
+        return weight + self.multiplier * (added * self._gains(added) - weight)
 
     # ---- dropout
 

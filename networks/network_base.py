@@ -464,8 +464,8 @@ class NetworkFactory(NetworkModule[LayerNetwork]):
         )
         if not sizes:
             raise UserError("every block's rank or learning rate factor is 0, so there is nothing to train.")
-        layers = [layer for layer in layers if layer.key in sizes]
-        check_patterns(args, layers)
+        chosen, layers = layers, [layer for layer in layers if layer.key in sizes]
+        check_patterns(args, chosen, layers)
         if self.algorithm.splits_fused or arch_args.splits_fused():
             layers = _split(arch, layers)
         return self._build(arch, args, layers, request, lambda layer, rng: self.algorithm(layer, sizes[layer.key], args, rng))

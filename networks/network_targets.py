@@ -325,10 +325,10 @@ def _check_fit(name: str, patterns: Iterable[re.Pattern[str]], layers: Iterable[
             )
 
 
-def check_patterns(args: NetworkArgs, layers: Sequence[Layer]) -> None:
-    """Raise `UserError` for a rank or a rate by pattern that none of the adapted layers has."""
-    _check_fit("network_reg_dims", [pattern for pattern, _ in args.network_reg_dims or ()], layers)
-    _check_fit("network_reg_lrs", [pattern for pattern, _ in args.network_reg_lrs or ()], layers)
+def check_patterns(args: NetworkArgs, chosen: Sequence[Layer], adapted: Sequence[Layer]) -> None:
+    """Raise `UserError` for a rank by pattern that fits no chosen layer, and a rate that fits none whose rank is not 0."""
+    _check_fit("network_reg_dims", [pattern for pattern, _ in args.network_reg_dims or ()], chosen)
+    _check_fit("network_reg_lrs", [pattern for pattern, _ in args.network_reg_lrs or ()], adapted)
 
 
 def _in_blocks(arch: NetworkArch, layers: Sequence[Layer], numbers: Collection[int]) -> set[str]:

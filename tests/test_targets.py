@@ -56,6 +56,8 @@ def test_patterns_leave_out_add_and_give_ranks_and_rates(family: str, denoisers:
     outside = ranks(only).keys() - matching
     assert ranks(only).keys() >= matching and len(outside) == 1 and not outside & every.keys()
 
+    assert ranks(make(family, model, network_reg_dims=f"{attention}=0")).keys() == every.keys() - matching
+
     network = make(family, model, network_reg_dims=f"{attention}=7", network_reg_lrs=f"{path}=0.5,{attention}=0.25")
     assert {key for key, rank in ranks(network).items() if rank == 7} == matching
     groups = {group.name: group for group in network.param_groups(LearningRates(0.1, None, ()))}
