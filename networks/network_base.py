@@ -22,7 +22,7 @@ from library.optimizers import LearningRates, ParamGroup
 from library.rng import keyed_generator
 from networks.file_formats import own_layers
 from networks.network_args import SIZE_ARGS, ArchArgs, NetworkArgs, parse_network_args, split_args
-from networks.network_files import describe_family, shorten, writer_of
+from networks.network_files import by_layer, describe_family, shorten, writer_of
 from networks.network_interface import AdapterNetwork, FileWeights, LayerKind, NetworkModule, NetworkRequest
 from networks.network_targets import (
     DENOISER,
@@ -366,7 +366,7 @@ class LayerNetwork(AdapterNetwork):
         own = {adapter.key: adapter for adapter in self.adapters()}
         shared = [key for key in own if key in file_layers]
         if not shared:
-            raise UserError(_no_match(source, file_layers, own))
+            raise UserError(_no_match(source, by_layer(tensors), own))
         absent_parts = [g.part for g in self.arch.groups if g.part in self.parts and not any(map(g.holds, file_layers))]
         if absent_parts:
             logger.info("%s has nothing for %s, which starts untrained", source, ", ".join(absent_parts))
@@ -488,7 +488,7 @@ class NetworkFactory(NetworkModule[LayerNetwork]):
         if arch_args.splits_fused():
             matched = _split(arch, matched)
         if not matched:
-            raise UserError(_no_match(weights.source, file_layers, known))
+            raise UserError(_no_match(weights.source, by_layer(weights.tensors), known))
 
         by_content = request.for_inference and not self.algorithm.own_files
 
