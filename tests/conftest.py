@@ -59,3 +59,11 @@ def sd2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests import tiny
 
     return tiny.write_sd_checkpoint(tmp_path_factory.mktemp("sd2") / "sd2.safetensors", version="v2")
+
+
+@pytest.fixture(scope="module")
+def shared_model() -> tuple[torch.nn.Module, torch.nn.Module]:
+    """A UNet and a text encoder that no test changes for good."""
+    from tests import network_models
+
+    return network_models.tiny_unet(), network_models.tiny_text_encoder()

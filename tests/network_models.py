@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
+from networks import lora
+from networks.network_base import LayerNetwork
+
 WIDTH = 16
+CONV = {"conv_dim": 3, "conv_alpha": 1}
 
 
 def tiny_unet(*, linear_projection: bool = False, seed: int = 0) -> nn.Module:
@@ -64,3 +70,8 @@ def fill(module: nn.Module, seed: int = 3, scale: float = 0.2) -> None:
     generator = torch.Generator().manual_seed(seed)
     for parameter in module.parameters():
         parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
+
+
+def make(model: tuple[nn.Module, nn.Module], dim: int | None = 4, alpha: float | None = 2.0, **kwargs: Any) -> LayerNetwork:
+    unet, encoder = model
+    return lora.create_network(1.0, dim, alpha, None, encoder, unet, **kwargs)
