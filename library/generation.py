@@ -193,7 +193,13 @@ class PictureRun:
     def _make_batch(self, batch: Sequence[Picture]) -> dict[int, Path]:
         """By number."""
         request = self.maker.request(self.bundle, [one.line for one in batch], [one.seed for one in batch])
-        made = self.maker.make(self.bundle, self.bundle.denoiser, request)
+        try:
+            made = self.maker.make(self.bundle, self.bundle.denoiser, request)
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                f"the device is out of memory with {request.count} pictures of {request.width} x {request.height} at a time. Lower "
+                f"--batch_size or their size, or add --bf16, --quantize_base or --blocks_to_swap. ({str(error).splitlines()[0]})"
+            ) from error
         uses = [[*self.networks.merged_uses, *map(_at_strength, self.networks.live_uses, one.strengths)] for one in batch]
         return {
             one.number: self.files.write(

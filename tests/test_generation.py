@@ -373,6 +373,17 @@ def test_a_script_for_one_family_names_that_of_the_model(workspaces: Callable[[s
         gen_img.parse_options(["--prompt=a"])
 
 
+def test_a_device_without_room_says_what_takes_less(workspaces: Callable[[str], Workspace], tmp_path: Path) -> None:
+    run = prepare(*gen_img.parse_options(arguments(workspaces("chroma"), tmp_path, f"--prompt={PROMPT}")))
+
+    def full(*_: Any) -> None:
+        raise torch.OutOfMemoryError("tried to allocate 9 GiB")
+
+    run.bundle.denoiser.register_forward_pre_hook(full)
+    with pytest.raises(UserError, match="1 pictures of 64 x 64 at a time. Lower --batch_size.*9 GiB"):
+        run.run()
+
+
 def test_every_family_makes_pictures() -> None:
     assert FAMILY_OPTIONS.keys() == ALL_FAMILIES.keys()
     for name in ALL_FAMILIES:
