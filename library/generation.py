@@ -197,8 +197,9 @@ class PictureRun:
             made = self.maker.make(self.bundle, self.bundle.denoiser, request)
         except torch.OutOfMemoryError as error:
             raise UserError(
-                f"the device is out of memory with {request.count} pictures of {request.width} x {request.height} at a time. Lower "
-                f"--batch_size or their size, or add --bf16, --quantize_base or --blocks_to_swap. ({str(error).splitlines()[0]})"
+                f"the device is out of memory with {request.count} pictures of {request.width} x {request.height} at a time. "
+                "Lower --batch_size or their size, or add --bf16, --quantize_base or --blocks_to_swap. "
+                f"({str(error).splitlines()[0]})"
             ) from error
         uses = [[*self.networks.merged_uses, *map(_at_strength, self.networks.live_uses, one.strengths)] for one in batch]
         return {
