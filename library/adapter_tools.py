@@ -70,15 +70,8 @@ class AdapterFile:
     """Under sd-scripts' names."""
     metadata: Mapping[str, str]
     arch: NetworkArch
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """That most of its numbers have."""
-        sizes: dict[torch.dtype, int] = {}
-        for layer in self.layers.values():
-            for tensor in layer.values():
-                sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.numel()
-        return max(sizes, key=lambda dtype: sizes[dtype])
+    dtype: torch.dtype
+    """What most of the file's numbers have."""
 
     def write(
         self, path: Path, layers: LayerTensors, *, format: str = KOHYA, dtype: torch.dtype | None = None, **metadata: str
@@ -94,7 +87,11 @@ def read_adapter(path: Path, arch: NetworkArch | str | None = None) -> AdapterFi
         arch = arch_of(by_layer(tensors), str(path))
     elif isinstance(arch, str):
         arch = arch_named(arch)
-    return AdapterFile(path, own_layers(tensors, arch, str(path)), adapter_metadata(path), arch)
+    sizes: dict[torch.dtype, int] = {}
+    for tensor in tensors.values():
+        sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.numel()
+    dtype = max(sizes, key=lambda dtype: sizes[dtype])
+    return AdapterFile(path, own_layers(tensors, arch, str(path)), adapter_metadata(path), arch, dtype)
 
 
 def adapter_metadata(path: Path) -> dict[str, str]:

@@ -73,7 +73,9 @@ READERS: tuple[Reader, ...] = (
 # ---- reading -----------------------------------------------------------------------------------------------------------
 
 
-def own_layers(tensors: Mapping[str, Tensor], arch: NetworkArch, source: str, aliases: Mapping[str, str] = {}) -> LayerTensors:  # noqa: B006
+def own_layers(
+    tensors: Mapping[str, Tensor], arch: NetworkArch, source: str, aliases: Mapping[str, str] | None = None
+) -> LayerTensors:
     """The layers of a file of any format under sd-scripts' names; layers that no table knows keep theirs.
 
     aliases: further names of the model's layers. Raises `UserError` naming `source` for a layer that is there twice, and for
@@ -85,7 +87,7 @@ def own_layers(tensors: Mapping[str, Tensor], arch: NetworkArch, source: str, al
     for name, layer in by_layer(tensors).items():
         key, origin = _kohya_key(name, arch)
         if origin is None or (len(origin.rule.parts) == 1 and LENGTHS not in layer and DOWN not in layer):
-            renamed |= under_own_keys({key: layer}, aliases, source, renamed)
+            renamed |= under_own_keys({key: layer}, aliases or {}, source, renamed)
             continue
         if len(origin.rule.parts) == 1:
             layer = {inner: origin.rule.join([one]) if inner in (UP, LENGTHS) else one for inner, one in layer.items()}
@@ -206,7 +208,8 @@ def _diagonal_parts(key: str, layer: Mapping[str, Tensor], arch: NetworkArch) ->
     origins = _places(key, arch)
     rule = next((origin.rule for _, origin in origins[1].values()), None) if origins else None
     count = 1 if rule is None else len(rule.parts)
-    if rule is None or count == 1 or layer[UP].shape[1] % count or not layer[UP].any():
+    unit = 1 if rule is None else sum(rule.widths or (1,) * count)
+    if rule is None or count == 1 or layer[UP].shape[1] % count or layer[UP].shape[0] % unit or not layer[UP].any():
         return 1
     blocks = [rule.split(layer[UP], part).chunk(count, dim=1)[part] for part in range(count)]
     return count if torch.equal(torch.block_diag(*blocks), layer[UP].flatten(1)) else 1
@@ -340,14 +343,13 @@ def check_keys(
     readers = [reader for reader in READERS if format in reader.formats]
     known = frozenset[str]().union(*(reader.tensors for reader in readers))
     unnamed = tuple(f"{group.prefix}_" for group in arch.groups if group.names is None)
-    lost = [
-        f"{key}.{name}"
-        for key, layer in by_layer(tensors if format in (KOHYA, COMFY) else {}).items()
-        for name in layer
-        if not (format == KOHYA and OWN_SIGN in layer)
-        if name not in known or (_places(key, arch) is None and not key.startswith(unnamed))
-    ]
-    lost += [key for key in written if format in (DIFFUSERS, PEFT) and not key.endswith(tuple(f".{name}" for name in known))]
+    lost = []
+    if format in (DIFFUSERS, PEFT):  # layers without a place have been refused
+        lost = [key for key in written if not key.endswith(tuple(f".{name}" for name in known))]
+    for key, layer in by_layer({} if format in (DIFFUSERS, PEFT) else tensors).items():
+        homeless = _places(key, arch) is None and not key.startswith(unnamed)
+        own = format == KOHYA and OWN_SIGN in layer
+        lost += [f"{key}.{name}" for name in layer if homeless or (name not in known and not own)]
     if lost:
         programs = ", ".join(reader.program for reader in readers)
         raise UserError(

@@ -16,7 +16,7 @@ import tiny_sdxl
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_file_formats import plain
+from test_file_formats import plain, split_file
 from tiny_denoisers import DENOISERS
 from torch import Tensor, nn
 
@@ -27,6 +27,7 @@ from networks.file_formats import own_layers
 from networks.merging import RankRule, clamped, extracted, factors_of
 from tools import (
     check_lora_weights,
+    convert_lora,
     extract_lora_from_dylora,
     extract_lora_from_models,
     merge_lora,
@@ -271,6 +272,23 @@ def test_a_dylora_is_cut(tmp_path: Path) -> None:
     assert torch.equal(made[f"{SD_KEY}.lora_up.weight"], whole[f"{SD_KEY}.lora_up.weight"][:, :1])
     assert float(made[f"{SD_KEY}.alpha"]) == pytest.approx(2**0.5)
     assert float(load_file(tmp_path / "b-0002.safetensors")[f"{SD_KEY}.alpha"]) == 2
+
+
+def test_a_file_is_converted_and_mended(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of sd-scripts' split_qkv to ours, to peft's folder in fp16, and back."""
+    save_file(split_file(alpha=2.0), tmp_path / "a.safetensors", {"ss_seed": "1", "sshs_model_hash": "old"})
+    flags = ("--to", "kohya", "--mend_split_alpha")
+    run(convert_lora, tmp_path / "a.safetensors", tmp_path / "b.safetensors", *flags)
+    assert "1 fused layers mended" in capsys.readouterr().out
+    with safe_open(tmp_path / "b.safetensors", "pt") as file:
+        assert file.metadata()["ss_seed"] == "1" and file.metadata()["sshs_model_hash"] != "old"
+    run(convert_lora, tmp_path / "b.safetensors", tmp_path / "peft", "--to", "peft", "--save_precision", "fp16")
+    run(convert_lora, tmp_path / "peft", tmp_path / "c.safetensors", "--to", "kohya")
+    mended, again = (own_layers(load_file(tmp_path / f"{n}.safetensors"), DENOISERS["flux"].arch, "x") for n in "bc")
+    key = "lora_unet_double_blocks_0_img_attn_qkv"
+    assert float(mended[key]["alpha"]) == 6 and again[key]["lora_up.weight"].dtype == torch.float16
+    for key in mended:
+        torch.testing.assert_close(delta(again, key), delta(mended, key), atol=1e-2, rtol=1e-2)
 
 
 def test_weights_are_checked_and_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
