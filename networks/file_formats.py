@@ -343,7 +343,7 @@ def check_keys(
     readers = [reader for reader in READERS if format in reader.formats]
     known = frozenset[str]().union(*(reader.tensors for reader in readers))
     unnamed = tuple(f"{group.prefix}_" for group in arch.groups if group.names is None)
-    lost = []
+    lost: list[str] = []
     if format in (DIFFUSERS, PEFT):  # layers without a place have been refused
         lost = [key for key in written if not key.endswith(tuple(f".{name}" for name in known))]
     for key, layer in by_layer({} if format in (DIFFUSERS, PEFT) else tensors).items():
