@@ -152,8 +152,9 @@ class Run:
 
 SAVE_EVERY = 100
 RUNS = (
-    Run("first", 3000, 1e-3, ("--debiased_estimation_loss", "--lr_scheduler=cosine")),
-    Run("second", 3500, 5e-4, ("--lr_scheduler=constant_with_warmup",), averaged_from=2000),
+    Run("first", 1600, 1e-3, ("--debiased_estimation_loss", "--lr_scheduler=cosine")),
+    Run("second", 2800, 5e-4, ("--lr_scheduler=constant_with_warmup",), averaged_from=1600),
+    Run("third", 500, 4e-4, ("--lr_scheduler=cosine",)),
 )
 """Each starts from what the one before made. Debiased weights favour much noise: colours and places are learned first,
 outlines in the last run. The mean of weights along a constant rate draws cleaner outlines than any one of them."""
