@@ -151,7 +151,7 @@ BAD = [
         ("--fused_backward_pass", "ggpo_sigma"),
     ),
     Bad("flag of the wrong type", lambda f, w: ["--max_train_steps=many"], ("max_train_steps", "many", "int")),
-    Bad("flag not implemented yet", lambda f, w: ["--ddp_static_graph"], ("--ddp_static_graph", "not implemented")),
+    Bad("flag not implemented yet", lambda f, w: ["--deepspeed"], ("--deepspeed", "not implemented")),
     Bad("quantised weights that learn", lambda f, w: ["--fp8_base"], ("--fp8_base", "cannot learn"), mode="full"),
     Bad(
         "two formats of the base",
