@@ -16,6 +16,7 @@ from library.checkpoint import atomic_write
 from library.errors import UserError
 from library.family_base import FAMILIES
 from library.model_io import open_checkpoint
+from library.model_layers import lasting_metadata
 from networks.file_formats import FORMATS, KOHYA, PEFT, arch_named, arch_of, flat, own_layers, write_adapter
 from networks.network_files import LayerTensors, by_layer, read_weights
 from networks.network_targets import NetworkArch
@@ -34,7 +35,6 @@ PRECISIONS: dict[str, torch.dtype] = {
     "fp8_e5m2": torch.float8_e5m2,
 }
 """sd-scripts' names of what is written."""
-HASHES = ("_hash", "hash_sha256")
 
 
 def tool_parser(description: str | None) -> argparse.ArgumentParser:
@@ -73,6 +73,10 @@ class AdapterFile:
     dtype: torch.dtype
     """What most of the file's numbers have."""
 
+    def kept_metadata(self, given: argparse.Namespace) -> dict[str, str]:
+        """Its metadata; with `--no_metadata`, what loading needs of it."""
+        return minimal(self.metadata) if given.no_metadata else dict(self.metadata)
+
     def write(
         self, path: Path, layers: LayerTensors, *, format: str = KOHYA, dtype: torch.dtype | None = None, **metadata: str
     ) -> None:
@@ -95,10 +99,9 @@ def read_adapter(path: Path, arch: NetworkArch | str | None = None) -> AdapterFi
 
 
 def adapter_metadata(path: Path) -> dict[str, str]:
-    """What `path` says about itself, but for hashes of its tensors."""
+    """`lasting_metadata` of the file or peft's folder."""
     file = peft_parts(path)[0] / WEIGHTS if path.is_dir() else path
-    found = open_checkpoint(file).metadata if file.suffix == ".safetensors" else {}
-    return {"format": "pt"} | {name: str(value) for name, value in found.items() if not name.endswith(HASHES)}
+    return lasting_metadata(open_checkpoint(file)) if file.suffix == ".safetensors" else {"format": "pt"}
 
 
 def write_adapter_file(
@@ -153,9 +156,9 @@ def report_ignored(given: argparse.Namespace) -> None:
         logger.warning("%s: no effect here: files tell what they are, and everything is computed in float32", ", ".join(names))
 
 
-def strengths(ratios: Iterable[float] | None, count: int) -> list[float]:
-    """`--ratios`, 1 for each file where none is given."""
-    found = [1.0] * count if ratios is None else list(ratios)
+def strengths(ratios: Iterable[float] | None, count: int, usual: float = 1.0) -> list[float]:
+    """`--ratios`, `usual` for each file where none is given."""
+    found = [usual] * count if ratios is None else list(ratios)
     if len(found) != count:
         raise UserError(f"{len(found)} --ratios for {count} --models. Give one for each.")
     return found

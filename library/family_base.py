@@ -277,6 +277,11 @@ class DetectedFamily(NamedTuple):
     title: str
 
 
+def family_trained_by(script: str) -> str | None:
+    """Key in `FAMILIES` of the family that `script` trains; None where there is none, or the script has no name."""
+    return next((name for name in FAMILIES if script and script in family_class(name).scripts.values()), None)
+
+
 def detected_family(model: str, flag: str) -> DetectedFamily:
     """The family of the model that `model` names (a file, a diffusers folder or a hub id, given as `flag`), from headers alone.
 
@@ -286,7 +291,7 @@ def detected_family(model: str, flag: str) -> DetectedFamily:
     found = detect_folder(path) if path.is_dir() else detect_family(open_checkpoint(path))
     if found is None:
         raise UserError(f"{flag} {model}: not a model this program knows. Known: {', '.join(FAMILIES)}.")
-    for name in FAMILIES if found.script else ():
-        if found.script in family_class(name).scripts.values():
-            return DetectedFamily(name, found.title)
+    name = family_trained_by(found.script)
+    if name is not None:
+        return DetectedFamily(name, found.title)
     raise UserError(f"{flag} {model} is {found.title}. Give a whole model of one of these families: {', '.join(FAMILIES)}.")

@@ -8,10 +8,10 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from library.cli import read_options
 from library.config_file import find_config, read_config
@@ -28,6 +28,8 @@ from library.option_rules import Rule, rule_problems
 from library.options import NoFamilyOptions, build_parser, flags_of, flat, from_flags, group, opt
 from library.prompts import PromptLine, line_option
 
+T = TypeVar("T")
+
 FAMILY_OPTIONS: dict[str, str] = {
     "sd": "library.unet_options:UnetOptions",
     "sdxl": "library.sdxl_options:SdxlOptions",
@@ -39,20 +41,19 @@ _PLANNED_FORMAT = "Use --dtype for all, and --quantize_base and --quantize_text_
 _PLANNED_PICTURE = "Pictures are made from a prompt alone. Remove it."
 
 
-def whole_numbers(value: Any) -> tuple[int, ...]:
-    """`1,2,3`, or a list as a file holds it."""
-    try:
-        return tuple(int(item) for item in (value.split(",") if isinstance(value, str) else value))
-    except (TypeError, ValueError):
-        raise ValueError("whole numbers separated by commas") from None
+def _list_of(kind: Callable[[Any], T], expected: str) -> Callable[[Any], tuple[T, ...]]:
+    """Reads values with commas between them, or a list as a file holds it."""
+
+    def read(value: Any) -> tuple[T, ...]:
+        try:
+            return tuple(kind(item) for item in (value.split(",") if isinstance(value, str) else value))
+        except (TypeError, ValueError):
+            raise ValueError(f"{expected} separated by commas") from None
+
+    return read
 
 
-def numbers(value: Any) -> tuple[float, ...]:
-    """`0.5,1`, or a list as a file holds it."""
-    try:
-        return tuple(float(item) for item in (value.split(",") if isinstance(value, str) else value))
-    except (TypeError, ValueError):
-        raise ValueError("numbers separated by commas") from None
+whole_numbers, numbers = _list_of(int, "whole numbers"), _list_of(float, "numbers")
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from library.checkpoint import atomic_write
 from library.errors import UserError
-from library.family_base import FAMILIES, ModelFamily, family_class
+from library.family_base import ModelFamily, family_class, family_trained_by
 from library.key_layout import Rule
 from library.model_io import WEIGHT_SUFFIXES, JoinedEntry, ScaledEntry, TensorEntry, TensorSource, open_checkpoint
 from library.model_parts import Component
@@ -109,12 +109,18 @@ def open_model(path: Path, others: Mapping[str, Path] | None = None) -> ModelOnD
         detected = detect_folder(path) if (path / "model_index.json").is_file() else None
     else:
         detected = detect_family(open_checkpoint(path))
-    for name in FAMILIES:
+    name = None if detected is None else family_trained_by(detected.script)
+    if name is not None:
         family = family_class(name)()
-        if detected is not None and detected.script in family.scripts.values():
-            return ModelOnDisk(path, family, family.open_parts(path, others or {}))
+        return ModelOnDisk(path, family, family.open_parts(path, others or {}))
     told = "" if detected is None else f" It is {detected.title}."
     raise UserError(f"{path} is not a model that adapters can be merged into or taken from here.{told}")
+
+
+def lasting_metadata(source: TensorSource) -> dict[str, str]:
+    """What a file says about itself, but for hashes of its tensors, which change."""
+    kept = {name: str(value) for name, value in source.metadata.items() if not name.endswith(("_hash", "hash_sha256"))}
+    return {"format": "pt", **kept}
 
 
 def weight_files(path: Path) -> list[Path]:
@@ -154,8 +160,7 @@ def write_changed(
                 return entry.read() if place is None else place.changed(change, device)
 
             planned[name] = LazyTensor(wanted, entry.shape, make)
-        own = {key: str(value) for key, value in opened.metadata.items() if not key.endswith(("_hash", "hash_sha256"))}
-        write_streamed(target, planned, {"format": "pt", **own, **(metadata or {})})
+        write_streamed(target, planned, {**lasting_metadata(opened), **(metadata or {})})
 
     start = source or model.path
     if start.is_file():

@@ -215,9 +215,8 @@ def _diagonal_parts(key: str, layer: Mapping[str, Tensor], arch: NetworkArch) ->
     return count if torch.equal(torch.block_diag(*blocks), layer[UP].flatten(1)) else 1
 
 
-def mended(layers: LayerTensors, arch: NetworkArch) -> LayerTensors:
-    """The layers with alphas that give what sd-scripts trained with `split_qkv`."""
-    weak = weak_layers(layers, arch)
+def mended(layers: LayerTensors, weak: Mapping[str, int]) -> LayerTensors:
+    """The layers with alphas that give what sd-scripts trained with `split_qkv`. weak: as `weak_layers` finds them."""
     alphas = {key: torch.tensor(_scale(layers[key]) * len(layers[key][DOWN]) * count) for key, count in weak.items()}
     return {key: {**layer, ALPHA: alphas[key]} if key in alphas else layer for key, layer in layers.items()}
 

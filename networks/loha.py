@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from networks.low_rank import LENGTHS, LowRankAdapter
+from networks.low_rank import LENGTHS, LowRankAdapter, without_core
 from networks.network_args import NetworkArgs
 from networks.network_base import Layer, LayerSize, bind
 from networks.network_files import check_names
@@ -70,13 +70,9 @@ class LoHa(LowRankAdapter):
 
 
 def _without_cores(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A convolution's Tucker decomposition t [i, j, k, k], a [i, out], b [j, in] as a [out, i] and b [i, in * k * k]."""
-    found = {name: tensor for name, tensor in tensors.items() if name not in CORES}
+    found = dict(tensors)
     for core in CORES:
-        if core in tensors:
-            a, b = f"hada_w{core[-1]}_a", f"hada_w{core[-1]}_b"
-            columns = torch.einsum("ijkl,jr->irkl", tensors[core].float(), tensors[b].float())
-            found |= {a: tensors[a].T, b: columns.flatten(1).to(tensors[b].dtype)}
+        found = without_core(found, core, f"hada_w{core[-1]}_a", f"hada_w{core[-1]}_b")
     return found
 
 

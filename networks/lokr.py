@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from library.errors import UserError
-from networks.low_rank import LENGTHS, LowRankAdapter, LowRankArgs
+from networks.low_rank import LENGTHS, LowRankAdapter, LowRankArgs, without_core
 from networks.network_args import BOOLEAN, INTEGER, NetworkArgs, arg
 from networks.network_base import Adapter, Layer, LayerSize, bind
 from networks.network_files import check_names
@@ -154,7 +154,7 @@ class LoKr(LowRankAdapter):
         adapter = super().like_file(layer, size, args, generator, tensors)
         assert isinstance(adapter, LoKr)
         kernel = layer.module.weight.shape[2:]
-        found = {name: tuple(tensor.shape) for name, tensor in _without_core(tensors).items() if name in NAMES}
+        found = {name: tuple(tensor.shape) for name, tensor in without_core(tensors, CORE, *SECOND).items() if name in NAMES}
         if W2 in found:
             found[W2] = (*found[W2][:2], *kernel)
         elif len(found[SECOND[1]]) > 2:
@@ -167,7 +167,7 @@ class LoKr(LowRankAdapter):
         return {**tensors, "alpha": torch.tensor(float(self.rank))} if {W1, W2} <= set(self.names) else tensors
 
     def load_file_tensors(self, tensors: Mapping[str, Tensor], source: str) -> None:
-        size, given = self.size_in_file(self.key, tensors), _without_core(tensors)
+        size, given = self.size_in_file(self.key, tensors), without_core(tensors, CORE, *SECOND)
         if different := {name for name in given if name in NAMES} ^ set(self.names):
             raise UserError(
                 f"{self.key} in {source} is factored in another way than here ({', '.join(sorted(different))}). "
@@ -176,16 +176,6 @@ class LoKr(LowRankAdapter):
         if SECOND[1] in given:
             given[SECOND[1]] = given[SECOND[1]].flatten(1)
         self._take({**given, "alpha": torch.tensor(size.alpha or size.rank)}, source)
-
-
-def _without_core(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A convolution's Tucker decomposition t2 [i, j, k, k], w2_a [i, b], w2_b [j, d] as w2_a [b, i] and w2_b [i, d k k]."""
-    found = {name: tensor for name, tensor in tensors.items() if name != CORE}
-    if CORE in tensors:
-        a, b = SECOND
-        columns = torch.einsum("ijkl,jr->irkl", tensors[CORE].float(), tensors[b].float())
-        found |= {a: tensors[a].T, b: columns.flatten(1).to(tensors[b].dtype)}
-    return found
 
 
 factory = bind(LoKr)

@@ -173,6 +173,16 @@ class LowRankAdapter(ExactAlpha, AdditiveAdapter):
         self.load_state_dict(state)
 
 
+def without_core(tensors: Mapping[str, Tensor], core: str, a: str, b: str) -> dict[str, Tensor]:
+    """A convolution's Tucker decomposition: `core` [i, j, k, k], `a` [i, out], `b` [j, in] become `a` [out, i] and
+    `b` [i, in * k * k]."""
+    found = dict(tensors)
+    if core in found:
+        columns = torch.einsum("ijkl,jr->irkl", found.pop(core).float(), tensors[b].float())
+        found |= {a: tensors[a].T, b: columns.flatten(1).to(tensors[b].dtype)}
+    return found
+
+
 def _without_ones(tensor: Tensor) -> tuple[int, ...]:
     """Shape as a matrix where trailing dimensions are 1."""
     return tuple(tensor.shape[:2]) + tuple(size for size in tensor.shape[2:] if size != 1)

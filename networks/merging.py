@@ -98,10 +98,9 @@ def factors_of(key: str, tensors: Mapping[str, Tensor], device: torch.device | s
     """alpha / rank is multiplied into `up`. Raises `UserError` for other algorithms than LoRA, and for DoRA."""
     if LENGTHS in tensors:
         raise UserError(f"{key} is of DoRA, which scales the model's weight. Merge it into a model; extract from that.")
-    size = LoRA.size_in_file(key, tensors)
-    tensors = without_mid(tensors)
+    scale, tensors = scale_of(key, tensors), without_mid(tensors)
     down, up = tensors[DOWN].to(device).float(), tensors[UP].to(device).float()
-    return Factors(up.flatten(1) * ((size.alpha or size.rank) / size.rank), down.flatten(1), tuple(down.shape[2:]))
+    return Factors(up.flatten(1) * scale, down.flatten(1), tuple(down.shape[2:]))
 
 
 def scale_of(key: str, tensors: Mapping[str, Tensor]) -> float:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 
 from library.errors import UserError
-from networks.peft_folders import read_peft
+from networks.peft_folders import PREFIX, by_pattern, read_peft
 
 LayerTensors = dict[str, dict[str, Tensor]]
 """Tensors by layer key and by their name in the layer: {"lora_unet_...": {"lora_down.weight": ...}}."""
@@ -125,7 +125,6 @@ _DOTTED = re.compile(
     r"|lora_magnitude_vector(\.default)?(\.weight)?|dora_scale|hada_\w+|lokr_\w+|[ab][12]\.weight|oft_blocks|oft_R\.weight"
     r"|diff(_b)?|[wb]_norm|on_input)"
 )
-_DOTTED_PREFIX = "base_model.model."
 _DOTTED_NAMES = {"lora_A": "lora_down", "lora_B": "lora_up", "lora.": "lora_", "lora_linear_layer.": "lora_"}
 _MAGNITUDE = "lora_magnitude_vector"
 _PEFT_SETTINGS = "lora_adapter_metadata"
@@ -145,7 +144,7 @@ def by_layer(tensors: Mapping[str, Tensor]) -> LayerTensors:
             layer, _, inner = name.partition(".")
             layer = f"lora_{layer.removeprefix(_OFT_PREFIX)}" if layer.startswith(_OFT_PREFIX) else layer
         else:
-            layer = dotted["layer"].removeprefix(_DOTTED_PREFIX)
+            layer = dotted["layer"].removeprefix(PREFIX)
             inner = dotted["inner"].replace(".default", "")
             for theirs, ours in _DOTTED_NAMES.items():
                 inner = inner.replace(theirs, ours)
@@ -173,9 +172,7 @@ def _peft_alphas(tensors: Mapping[str, Tensor], settings: str) -> dict[str, Tens
     alphas = {}
     for layer in by_layer(tensors):
         part, _, path = layer.partition(".")
-        own = values.get(f"{part}.alpha_pattern") or {}
-        match = next((alpha for pattern, alpha in own.items() if re.fullmatch(rf"(.*\.)?{pattern}", path)), None)
-        alpha = values.get(f"{part}.lora_alpha") if match is None else match
+        alpha = by_pattern(values.get(f"{part}.alpha_pattern"), path, values.get(f"{part}.lora_alpha"))
         if alpha is not None:
             alphas[f"{layer}.alpha"] = torch.tensor(float(alpha))
     return alphas

@@ -53,9 +53,13 @@ def read_peft(folder: Path) -> dict[str, Tensor]:
 
 def _alpha(config: Mapping[str, Any], path: str, rank: int) -> float:
     """What alpha / rank would have to be made of to give peft's scale."""
-    patterns: Mapping[str, float] = config.get("alpha_pattern") or {}
-    alpha = next((a for pattern, a in patterns.items() if re.fullmatch(rf"(.*\.)?{pattern}", path)), config["lora_alpha"])
+    alpha = by_pattern(config.get("alpha_pattern"), path, config["lora_alpha"])
     return float(alpha) * (math.sqrt(rank) if config.get("use_rslora") else 1.0)
+
+
+def by_pattern(patterns: Mapping[str, Any] | None, path: str, usual: Any) -> Any:
+    """The value of the first of peft's patterns that fits the end of `path`, or the usual one."""
+    return next((value for pattern, value in (patterns or {}).items() if re.fullmatch(rf"(.*\.)?{pattern}", path)), usual)
 
 
 def write_peft(folder: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:

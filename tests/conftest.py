@@ -1,5 +1,6 @@
 """Settings for every test: one thread (the tests are tiny; two threads cost more than they give) and no network."""
 
+import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -67,3 +68,13 @@ def shared_model() -> tuple[torch.nn.Module, torch.nn.Module]:
     from tests import network_models
 
     return network_models.tiny_unet(), network_models.tiny_text_encoder()
+
+
+@pytest.fixture
+def quiet_lycoris() -> Iterator[None]:
+    """LyCORIS tells of every layer."""
+    logger = logging.getLogger("LyCORIS")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    yield
+    logger.setLevel(level)

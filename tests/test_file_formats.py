@@ -173,7 +173,7 @@ def test_a_split_file_of_sd_scripts_is_reported_and_mended(caplog: pytest.LogCap
     assert "theirs.safetensors: 1 fused layers" in caplog.text and "3 times weaker" in caplog.text
     assert weak_layers(layers, arch) == {qkv: 3}
     caplog.clear()
-    better = mended(layers, arch)
+    better = mended(layers, weak_layers(layers, arch))
     assert float(better[qkv]["alpha"]) == 6 and not weak_layers(better, arch)
     with caplog.at_level(logging.WARNING):
         own_layers(split_file(alpha=6.0), arch, "ours.safetensors")

@@ -4,8 +4,7 @@ family; the reader's outputs are the writer's."""
 from __future__ import annotations
 
 import copy
-import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,6 +68,8 @@ class Theirs:
 _BLOCK = "attentions.0.transformer_blocks.0"
 _UNET_TARGETS = tuple(f"mid_block.{_BLOCK}.{layer}" for layer in ("attn1.to_q", "attn2.to_k", "ff.net.2"))
 _FLAT = ("attn1_to_q", "attn2_to_k", "ff_net_2")
+pytestmark = pytest.mark.usefixtures("quiet_lycoris")
+
 THEIRS = {
     "sd": Theirs(
         DENOISERS["sd"].make, DENOISERS["sd"].output, "StableDiffusionPipeline", "unet", _UNET_TARGETS,
@@ -91,15 +92,6 @@ THEIRS = {
         },
     ),
 }  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def quiet_lycoris() -> Iterator[None]:
-    logger = logging.getLogger("LyCORIS")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    yield
-    logger.setLevel(level)
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,6 +19,8 @@ from networks import lora
 from networks.external import ForeignNetwork, NetworkModule, load_network_module, wrap
 from networks.lora_sd import ARCH
 from networks.network_base import NetworkFactory
+
+pytestmark = pytest.mark.usefixtures("quiet_lycoris")
 
 RATES = LearningRates(1e-3, None, (5e-4,))
 
@@ -100,15 +101,6 @@ def test_a_missing_lycoris_is_installed_under_its_other_name(monkeypatch: pytest
 
 
 # LyCORIS
-
-
-@pytest.fixture(autouse=True)
-def quiet_lycoris() -> Iterator[None]:
-    logger = logging.getLogger("LyCORIS")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    yield
-    logger.setLevel(level)
 
 
 @pytest.fixture(scope="module")

@@ -14,13 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from library.adapter_tools import (  # noqa: E402
-    PRECISIONS,  # noqa: E402
-    add_family,
-    precision,
-    read_adapter,
-    tool_parser,
-)
+from library.adapter_tools import PRECISIONS, add_family, precision, read_adapter, tool_parser  # noqa: E402
 from library.cli import run_script  # noqa: E402
 from networks.file_formats import DIFFUSERS, FORMATS, mended, weak_layers  # noqa: E402
 
@@ -43,7 +37,7 @@ def main(arguments: list[str] | None = None) -> None:
     if given.mend_split_alpha:
         weak = weak_layers(layers, file.arch)
         print(f"{len(weak)} fused layers mended")
-        layers = mended(layers, file.arch)
+        layers = mended(layers, weak)
     file.write(given.output, layers, format=given.to, dtype=precision(given.save_precision))
     print(f"{given.output}: {len(layers)} layers of {file.arch.name} in {given.to}'s names")
 

@@ -13,10 +13,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from library.adapter_tools import (  # noqa: E402  # noqa: E402
+from library.adapter_tools import (  # noqa: E402
     add_family,
     add_saving,
-    minimal,
     network_facts,
     precision,
     read_adapter,
@@ -40,7 +39,7 @@ def main(arguments: list[str] | None = None) -> None:
     rank = min(len(layer["lora_down.weight"]) for layer in file.layers.values() if "lora_down.weight" in layer)
     if given.unit < 1 or rank % given.unit:
         raise UserError(f"--unit {given.unit} does not divide the rank {rank} of {given.model}.")
-    metadata = minimal(file.metadata) if given.no_metadata else dict(file.metadata)
+    metadata = file.kept_metadata(given)
     for new in range(given.unit, rank + 1, given.unit):
         made = {key: cut(layer, key, new) for key, layer in file.layers.items()}
         path = given.save_to.with_name(f"{given.save_to.stem}-{new:04d}{given.save_to.suffix}")

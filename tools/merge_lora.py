@@ -27,7 +27,6 @@ from library.adapter_tools import (  # noqa: E402
     add_family,
     add_ignored,
     add_saving,
-    minimal,
     named_files,
     network_facts,
     one_family,
@@ -168,7 +167,7 @@ def join(given: argparse.Namespace, ratios: Sequence[float], lists: Sequence[tup
         joined = _joined(key, layers, method, rules, torch.device(given.device))
         made[key] = (shuffled(joined, key) if given.shuffle else joined).tensors()
     rank = max(len(layer["lora_down.weight"]) for layer in made.values())
-    metadata = minimal(files[0].metadata) if given.no_metadata else dict(files[0].metadata)
+    metadata = files[0].kept_metadata(given)
     metadata |= network_facts("networks.lora", rank)
     if not given.no_metadata:
         metadata |= {"modelspec.title": given.save_to.stem, "modelspec.merged_from": ", ".join(p.stem for p in given.models)}

@@ -19,7 +19,15 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from library.adapter_tools import PRECISIONS, add_device, add_ignored, report_ignored, tool_parser  # noqa: E402
+from library.adapter_tools import (  # noqa: E402
+    PRECISIONS,
+    add_device,
+    add_ignored,
+    precision,
+    report_ignored,
+    strengths,
+    tool_parser,
+)
 from library.checkpoint import atomic_write  # noqa: E402
 from library.cli import run_script  # noqa: E402
 from library.errors import UserError  # noqa: E402
@@ -60,22 +68,19 @@ def main(arguments: list[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     report_ignored(given)
     count = len(given.models)
-    ratios = given.ratios or [1 / count] * count
-    if len(ratios) != count:
-        raise UserError(f"{len(ratios)} --ratios for {count} --models. Give one for each.")
+    ratios = strengths(given.ratios, count, 1 / count)
     output = given.output if given.output.suffix == ".safetensors" else Path(f"{given.output}.safetensors")
     entries = [{common_name(name): entry for name, entry in open_checkpoint(path).entries.items()} for path in given.models]
-    dtype = None if given.saving_precision is None else PRECISIONS[given.saving_precision]
+    dtype = precision(given.saving_precision)
     planned, lacking = {}, 0
     for name, first in entries[0].items():
-        found = [first if given.unet_only and name.startswith(_OTHER_PARTS) else one.get(name, first) for one in entries]
+        own = given.unet_only and name.startswith(_OTHER_PARTS)
+        sources, shares = ([first], [1.0]) if own else ([one.get(name, first) for one in entries], ratios)
         lacking += sum(name not in one for one in entries)
-        for path, entry in zip(given.models, found, strict=True):
+        for path, entry in zip(given.models, sources, strict=False):
             if entry.shape != first.shape:
                 raise UserError(f"{name} is {first.shape} in {given.models[0]} and {entry.shape} in {path}: different models.")
         kept = dtype if dtype is not None and first.dtype.is_floating_point else first.dtype
-        own = given.unet_only and name.startswith(_OTHER_PARTS)
-        sources, shares = ([first], [1.0]) if own else (found, ratios)
         planned[name] = LazyTensor(kept, first.shape, partial(weighted_sum, sources, shares, given.device))
     skipped = sorted({name for one in entries[1:] for name in one} - entries[0].keys())
     for name in skipped if given.show_skipped else ():

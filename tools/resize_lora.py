@@ -15,11 +15,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from library.adapter_tools import (  # noqa: E402  # noqa: E402
+from library.adapter_tools import (  # noqa: E402
     add_device,
     add_family,
     add_saving,
-    minimal,
     network_facts,
     precision,
     read_adapter,
@@ -59,7 +58,7 @@ def main(arguments: list[str] | None = None) -> None:
         kept.append(after.norm() / whole if whole else 1.0)
         if given.verbose:
             print(f"{key}: rank {before.rank} -> {after.rank}, {kept[-1]:.1%} of the norm")
-    metadata = minimal(file.metadata) if given.no_metadata else dict(file.metadata)
+    metadata = file.kept_metadata(given)
     metadata |= network_facts(metadata.get("ss_network_module", "networks.lora"), max(ranks))
     if given.dynamic_method:
         metadata |= {"ss_network_dim": "Dynamic", "ss_network_alpha": "Dynamic"}
