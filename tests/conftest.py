@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,11 @@ import torch  # noqa: E402
 torch.set_num_threads(1)
 
 import pytest  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+# Its own lock is shared with forked processes: a test that kills one while it draws its bar would wait for the lock for ever.
+tqdm.set_lock(threading.RLock())
+tqdm.monitor_interval = 0  # nor a thread that could hold it while another process is forked
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
