@@ -17,7 +17,7 @@ import runs
 import torch
 from data_tools import build, make_options, make_strategies, write_picture, write_toml
 from PIL import Image, ImageFilter
-from runs import CASES, Workspace
+from runs import SHALLOW_CASES, Workspace
 
 from library.batch_page import PAGE_FILE, page, picture
 from library.cache_plan import caches_of_run, disk_of_run
@@ -30,7 +30,7 @@ VOID = {"img", "meta", "input"}
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
-    return runs.make_workspace(CASES["sd"], tmp_path_factory.mktemp("views"))
+    return runs.make_workspace(SHALLOW_CASES["sd"], tmp_path_factory.mktemp("views"))
 
 
 class Page(HTMLParser):

@@ -12,7 +12,7 @@ import pytest
 import runs
 import torch
 from accelerate import Accelerator
-from runs import CASES, MODES, Mode, Workspace
+from runs import CASES, MODES, SHALLOW_CASES, Mode, Workspace
 from test_resume import assert_same_end, step_state
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
@@ -35,7 +35,7 @@ ULP = 2.0**-7
 
 @pytest.fixture(scope="module")
 def workspaces(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Workspace]:
-    return {name: runs.make_workspace(case, tmp_path_factory.mktemp(name)) for name, case in CASES.items()}
+    return {name: runs.make_workspace(case, tmp_path_factory.mktemp(name)) for name, case in SHALLOW_CASES.items()}
 
 
 # ---- rounding ----------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import runs
 import torch
-from runs import CASES, Workspace
+from runs import SHALLOW_CASES, Workspace
 
 from library import watchdog
 from library.errors import UserError
@@ -20,7 +20,7 @@ from library.watchdog import Watchdog
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
-    return runs.make_workspace(CASES["sd"], tmp_path_factory.mktemp("sd"))
+    return runs.make_workspace(SHALLOW_CASES["sd"], tmp_path_factory.mktemp("sd"))
 
 
 def test_a_bad_picture_stands_out_whatever_times_it_is_seen_at() -> None:

@@ -13,7 +13,7 @@ import pytest
 import runs
 import toml
 from data_tools import LATENT, make_options, make_strategies, write_folder, write_picture
-from runs import CASES, Workspace
+from runs import SHALLOW_CASES, Workspace
 from safetensors import safe_open
 
 from library.dataset import TrainData, build_train_data
@@ -27,7 +27,7 @@ def strategies(tmp_path_factory: pytest.TempPathFactory) -> Strategies:
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
-    return runs.make_workspace(CASES["sd"], tmp_path_factory.mktemp("several"))
+    return runs.make_workspace(SHALLOW_CASES["sd"], tmp_path_factory.mktemp("several"))
 
 
 def document(folder: Path) -> dict[str, Any]:

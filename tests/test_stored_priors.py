@@ -12,7 +12,7 @@ import pytest
 import runs
 import tiny
 import torch
-from runs import CASES, Workspace
+from runs import SHALLOW_CASES, Workspace
 from safetensors.torch import load_file
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ CHOICES = 2
 
 def make(family: str, folder: Path) -> Workspace:
     tiny.write_images(folder / "regular" / "1_any", 2, (64, 64))
-    return runs.make_workspace(CASES[family], folder)
+    return runs.make_workspace(SHALLOW_CASES[family], folder)
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import runs
 import torch
-from runs import CASES, Workspace
+from runs import SHALLOW_CASES, Workspace
 from safetensors.torch import load_file
 
 from library import interrupts, run_requests, trainable
@@ -24,7 +24,7 @@ CACHED = ["--cache_latents", "--cache_text_encoder_outputs", "--network_train_un
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
-    return runs.make_workspace(CASES["sd"], tmp_path_factory.mktemp("trainer"))
+    return runs.make_workspace(SHALLOW_CASES["sd"], tmp_path_factory.mktemp("trainer"))
 
 
 @pytest.fixture
@@ -124,6 +124,7 @@ def test_the_size_of_adapters_is_logged_now_and_then(
 def test_two_signals_at_once_are_one_request_and_a_later_one_acts(monkeypatch: pytest.MonkeyPatch) -> None:
     """A launcher passes on what the terminal gave to its processes already."""
     monkeypatch.setattr(interrupts, "SAME_REQUEST_SECONDS", 0.05)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # it is ignored where the tests run in the background
     with pytest.raises(KeyboardInterrupt), InterruptFlag() as flag:
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)

@@ -10,7 +10,7 @@ import pytest
 import runs
 import tiny
 import torch
-from runs import CASES, Workspace
+from runs import SHALLOW_CASES, Workspace
 from safetensors.torch import load_file
 
 from library.errors import UserError
@@ -22,12 +22,12 @@ HELD_OUT = ("--validation_split=0.4", "--validation_quantiles=3", "--noise_offse
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
-    return runs.make_workspace(CASES["sd"], tmp_path_factory.mktemp("sd"))
+    return runs.make_workspace(SHALLOW_CASES["sd"], tmp_path_factory.mktemp("sd"))
 
 
 @pytest.fixture(scope="module")
 def sdxl_workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
-    return runs.make_workspace(CASES["sdxl"], tmp_path_factory.mktemp("sdxl"))
+    return runs.make_workspace(SHALLOW_CASES["sdxl"], tmp_path_factory.mktemp("sdxl"))
 
 
 def test_quantiles_are_the_middles_of_equal_parts() -> None:
