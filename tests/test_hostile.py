@@ -16,7 +16,7 @@ import pytest
 import runs
 import tiny_sdxl
 import torch
-from runs import SHALLOW_CASES, Mode, Workspace
+from runs import CASES, Mode, Workspace
 from safetensors.torch import save_file
 
 from library.cli import run_script
@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
-    return runs.make_workspace(SHALLOW_CASES["sd"], tmp_path_factory.mktemp("hostile"))
+    return runs.make_workspace(CASES["sd"], tmp_path_factory.mktemp("hostile"))
 
 
 def run_in_process(workspace: Workspace, mode: Mode, arguments: list[str]) -> int:
@@ -39,7 +39,7 @@ def run_in_process(workspace: Workspace, mode: Mode, arguments: list[str]) -> in
 
 @pytest.fixture(scope="module")
 def sdxl_workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
-    return runs.make_workspace(SHALLOW_CASES["sdxl"], tmp_path_factory.mktemp("hostile_sdxl"))
+    return runs.make_workspace(CASES["sdxl"], tmp_path_factory.mktemp("hostile_sdxl"))
 
 
 @dataclass(frozen=True)
