@@ -106,7 +106,7 @@ def find_tokenizer(
     is none.
     """
     if flag:
-        return _given(flag)
+        return _given(flag, kind)
     if model_folder is not None and kind.is_in(model_folder / kind.inside):
         return model_folder / kind.inside
     cached = Path(cache_dir).expanduser() / hub_id.replace("/", "_") if cache_dir else None
@@ -122,18 +122,18 @@ def find_tokenizer(
     return downloaded
 
 
-def _given(flag: str) -> Path:
+def _given(flag: str, kind: TokenizerKind) -> Path:
     path = Path(flag).expanduser()
     for folder in (path, path / "tokenizer"):
-        if CLIP.is_in(folder):
+        if kind.is_in(folder):
             return folder
     if path.exists() or not looks_like_hub_id(flag):
-        raise UserError(f"--tokenizer {flag}: no CLIP tokenizer there (vocab.json with merges.txt, or tokenizer.json).")
-    found = _download(flag, None, CLIP)
+        raise UserError(f"--tokenizer {flag}: no {kind.title} tokenizer there ({kind.expected}).")
+    found = _download(flag, None, kind)
     if found is None:
         raise UserError(
             f"--tokenizer {flag} is not a folder here, is not in the hub's cache, and the hub cannot be reached. "
-            "Give a folder with vocab.json and merges.txt."
+            f"Give a folder with {kind.expected}."
         )
     return found
 

@@ -79,6 +79,10 @@ class Rotation(NamedTuple):
     cos: Tensor
     sin: Tensor
 
+    def of(self, tokens: slice) -> Rotation:
+        """Those of some of the L tokens."""
+        return Rotation(self.cos[:, :, tokens], self.sin[:, :, tokens])
+
 
 def rotary_embedding(ids: Tensor, axes: Sequence[int], theta: float = 10_000.0) -> Rotation:
     """Rotations (Su et al. 2021, arXiv 2104.09864) for positions with several axes. ids [B, L, len(axes)].
@@ -95,6 +99,13 @@ def rotary_embedding(ids: Tensor, axes: Sequence[int], theta: float = 10_000.0) 
     return Rotation(joined.cos().float(), joined.sin().float())
 
 
+def image_ids(height: int, width: int, device: torch.device | str) -> Tensor:
+    """Positions of an image's tokens, [1, h/2 * w/2, 3]: (0, row, column). height and width of the latents."""
+    rows, columns = (torch.arange(size // 2, device=device, dtype=torch.float32) for size in (height, width))
+    grid = torch.stack(torch.meshgrid(rows, columns, indexing="ij"), dim=-1)  # [h/2, w/2, 2]
+    return F.pad(grid, (1, 0)).flatten(0, 1).unsqueeze(0)
+
+
 def rotate(x: Tensor, rotation: Rotation) -> Tensor:
     """Turn neighbouring pairs of x [B, H, L, K], computed in float32."""
     even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # [B, H, L, K / 2]
@@ -106,8 +117,15 @@ def rotate(x: Tensor, rotation: Rotation) -> Tensor:
 # ---- norms and modulation --------------------------------------------------------------------------------------------
 
 
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, computed in float32."""
+    exact = x.float()
+    normed = exact * torch.rsqrt(exact.square().mean(-1, keepdim=True) + eps)
+    return (normed * weight.float()).to(x.dtype)
+
+
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * scale over the last dimension, computed in float32."""
+    """`rms_norm`; its weight is called `scale`, as FLUX.1 has it."""
 
     def __init__(self, width: int, eps: float = 1e-6) -> None:
         super().__init__()
@@ -115,9 +133,19 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        exact = x.float()
-        normed = exact * torch.rsqrt(exact.square().mean(-1, keepdim=True) + self.eps)
-        return (normed * self.scale.float()).to(x.dtype)
+        return rms_norm(x, self.scale, self.eps)
+
+
+class WeightRMSNorm(nn.Module):
+    """`rms_norm`; its weight is called `weight`, as most have it."""
+
+    def __init__(self, width: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
 
 
 class QKNorm(nn.Module):
@@ -181,3 +209,15 @@ class MLPEmbedder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.out_layer(F.silu(self.in_layer(x)))
+
+
+class SiluMLP(nn.Module):
+    """The same two layers as `mlp.0` and `mlp.2`, as SD3 and Lumina have them."""
+
+    def __init__(self, inputs: int, width: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(inputs, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.mlp(x)
+        return out

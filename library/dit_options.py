@@ -9,6 +9,7 @@ from library.option_groups import FullTrainOptions, TrainOptions
 from library.option_rules import Rule
 from library.options import NoFamilyOptions, opt
 
+TIME_SAMPLINGS = ("sigma", "uniform", "sigmoid", "shift", "flux_shift")
 WEIGHTINGS = ("sigma_sqrt", "logit_normal", "mode", "cosmap", "none", "uniform")
 
 
@@ -40,6 +41,33 @@ class DitOptions(DitModelOptions):
     logit_mean: float = opt(0.0, "mean of --weighting_scheme logit_normal")
     logit_std: float = opt(1.0, "standard deviation of --weighting_scheme logit_normal", minimum=0)
     mode_scale: float = opt(1.29, "strength of --weighting_scheme mode")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VelocityOptions(DitOptions):
+    """Times, and what the loss makes of the velocity, for families that have a choice. Defaults are FLUX.1's."""
+
+    timestep_sampling: str = opt("sigma", "density of times", choices=TIME_SAMPLINGS)
+    discrete_flow_shift: float = opt(3.0, "push times toward noise, under sigma and shift", minimum=0.001)
+    sigmoid_scale: float = opt(1.0, "spread of sigmoid, shift and flux_shift", minimum=0)
+    model_prediction_type: str = opt(
+        "raw",
+        "how the loss reads the model: raw, its velocity; sigma_scaled, the data it implies, weighted by --weighting_scheme; "
+        "additive, the same as raw",
+        choices=("raw", "additive", "sigma_scaled"),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class VelocityFullOptions(VelocityOptions):
+    """The same, fine-tuned whole."""
+
+    mem_eff_save: bool = opt(False, "save tensor by tensor", inert="saving never copies the whole model")
+    blockwise_fused_optimizers: bool = opt(False, "the same as --fused_backward_pass")
+
+    @property
+    def fused_backward(self) -> bool:
+        return self.blockwise_fused_optimizers
 
 
 def _weights_of_ddpm(o: TrainOptions) -> bool:
@@ -99,3 +127,25 @@ FLOW_RULES: tuple[Rule, ...] = (
     ),
 )
 """Rules of every family that is a flow."""
+
+
+def _reads_weighting(family: VelocityOptions) -> bool:
+    if family.weighting_scheme in ("sigma_sqrt", "cosmap"):
+        return family.model_prediction_type == "sigma_scaled"
+    return family.timestep_sampling == "sigma"
+
+
+VELOCITY_RULES: tuple[Rule, ...] = (
+    *FLOW_RULES,
+    Rule(
+        lambda o: o.model.vae is not None,
+        "--vae {vae}: this model's autoencoder is given as --ae.",
+    ),
+    Rule(
+        lambda o: o.family.weighting_scheme not in ("uniform", "none") and not _reads_weighting(o.family),
+        "--weighting_scheme {weighting_scheme} has no effect with --timestep_sampling {timestep_sampling} and "
+        "--model_prediction_type {model_prediction_type}: it is a density of sigma, or a weight of sigma_scaled.",
+        warning=True,
+    ),
+)
+"""Rules of families with `VelocityOptions` and an autoencoder of FLUX.1's kind."""

@@ -337,10 +337,3 @@ def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
     """The inverse; height and width of the latents."""
     patches = tokens.unflatten(2, (-1, 2, 2)).unflatten(1, (height // 2, width // 2))  # [B, h/2, w/2, C, 2, 2]
     return patches.permute(0, 3, 1, 4, 2, 5).reshape(tokens.shape[0], -1, height, width)
-
-
-def image_ids(height: int, width: int, device: torch.device | str) -> Tensor:
-    """Positions of an image's tokens, [1, h/2 * w/2, 3]: (0, row, column). height and width of the latents."""
-    rows, columns = (torch.arange(size // 2, device=device, dtype=torch.float32) for size in (height, width))
-    grid = torch.stack(torch.meshgrid(rows, columns, indexing="ij"), dim=-1)  # [h/2, w/2, 2]
-    return F.pad(grid, (1, 0)).flatten(0, 1).unsqueeze(0)

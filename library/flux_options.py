@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from library.dit_options import FLOW_RULES, DitModelOptions, DitOptions
+from library.dit_options import VELOCITY_RULES, DitModelOptions, VelocityFullOptions, VelocityOptions
 from library.option_rules import Rule
 from library.options import opt
 
-TIME_SAMPLINGS = ("sigma", "uniform", "sigmoid", "shift", "flux_shift")
 SPLIT_MODE_BLOCKS = 18
 """sd-scripts' number."""
 _NEVER_WORKED = "sd-scripts does not read it, either"
@@ -39,36 +38,17 @@ FluxModelOptions.model_group = FluxModelOptions
 
 
 @dataclass(frozen=True, kw_only=True)
-class FluxOptions(FluxModelOptions, DitOptions):
+class FluxOptions(FluxModelOptions, VelocityOptions):
     """FLUX.1 and Chroma."""
 
     guidance_scale: float = opt(1.0, "guidance that the model is told in training; dev only", minimum=0)
-    timestep_sampling: str = opt("sigma", "density of times", choices=TIME_SAMPLINGS)
-    sigmoid_scale: float = opt(1.0, "spread of sigmoid, shift and flux_shift", minimum=0)
-    discrete_flow_shift: float = opt(3.0, "push times toward noise, under sigma and shift", minimum=0.001)
-    model_prediction_type: str = opt(
-        "raw",
-        "how the loss reads the model: raw, its velocity; sigma_scaled, the data it implies, weighted by --weighting_scheme; "
-        "additive, the same as raw",
-        choices=("raw", "additive", "sigma_scaled"),
-    )
 
     several_text_encoders: ClassVar[bool] = True
     rules: ClassVar[tuple[Rule, ...]] = (
-        *FLOW_RULES,
+        *VELOCITY_RULES,
         Rule(
             lambda o: o.family.split_mode and o.family.blocks_to_swap is not None,
             "--split_mode has no effect beside --blocks_to_swap {blocks_to_swap}.",
-            warning=True,
-        ),
-        Rule(
-            lambda o: o.model.vae is not None,
-            "--vae {vae}: FLUX.1 and Chroma take their autoencoder as --ae.",
-        ),
-        Rule(
-            lambda o: o.family.weighting_scheme not in ("uniform", "none") and not _reads_weighting(o.family),
-            "--weighting_scheme {weighting_scheme} has no effect with --timestep_sampling {timestep_sampling} and "
-            "--model_prediction_type {model_prediction_type}: it is a density of sigma, or a weight of sigma_scaled.",
             warning=True,
         ),
         Rule(
@@ -79,23 +59,11 @@ class FluxOptions(FluxModelOptions, DitOptions):
     )
 
 
-def _reads_weighting(family: FluxOptions) -> bool:
-    if family.weighting_scheme in ("sigma_sqrt", "cosmap"):
-        return family.model_prediction_type == "sigma_scaled"
-    return family.timestep_sampling == "sigma"
-
-
 @dataclass(frozen=True, kw_only=True)
-class FluxFullOptions(FluxOptions):
+class FluxFullOptions(FluxOptions, VelocityFullOptions):
     """FLUX.1, fine-tuned whole."""
 
-    mem_eff_save: bool = opt(False, "save tensor by tensor", inert="saving never copies the whole model")
-    blockwise_fused_optimizers: bool = opt(False, "the same as --fused_backward_pass")
     fused_optimizer_groups: int | None = opt(None, "optimizers that parameters are divided among", inert=_NEVER_WORKED)
     double_blocks_to_swap: int | None = opt(None, "see --blocks_to_swap", inert=_NEVER_WORKED)
     single_blocks_to_swap: int | None = opt(None, "see --blocks_to_swap", inert=_NEVER_WORKED)
     skip_latents_validity_check: bool = opt(False, "see --skip_cache_check", inert=_NEVER_WORKED)
-
-    @property
-    def fused_backward(self) -> bool:
-        return self.blockwise_fused_optimizers

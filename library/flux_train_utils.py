@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
@@ -11,16 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from library.clip_tokenizer import SD1_TOKENIZER, TokenizerKind, find_tokenizer, load_clip_tokenizer
-from library.family_base import LatentSpec, ModelBundle, ModelFamily, SampleRequest
-from library.flux_models import Flux, image_ids, pack, unpack
+from library.dit_family import DitFamily
+from library.dit_layers import image_ids
+from library.family_base import SampleRequest
+from library.flux_models import Flux, pack, unpack
 from library.flux_saving import FluxCheckpoint
 from library.flux_utils import CLIP_L, FLUX_LAYERS, TITLE, FluxModel, describe, open_denoiser, open_parts
-from library.model_loading import lazy_bundle
-from library.model_parts import Component, SaveSettings, enable_encoder_checkpointing
-from library.objectives import RectifiedFlow, range_and_huber, resolution_shift
-from library.offload_plan import SwapDivision
+from library.model_parts import Component
+from library.objectives import resolution_shift
 from library.quantization import LayerTable
-from library.quantized_layers import Quantizer
 from library.sampling import flow_levels, guided_pair, sample_flow
 from library.strategy_base import Strategies
 from library.strategy_flux import (
@@ -33,7 +32,6 @@ from library.strategy_flux import (
     with_one_padding,
 )
 from library.t5_parts import T5, T5_TOKENIZER, load_t5_tokenizer
-from library.vae_parts import decode_latents
 from networks.lora_flux import ARCH
 
 if TYPE_CHECKING:
@@ -48,7 +46,7 @@ PREVIEW_GUIDANCE = 3.5
 """What dev is published with; a prompt line's `--g` goes before it."""
 
 
-class FluxFamily(ModelFamily):
+class FluxFamily(DitFamily):
     """FLUX.1 dev, schnell and Kontext's shape, and Chroma: a transformer that predicts the velocity noise - data."""
 
     name: ClassVar[str] = "flux"
@@ -56,15 +54,18 @@ class FluxFamily(ModelFamily):
     scripts: ClassVar[Mapping[str, str]] = {"network": "flux_train_network.py", "full": "flux_train.py"}
     arch: ClassVar[NetworkArch] = ARCH
     quantized_layers: ClassVar[LayerTable] = FLUX_LAYERS
+    flow_keys: ClassVar[tuple[str, ...]] = (*DitFamily.flow_keys, "guidance_scale")
 
     # ---- facts -------------------------------------------------------------------------------------------------------
 
-    def latent(self, options: TrainOptions) -> LatentSpec:
-        """Stored latents are scaled already, as sd-scripts stores them."""
-        config = describe(options).parts["vae"].config
-        return LatentSpec(
-            channels=config.get("latent_channels", 16), stride=2 ** (len(config["block_out_channels"]) - 1), patch=2
-        )
+    def describe(self, options: TrainOptions) -> FluxModel:
+        return describe(options)
+
+    def tokenizers(self, options: TrainOptions) -> dict[str, Path]:
+        return tokenizer_folders(describe(options), options)
+
+    def checkpoint(self, **contents: Any) -> FluxCheckpoint:
+        return FluxCheckpoint(**contents)
 
     def check(self, options: TrainOptions) -> None:
         model = describe(options)
@@ -89,33 +90,13 @@ class FluxFamily(ModelFamily):
     def metadata(self, options: TrainOptions) -> dict[str, Any]:
         flags: FluxOptions = options.family
         model = describe(options)
-        names = (
-            "weighting_scheme", "logit_mean", "logit_std", "mode_scale", "guidance_scale", "timestep_sampling",
-            "sigmoid_scale", "model_prediction_type", "discrete_flow_shift",
-        )  # fmt: skip
         return {
             "ss_model_type": "chroma" if model.kind == "chroma" else "flux",
             "ss_apply_t5_attn_mask": _masks_text(model, flags),
-            **{f"ss_{name}": getattr(flags, name) for name in names},
+            **super().metadata(options),
         }
 
-    def source_format(self, options: TrainOptions) -> str:
-        return describe(options).format
-
     # ---- the model ---------------------------------------------------------------------------------------------------
-
-    def load(
-        self,
-        options: TrainOptions,
-        *,
-        device: torch.device,
-        dtype: torch.dtype,
-        learning: Mapping[str, torch.dtype] | None = None,
-        quantizers: Mapping[str, Quantizer] | None = None,
-    ) -> ModelBundle:
-        model = describe(options)
-        facts = {"tokenizers": tokenizer_folders(model, options)}
-        return lazy_bundle(model, options, device=device, dtype=dtype, learning=learning, quantizers=quantizers, facts=facts)
 
     def open_denoiser(self, path: Path) -> Component:
         return open_denoiser(path)
@@ -145,36 +126,7 @@ class FluxFamily(ModelFamily):
             ),
         )
 
-    def enable_gradient_checkpointing(self, part: str, module: nn.Module) -> None:
-        if isinstance(module, Flux):
-            module.enable_gradient_checkpointing()
-        else:
-            enable_encoder_checkpointing(module)
-
-    def head_widths(self, options: TrainOptions) -> Sequence[int]:
-        return (describe(options).params.head_width,)
-
-    def swap_division(self, options: TrainOptions) -> SwapDivision:
-        return describe(options).params.swap_division
-
     # ---- steps -------------------------------------------------------------------------------------------------------
-
-    def objective(self, options: TrainOptions) -> RectifiedFlow:
-        flags: FluxOptions = options.family
-        scaled = flags.model_prediction_type == "sigma_scaled"
-        return RectifiedFlow(
-            sampling=flags.timestep_sampling,
-            sigmoid_scale=flags.sigmoid_scale,
-            flow_shift=flags.discrete_flow_shift,
-            density=flags.weighting_scheme,
-            logit_mean=flags.logit_mean,
-            logit_std=flags.logit_std,
-            mode_scale=flags.mode_scale,
-            weighting=flags.weighting_scheme if scaled else "none",
-            data_error=scaled,
-            loss_type=options.loss.loss_type,
-            **range_and_huber(options.noise, options.loss),
-        )
 
     def predict(
         self,
@@ -212,19 +164,6 @@ class FluxFamily(ModelFamily):
             seed=request.seeds,
             device=device,
         )
-
-    def decode(self, vae: nn.Module, latents: Tensor, options: TrainOptions) -> Tensor:
-        scale, shift = describe(options).latent_scale
-        return decode_latents(vae, latents / scale + shift)
-
-    # ---- saving ------------------------------------------------------------------------------------------------------
-
-    def save_checkpoint(self, bundle: ModelBundle, path: Path, settings: SaveSettings) -> None:
-        FluxCheckpoint(
-            model=bundle.facts["model"],
-            transformer=bundle.denoiser if bundle.loaded("denoiser") else None,
-            tokenizers=bundle.facts["tokenizers"],
-        ).write(path, settings)
 
 
 def _entry_shapes(model: FluxModel, length: int) -> dict[str, tuple[int, ...]]:

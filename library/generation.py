@@ -167,7 +167,7 @@ class PictureRun:
             self.maker.forget()
         if self._complete:
             self.networks.set_strengths(strengths)
-        self.maker.keep(self.bundle, (text for picture in pictures for text in picture.line.texts), text_parts)
+        self.maker.keep(self.bundle, (picture.line for picture in pictures), text_parts)
         if not keep_encoders:
             for name in text_parts - self.networks.live_parts:
                 self.bundle.release(name)
@@ -284,6 +284,9 @@ def _base_line(options: GenerateOptions, family: ModelFamily) -> PictureLine:
         sample_steps=asked.steps,
         scale=asked.scale,
         guidance_scale=asked.guidance,
+        flow_shift=asked.flow_shift,
+        cfg_trunc_ratio=asked.cfg_trunc_ratio,
+        renorm_cfg=asked.renorm_cfg,
         sample_sampler=asked.sampler,
     )
 

@@ -187,7 +187,7 @@ class DiscreteDDPM:
 
 # ---- flows -----------------------------------------------------------------------------------------------------------
 
-TIME_SAMPLINGS = ("sigma", "uniform", "sigmoid", "shift", "flux_shift")
+TIME_SAMPLINGS = ("sigma", "uniform", "sigmoid", "shift", "flux_shift", "nextdit_shift")
 WEIGHTINGS = ("sigma_sqrt", "logit_normal", "mode", "cosmap", "none", "uniform")
 _LEAST_TIME = 1e-3  # where weights that grow without bound near t = 0 stop growing: the least time of the 1000-step grid
 
@@ -207,8 +207,9 @@ class RectifiedFlow:
     """Straight paths from data to noise (Liu et al. 2022, arXiv 2209.03003): x_t = (1 - t) x0 + t noise, target noise - x0.
 
     Densities of t, with sd-scripts' names and formulas: `uniform`; `sigmoid`: sigmoid(sigmoid_scale * N(0, 1)); `shift` and
-    `flux_shift`: the same, pushed toward noise by `flow_shift` or by the image's size; `sigma`: the 1000 shifted levels of a
-    scheduler, drawn by `density` (Esser et al. 2024, arXiv 2403.03206: logit_normal, mode; uniform otherwise).
+    `flux_shift`: the same, pushed toward noise by `flow_shift` or by the image's size; `nextdit_shift`: uniform, pushed by the
+    image's size; `sigma`: the 1000 shifted levels of a scheduler, drawn by `density` (Esser et al. 2024, arXiv 2403.03206:
+    logit_normal, mode; uniform otherwise).
     """
 
     sampling: str = "sigma"
@@ -242,13 +243,15 @@ class RectifiedFlow:
         if self.sampling == "sigma":
             level = (1000 - (self._density_at(q) * 1000).floor().clamp(max=999)) / 1000
             t = shift_time(level, self.flow_shift)
-        elif self.sampling == "uniform":
-            t = q
         else:
-            t = torch.sigmoid(self.sigmoid_scale * torch.special.ndtri(q))
+            t = (
+                q
+                if self.sampling in ("uniform", "nextdit_shift")
+                else torch.sigmoid(self.sigmoid_scale * torch.special.ndtri(q))
+            )
             if self.sampling == "shift":
                 t = shift_time(t, self.flow_shift)
-            elif self.sampling == "flux_shift":
+            elif self.sampling in ("flux_shift", "nextdit_shift"):
                 height, width = latent_size
                 t = shift_time(t, resolution_shift((height // self.patch) * (width // self.patch)))
         low, high = self.min_timestep / 1000, self.max_timestep / 1000

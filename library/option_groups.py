@@ -405,7 +405,7 @@ class TrainOptions:
     @property
     def attention_modes(self) -> frozenset[str]:
         """The attention back ends that flags name; more than one is a contradiction."""
-        return self.attention.chosen
+        return self.attention.chosen | self.family.attention_modes
 
     @property
     def attention_mode(self) -> str:
@@ -453,7 +453,7 @@ class FullTrainOptions(TrainOptions):
 
     @property
     def attention_modes(self) -> frozenset[str]:
-        return self.attention.chosen | ({"xformers"} if self.full.diffusers_xformers else frozenset())
+        return super().attention_modes | ({"xformers"} if self.full.diffusers_xformers else frozenset())
 
     @property
     def log_name(self) -> str:

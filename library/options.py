@@ -97,6 +97,8 @@ class NoFamilyOptions:
     """Whether v prediction is taken from the model where no flag says, so that flags alone do not tell."""
     is_flow: ClassVar[bool] = False
     """Whether the model is a flow: without a choice of samplers, and without weights in prompts."""
+    bounds_guidance: ClassVar[bool] = False
+    """Whether guidance by the negative prompt ends early and goes only so far: `--ctr` and `--rcfg` in prompt lines."""
     model_group: ClassVar[type]
     """The part of the group that says what the model is: all that a program that does not train takes of it."""
 
@@ -118,6 +120,11 @@ class NoFamilyOptions:
     def swapped_blocks(self) -> int:
         """`--blocks_to_swap`, in families that have it."""
         return 0
+
+    @property
+    def attention_modes(self) -> frozenset[str]:
+        """The attention back ends that flags of the family's own name."""
+        return frozenset()
 
     @property
     def fused_backward(self) -> bool:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from library.family_base import ModelBundle, ModelFamily, SampleRequest
-from library.prompts import PromptLine
+from library.prompts import PromptLine, Side
 from library.strategy_base import Conditioning, Strategies
 
 if TYPE_CHECKING:
@@ -40,19 +40,20 @@ class PictureMaker:
     options: TrainOptions
     device: torch.device
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
-    _kept: dict[str, Conditioning] = field(default_factory=dict)
-    """By prompt, on the CPU."""
+    _kept: dict[Side, Conditioning] = field(default_factory=dict)
+    """On the CPU."""
 
     @property
     def side_step(self) -> int:
         """A picture's sides are multiples of it."""
         return self.family.latent(self.options).bucket_step
 
-    def keep(self, bundle: ModelBundle, texts: Iterable[str], encoders: frozenset[str]) -> None:
-        """Encode `texts` now, unless they are, with these encoders, which from then on need not be there for them."""
-        for text in texts if encoders else ():
-            if text not in self._kept:
-                self._kept[text] = self._encode(bundle, text, encoders).to("cpu")
+    def keep(self, bundle: ModelBundle, lines: Iterable[PromptLine], encoders: frozenset[str]) -> None:
+        """Encode both sides of all prompts now, unless they are, with these encoders, which from then on need not be there for
+        them."""
+        for side in (side for line in lines for side in line.sides) if encoders else ():
+            if side not in self._kept:
+                self._kept[side] = self._encode(bundle, side, encoders).to("cpu")
 
     def forget(self) -> None:
         """What was kept is no longer what the encoders give."""
@@ -63,8 +64,8 @@ class PictureMaker:
         made."""
         first = lines[0]
         sides = [
-            [self._conditioning(bundle, text).rows(0) for text in texts]
-            for texts in zip(*(line.texts for line in lines), strict=True)
+            [self._conditioning(bundle, side).rows(0) for side in alike]
+            for alike in zip(*(line.sides for line in lines), strict=True)
         ]
         positive, negative = (type(rows[0]).collate(rows) for rows in sides)
         return SampleRequest(
@@ -85,20 +86,21 @@ class PictureMaker:
             latents = self.family.sample(denoiser, request, self.options, self.device)
         return [to_picture(self.family.decode(bundle.vae, row, self.options)[0]) for row in latents.split(1)]
 
-    def _encode(self, bundle: ModelBundle, text: str, only: frozenset[str]) -> Conditioning:
-        tokens = {name: ids.to(self.device) for name, ids in self.strategies.tokenize.tokenize([text]).items()}
+    def _encode(self, bundle: ModelBundle, side: Side, only: frozenset[str]) -> Conditioning:
+        tokenizer = self.strategies.tokenize.for_negatives() if side.negative else self.strategies.tokenize
+        tokens = {name: ids.to(self.device) for name, ids in tokenizer.tokenize([side.text]).items()}
         encoders = {name: bundle.part(name) for name in sorted(only)}
         with torch.no_grad(), evaluation_mode(list(encoders.values())), self.autocast():
             return self.strategies.text_encoding.encode(encoders, tokens, only)
 
-    def _conditioning(self, bundle: ModelBundle, text: str) -> Conditioning:
+    def _conditioning(self, bundle: ModelBundle, side: Side) -> Conditioning:
         """Kept fields as they are, the others encoded now. [1, ...] on the device."""
-        kept = self._kept.get(text)
+        kept = self._kept.get(side)
         missing = frozenset(bundle.text_encoder_names) if kept is None else kept.missing()
         if not missing:
             assert kept is not None
             return kept.to(self.device)
-        live = self._encode(bundle, text, missing)
+        live = self._encode(bundle, side, missing)
         return live if kept is None else kept.to(self.device).merged(live)
 
 

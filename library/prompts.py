@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import Field, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from library.errors import UserError, suggest
 
@@ -19,6 +19,13 @@ def line_option(flag: str, kind: Callable[[Any], Any], default: Any = None) -> A
     """A field of `PromptLine` that `--flag value` sets inline; kind: its type, also checked in .toml and .json files,
     or what makes it of a text or such a file's value and raises ValueError with what it expects."""
     return field(default=default, metadata={"flag": flag, "kind": kind})
+
+
+class Side(NamedTuple):
+    """What a picture is led toward or, negative, away from."""
+
+    text: str
+    negative: bool = False
 
 
 @dataclass(frozen=True)
@@ -45,6 +52,11 @@ class PromptLine:
     def texts(self) -> tuple[str, str]:
         """The prompt, and what it leads away from."""
         return self.prompt, self.negative_prompt or ""
+
+    @property
+    def sides(self) -> tuple[Side, Side]:
+        prompt, negative = self.texts
+        return Side(prompt), Side(negative, negative=True)
 
     def extra(self) -> dict[str, Any]:
         """Options that only some families know, where given."""

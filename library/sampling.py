@@ -233,8 +233,7 @@ class PreviewWriter:
 
     def encode_frozen(self, bundle: ModelBundle, learning: frozenset[str] = frozenset()) -> None:
         """Encode all prompts now with the encoders that do not learn (part names in `learning` do), once for the run."""
-        texts = [text for line in self.prompts for text in line.texts]
-        self.maker.keep(bundle, texts, frozenset(bundle.text_encoder_names) - learning)
+        self.maker.keep(bundle, self.prompts, frozenset(bundle.text_encoder_names) - learning)
 
     def write(self, bundle: ModelBundle, denoiser: nn.Module, *, step: int, epoch: int | None = None) -> dict[int, Path]:
         """All of this process's pictures; modules are in evaluation mode meanwhile. Returns where that of each prompt is."""

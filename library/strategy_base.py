@@ -120,6 +120,10 @@ class TokenizeStrategy(ABC):
         """`tokens` without those that none of the captions needs, which have these `lengths`."""
         return tokens
 
+    def for_negatives(self) -> TokenizeStrategy:
+        """For what pictures are led away from, where that is told otherwise than what they should show."""
+        return self
+
     @abstractmethod
     def fingerprint(self) -> str:
         """Changes whenever the ids for a caption could (vocabulary, length, prompt template, weighting)."""

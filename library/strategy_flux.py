@@ -6,8 +6,8 @@ Shapes: B batch, M text tokens (all padded to one length), D width, C latent cha
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, TypeVar
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -16,35 +16,26 @@ from torch import Tensor, nn
 from library.cache_formats import LATENT_FORMATS, TEXT_FORMATS, LatentFormat, TextFormat
 from library.clip_tokenizer import ClipTokenizer
 from library.strategy_base import (
-    Conditioning,
-    LatentsCachingStrategy,
     TextEncoderOutputsCachingStrategy,
     TextEncodingStrategy,
     TokenizeStrategy,
     Tokens,
     tensor_field,
 )
+from library.strategy_dit import PaddedText, ScaledLatentsCachingStrategy, ids_for
 from library.t5_parts import PAD, T5Tokenizer
-from library.vae_parts import encode_images
 
 CLIP_L, T5XXL = "clip_l", "t5xxl"
 CLIP_LENGTH = 77
 _NO_CLIP = np.zeros((CLIP_LENGTH, 1), np.float32)  # what sd-scripts' stand-in for CLIP-L gives: Chroma has none
 
-ChromaT = TypeVar("ChromaT", bound="ChromaConditioning")
-
 
 @dataclass(frozen=True)
-class ChromaConditioning(Conditioning):
+class ChromaConditioning(PaddedText):
     """T5's hidden states, and which of them are text (before Chroma's one token of padding is added)."""
 
     context: Tensor = tensor_field(source=T5XXL, pad=True)  # [B, M, D]
     mask: Tensor = tensor_field(source=T5XXL, pad=True)  # [B, M], 1 = text, 0 = padding
-    whole: bool = field(default=False, kw_only=True)
-    """No token has to be hidden, though padding is."""
-
-    def fitted(self: ChromaT, lengths: Sequence[int]) -> ChromaT:
-        return replace(super().fitted(lengths), whole=min(lengths) == max(lengths))
 
 
 @dataclass(frozen=True)
@@ -106,38 +97,25 @@ class FluxTextEncodingStrategy(TextEncodingStrategy):
         wanted = self.conditioning.sources() if only is None else only & self.conditioning.sources()
         fields: dict[str, Any] = {}
         if T5XXL in wanted:
-            ids = _on(encoders[T5XXL], tokens[T5XXL])
+            ids = ids_for(encoders[T5XXL], tokens[T5XXL])
             fields["mask"] = (ids != PAD).long()
             t5: Any = encoders[T5XXL]
             attended = fields["mask"] if self.mask_t5 else None
             fields["context"] = t5(input_ids=ids, attention_mask=attended).last_hidden_state
         if CLIP_L in wanted:
             clip: Any = encoders[CLIP_L]
-            fields["pooled"] = clip(input_ids=_on(clip, tokens[CLIP_L])).pooler_output
+            fields["pooled"] = clip(input_ids=ids_for(clip, tokens[CLIP_L])).pooler_output
         return self.conditioning(**fields)
 
     def fingerprint(self) -> str:
         return f"t5-{'masked' if self.mask_t5 else 'unmasked'}"
 
 
-def _on(encoder: nn.Module, ids: Tensor) -> Tensor:
-    """[B, 1, M] -> [B, M] on the encoder's device."""
-    return ids[:, 0].to(next(encoder.parameters()).device)
-
-
 @dataclass(frozen=True)
-class FluxLatentsCachingStrategy(LatentsCachingStrategy):
-    """A sample of the autoencoder's posterior, scaled: (z - shift) * scale."""
+class FluxLatentsCachingStrategy(ScaledLatentsCachingStrategy):
+    """See `ScaledLatentsCachingStrategy`."""
 
     format: ClassVar[LatentFormat] = LATENT_FORMATS["flux"]
-    scale: float
-    shift: float
-
-    def encode(self, vae: nn.Module, images: Tensor, seeds: Sequence[int]) -> Tensor:
-        return (encode_images(vae, images, seeds) - self.shift) * self.scale
-
-    def fingerprint(self) -> str:
-        return f"posterior-sample-scaled-{self.scale}-{self.shift}"
 
 
 @dataclass(frozen=True)

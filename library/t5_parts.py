@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -15,6 +14,7 @@ from library.clip_tokenizer import TokenizerKind
 from library.errors import UserError
 from library.key_layout import Rule, key_map
 from library.model_io import Shapes, count_indices, empty_module
+from library.padded_tokenizer import PaddedTokenizer, without_padding
 
 T5_TOKENIZER = "google/t5-v1_1-xxl"
 PAD, EOS = 0, 1
@@ -79,30 +79,12 @@ T5 = TokenizerKind(
 )
 
 
-@dataclass(frozen=True)
-class T5Tokenizer:
-    """Words to ids. Holds the `tokenizers` library's object alone: workers unpickle it without importing transformers."""
+@dataclass(frozen=True, eq=False)
+class T5Tokenizer(PaddedTokenizer):
+    """See `PaddedTokenizer`."""
 
-    backend: Any  # tokenizers.Tokenizer
-    folder: Path
-
-    def ids(self, text: str, length: int) -> list[int]:
-        """Exactly `length` ids: the text's, cut where needed, then EOS, then padding."""
-        found: list[int] = self.backend.encode(text, add_special_tokens=False).ids[: length - 1]
-        return [*found, EOS, *[PAD] * (length - 1 - len(found))]
-
-    def count(self, text: str, length: int) -> int:
-        """How many of `ids` are no padding."""
-        return min(len(self.backend.encode(text, add_special_tokens=False).ids), length - 1) + 1
-
-    def fingerprint(self) -> str:
-        return blake2b(self.backend.to_str().encode(), digest_size=8).hexdigest()
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, T5Tokenizer) and self.fingerprint() == other.fingerprint()
-
-    def __hash__(self) -> int:
-        return hash(self.fingerprint())
+    pad: ClassVar[int] = PAD
+    last: ClassVar[tuple[int, ...]] = (EOS,)
 
 
 @lru_cache(maxsize=4)
@@ -113,9 +95,7 @@ def load_t5_tokenizer(folder: Path) -> T5Tokenizer:
     if not T5.is_in(folder):
         raise UserError(f"{folder} has no T5 tokenizer ({T5.expected}).")
     loaded = T5TokenizerFast.from_pretrained(str(folder), local_files_only=True)
-    backend = loaded.backend_tokenizer
-    backend.no_padding()
-    backend.no_truncation()
+    backend = without_padding(loaded.backend_tokenizer)
     if (loaded.pad_token_id, loaded.eos_token_id) != (PAD, EOS):
         raise UserError(
             f"{folder} is not T5's tokenizer: its padding and end are {loaded.pad_token_id}, {loaded.eos_token_id}."

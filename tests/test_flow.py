@@ -66,6 +66,7 @@ DENSITIES = {
         lambda: (s := logistic(0.8 * normal())) * 3.1 / (1 + 2.1 * s),
     ),
     "flux_shift": (RectifiedFlow(sampling="flux_shift"), lambda: flux_time_shift(logistic(normal()), 96)),
+    "nextdit_shift": (RectifiedFlow(sampling="nextdit_shift"), lambda: flux_time_shift(uniform(), 96)),
     "sigma": (RectifiedFlow(flow_shift=3.0), lambda: scheduler_level(uniform(), 3.0)),
     "sigma logit_normal": (
         RectifiedFlow(density="logit_normal", logit_mean=0.5, logit_std=0.7, flow_shift=1.5),

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from library.dit_layers import run_recomputing
-from library.flux_models import ApproximatorParams, Flux, FluxParams, image_ids, pack, unpack
+from library.dit_layers import image_ids, run_recomputing
+from library.flux_models import ApproximatorParams, Flux, FluxParams, pack, unpack
 from library.flux_names import FLUX_DIFFUSERS
 from library.rng import keyed_generator
 

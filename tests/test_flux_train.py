@@ -186,7 +186,7 @@ def test_sigma_scaled_reads_the_weighting_scheme_and_raw_does_not() -> None:
     ("flags", "message"),
     [
         ({"v_parameterization": True}, "are Stable Diffusion's, and this model is a flow"),
-        ({"vae": "x.safetensors"}, "take their autoencoder as --ae"),
+        ({"vae": "x.safetensors"}, "autoencoder is given as --ae"),
     ],
 )
 def test_options_that_cannot_be_meant_are_errors(flags: dict[str, Any], message: str) -> None:

@@ -17,7 +17,7 @@ from test_file_formats import few_layers
 from tiny_denoisers import DENOISERS, randn
 from torch import Tensor, nn
 
-from library.flux_models import image_ids
+from library.dit_layers import image_ids
 from library.flux_names import FLUX_DIFFUSERS
 from library.flux_saving import transformer_config
 from networks import lora

@@ -12,8 +12,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from library.dit_layers import image_ids
 from library.errors import UserError
-from library.flux_models import Flux, FluxParams, image_ids
+from library.flux_models import Flux, FluxParams
 from library.flux_names import FLUX_DIFFUSERS
 from library.flux_saving import transformer_config
 from library.rng import keyed_generator

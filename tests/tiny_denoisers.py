@@ -12,7 +12,7 @@ import tiny_sdxl
 import torch
 from torch import Tensor, nn
 
-from library.flux_models import image_ids
+from library.dit_layers import image_ids
 from library.rng import keyed_generator
 from networks import lora_flux, lora_sd, lora_sdxl
 from networks.network_targets import NetworkArch

@@ -1,0 +1,141 @@
+"""Where the parts of a transformer model are: each in a file of its own, all in one file, or in a diffusers folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from library.errors import UserError
+from library.key_layout import KeyMap
+from library.model_io import TensorSource, find_model, open_checkpoint, open_component
+from library.model_parts import Component
+from library.model_signatures import detect_family, detect_folder, require_family
+from library.vae_parts import open_vae
+
+PREFIXES = ("model.diffusion_model.", "")
+VAE, TEXT = "vae.", "text_encoders."
+"""Where single files that hold everything have the rest."""
+
+
+@dataclass(frozen=True)
+class TextPart:
+    """A text encoder on disk."""
+
+    open: Callable[[Path, str], Component]
+    """(file or folder, the flag that it was given as) -> the encoder."""
+    folder: str
+    """In a diffusers model."""
+    prefix: str
+    """In a single file that holds everything."""
+
+
+@dataclass(frozen=True)
+class DitLayout:
+    """How a family's files are laid out."""
+
+    title: str
+    script: str
+    families: tuple[str, ...]
+    """Of `model_signatures.SIGNATURES`."""
+    first_key: str
+    """A tensor that every transformer of the family has, by its original name."""
+    folder_names: Callable[[TensorSource], KeyMap]
+    """The transformer of a diffusers folder -> original names <-> those there."""
+    vae_scale: float
+    vae_shift: float
+    """Of latents, where no configuration says it."""
+    hub_files: tuple[str, ...] = field(default=(), kw_only=True)
+    """What is downloaded of a hub id."""
+
+    def find(self, name: str | None) -> Path:
+        """The model that `--pretrained_model_name_or_path` names."""
+        if not name:
+            raise UserError(
+                "no base model: give --pretrained_model_name_or_path a checkpoint file, a diffusers folder or a hub id."
+            )
+        return find_model(name, "--pretrained_model_name_or_path", allow_patterns=self.hub_files)
+
+    def open_transformer(self, path: Path) -> tuple[TensorSource, TensorSource | None]:
+        """(the transformer under its original names, the whole file or None for a folder)."""
+        if path.is_dir():
+            if not (path / "model_index.json").is_file():
+                raise UserError(f"{path} is a folder without model_index.json, so it is not a diffusers model. Give a file.")
+            require_family(path, detect_folder(path), self.families, self.title, self.script)
+            source = open_component(path / "transformer")
+            return source.under_their_names(self.folder_names(source)), None
+        whole = open_checkpoint(path)
+        require_family(path, detect_family(whole), self.families, self.title, self.script)
+        for prefix in PREFIXES:
+            if f"{prefix}{self.first_key}" in whole:
+                source = whole.under(prefix)
+                if not prefix:
+                    source = source.only(key for key in source if not key.startswith((TEXT, VAE)))
+                return source, whole
+        raise UserError(f"{path} lacks {self.first_key}: it is not a whole {self.title} transformer. Download it again.")
+
+    def text_encoders(
+        self, path: Path, whole: TensorSource | None, given: Mapping[str, Path], parts: Mapping[str, TextPart]
+    ) -> tuple[dict[str, Component], list[str]]:
+        """(those that there are, the flags of those that there are not). given: files by part, from flags of that name."""
+        found: dict[str, Component] = {}
+        missing = []
+        for name, part in parts.items():
+            if name in given:
+                found[name] = part.open(given[name], f"--{name}")
+            elif whole is None:
+                found[name] = part.open(path / part.folder, str(path))
+            elif any(key.startswith(part.prefix) for key in whole):
+                found[name] = part.open(path, str(path))
+            else:
+                missing.append(f"--{name}")
+        return found, missing
+
+    def other_parts(
+        self, path: Path, whole: TensorSource | None, given: Mapping[str, Path], parts: Mapping[str, TextPart]
+    ) -> dict[str, Component]:
+        """Text encoders and autoencoder (`--ae`): from their own files, else from the model's. One `UserError` lists all that
+        lack."""
+        found, missing = self.text_encoders(path, whole, given, parts)
+        if "ae" in given or whole is None or f"{VAE}encoder.conv_in.weight" in whole:
+            flag = "--ae" if "ae" in given else "--pretrained_model_name_or_path"
+            found["vae"] = open_vae(
+                given.get("ae", path), flag=flag, title=self.title, scale=self.vae_scale, shift=self.vae_shift
+            )
+        else:
+            missing.append("--ae")
+        if missing:
+            raise UserError(
+                f"{path} holds the transformer alone. Give {', '.join(missing)}, each a file or a folder, or give a diffusers "
+                "folder that has all parts."
+            )
+        return found
+
+
+def given_files(flags: object, names: tuple[str, ...]) -> dict[str, Path]:
+    """The files of parts that flags of these names give."""
+    return {name: find_model(value, f"--{name}") for name in names if (value := getattr(flags, name)) is not None}
+
+
+def format_of(path: Path) -> str:
+    """safetensors, ckpt or diffusers_safetensors: of a model as it was found, and as it is saved unless told otherwise."""
+    return "diffusers_safetensors" if path.is_dir() else "safetensors" if path.suffix == ".safetensors" else "ckpt"
+
+
+def latent_scale(vae: Component, scale: float, shift: float) -> tuple[float, float]:
+    """(scale, shift) of an autoencoder's latents; those given where its configuration says none."""
+    own = vae.config.get("shift_factor")
+    return vae.config.get("scaling_factor", scale), shift if own is None else own
+
+
+def text_tensors(path: Path, prefix: str) -> TensorSource:
+    """A text encoder's file, or its part of one that holds everything."""
+    whole = open_checkpoint(path)
+    inner = whole.under(prefix)
+    return inner if inner.entries else whole
+
+
+def what_it_is(source: TensorSource) -> str:
+    """For messages about a file that is not what was asked for."""
+    detected = detect_family(source)
+    return f": it is {detected.title}" if detected else ""
