@@ -258,6 +258,7 @@ FAMILIES: dict[str, str] = {
     "sd": "library.sd_train_utils:SdFamily",
     "sdxl": "library.sdxl_train_utils:SdxlFamily",
     "flux": "library.flux_train_utils:FluxFamily",
+    "lumina": "library.lumina_train_utils:LuminaFamily",
 }
 """Family name -> where its class is. Read when asked for, so naming a family costs no import."""
 

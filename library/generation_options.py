@@ -34,6 +34,7 @@ FAMILY_OPTIONS: dict[str, str] = {
     "sd": "library.unet_options:UnetOptions",
     "sdxl": "library.sdxl_options:SdxlOptions",
     "flux": "library.flux_options:FluxOptions",
+    "lumina": "library.lumina_options:LuminaOptions",
 }
 """Family name -> where the option group of its training scripts is."""
 _CLIP_TOKENS = 75
@@ -124,13 +125,27 @@ class PictureOptions:
     from_file: str | None = opt(None, "file of prompts: .txt, .toml or .json")
     interactive: bool = opt(False, "ask for prompts until an empty one")
     negative_prompt: str | None = opt(None, "what the picture is led away from")
-    W: int | None = opt(None, "width in pixels; the family's usual one unless given", aliases=("width",), minimum=1)
-    H: int | None = opt(None, "height in pixels", aliases=("height",), minimum=1)
+    W: int | None = opt(
+        None, "width in pixels; the family's usual one unless given", aliases=("width", "image_width"), minimum=1
+    )
+    H: int | None = opt(None, "height in pixels", aliases=("height", "image_height"), minimum=1)
     steps: int = opt(50, "steps of the sampler", minimum=1)
     scale: float | None = opt(
-        None, "guidance by the negative prompt; the family's usual one unless given", aliases=("cfg_scale",), minimum=0
-    )
+        None, "guidance by the negative prompt; the family's usual one unless given", aliases=("cfg_scale", "guidance_scale"),
+        minimum=0,
+    )  # fmt: skip
     guidance: float | None = opt(None, "guidance that the model is told (FLUX.1 dev); 3.5 unless given", minimum=0)
+    flow_shift: float | None = opt(
+        None, "push times of a flow toward noise; the family's usual shift unless given", aliases=("discrete_flow_shift",),
+        minimum=0.001,
+    )  # fmt: skip
+    cfg_trunc_ratio: float | None = opt(
+        None, "guide until this share of the noise is gone (Lumina); 0.25 unless given", minimum=0
+    )
+    renorm_cfg: float | None = opt(
+        None, "guide no further than this many times the prompt's own prediction (Lumina); 1 unless given, 0 for no limit",
+        minimum=0,
+    )  # fmt: skip
     sampler: str = opt("ddim", "sampler; lms needs the package scipy", choices=PREVIEW_SAMPLERS)
     seed: int | None = opt(
         None, "seed of the first picture of every prompt, those after it count on; drawn, and told, unless given", minimum=0
@@ -189,6 +204,7 @@ class PlannedPictureOptions:
     prompt2: str | None = opt(None, "prompt of the second text encoder alone", planned=True)
     clip_l_dtype: str | None = opt(None, "format of CLIP-L", planned=True, instead=_PLANNED_FORMAT)
     t5xxl_dtype: str | None = opt(None, "format of T5", planned=True, instead=_PLANNED_FORMAT)
+    gemma2_dtype: str | None = opt(None, "format of Gemma-2", planned=True, instead=_PLANNED_FORMAT)
     ae_dtype: str | None = opt(None, "format of the autoencoder", planned=True, instead="Use --no_half_vae for float32.")
     flux_dtype: str | None = opt(None, "format of the transformer", planned=True, instead=_PLANNED_FORMAT)
     from_module: str | None = opt(None, "module that makes the prompts", planned=True, instead="Write them to a --from_file.")
@@ -307,6 +323,16 @@ RULES: tuple[Rule, ...] = (
     Rule(
         lambda o: not o.family.is_flow and o.pictures.guidance is not None,
         "--guidance {guidance} has no effect: this model is not told a guidance. --scale is that by the negative prompt.",
+        warning=True,
+    ),
+    Rule(
+        lambda o: not o.family.is_flow and o.pictures.flow_shift is not None,
+        "--flow_shift {flow_shift} has no effect: this model is no flow.",
+        warning=True,
+    ),
+    Rule(
+        lambda o: not o.family.bounds_guidance and (o.pictures.cfg_trunc_ratio, o.pictures.renorm_cfg) != (None, None),
+        "--cfg_trunc_ratio and --renorm_cfg have no effect: this model's guidance has no such bounds.",
         warning=True,
     ),
     Rule(lambda o: Path(o.files.outdir).is_file(), "--outdir {outdir}: is a file. Name a folder."),

@@ -59,6 +59,7 @@ SIGNATURES: tuple[Signature, ...] = (
         (r"double_blocks\.0\.img_attn_", r"byt5_in\."),
     ),
     Signature("sd3", "Stable Diffusion 3/3.5", "sd3_train_network.py", (r"joint_blocks\.0\.context_block\.",)),
+    Signature("z_image", "Z-Image", "", (r"cap_embedder\.0\.", r"context_refiner\.0\.", r"cap_pad_token$")),
     Signature("lumina", "Lumina-Image-2.0", "lumina_train_network.py", (r"cap_embedder\.0\.", r"context_refiner\.0\.")),
     Signature("anima", "Anima", "anima_train_network.py", (r"llm_adapter\.", r"blocks\.0\.")),
     Signature("cascade", "Stable Cascade", "stable_cascade_train_stage_c.py", (r"clip_txt_mapper\.",)),
@@ -72,6 +73,7 @@ SIGNATURES: tuple[Signature, ...] = (
     ),
     Signature("vae", "a VAE", "", (r"(first_stage_model\.|vae\.)?(encoder\.down|encoder\.down_blocks)\.0\.",)),
     Signature("clip", "a CLIP text encoder", "", (r"(text_model\.|transformer\.)?(encoder\.layers|resblocks)\.0\.",)),
+    Signature("gemma2", "a Gemma-2 text encoder", "", (r"(model\.)?layers\.0\.pre_feedforward_layernorm\.",)),
     Signature("t5", "a T5 text encoder", "", (r"encoder\.block\.0\.layer\.0\.SelfAttention\.",)),
 )
 """The first that fits wins, so special cases stand before what they would be taken for."""

@@ -24,6 +24,7 @@ from networks.network_targets import DENOISER, NetworkArch, infer_arch, same_nam
 OUR_MODULES = (
     "networks.lora",
     "networks.lora_flux",
+    "networks.lora_lumina",
     "networks.lora_fa",
     "networks.loha",
     "networks.lokr",

@@ -22,6 +22,7 @@ KNOWN_ARCHS: dict[str, str] = {
     "sdxl": "networks.lora_sdxl:ARCH",
     "sd": "networks.lora_sd:ARCH",
     "flux": "networks.lora_flux:ARCH",
+    "lumina": "networks.lora_lumina:ARCH",
 }
 """Arch name -> where its table is; used only where nobody says which family the model belongs to. The first that fits."""
 

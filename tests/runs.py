@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import tiny
 import tiny_flux
+import tiny_lumina
 import tiny_sdxl
 import torch
 from torch import Tensor
@@ -63,6 +64,13 @@ CASES: dict[str, FamilyCase] = {
         scripts={"network": "flux_train_network", "full": "flux_train"},
         arguments=tiny_flux.arguments,
         write_swappable=lambda folder: tiny_flux.write_flux_files(folder, "chroma", blocks=tiny_flux.SWAPPABLE),
+    ),
+    "lumina": FamilyCase(
+        family="lumina",
+        write_model=tiny_lumina.write_files,
+        scripts={"network": "lumina_train_network", "full": "lumina_train"},
+        arguments=tiny_lumina.arguments,
+        write_swappable=lambda folder: tiny_lumina.write_files(folder, layers=tiny_lumina.SWAPPABLE),
     ),
 }
 MODES: tuple[Mode, ...] = ("network", "full")

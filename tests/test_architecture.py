@@ -41,6 +41,7 @@ NETWORKS_MAY_USE = {
     "library.optimizers",
     "library.key_layout",
     "library.flux_names",
+    "library.lumina_names",
     "library.unet_names",
     "library.strategy_base",
 }

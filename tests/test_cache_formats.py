@@ -14,6 +14,7 @@ from library.cache_formats import LATENT_FORMATS, TEXT_FORMATS, TextFormat
 from library.cache_io import Fingerprint, LatentFile, Stamp, TextFile, read_npz
 from library.strategy_base import Conditioning, TextEncoderOutputsCachingStrategy, tensor_field
 from library.strategy_flux import ChromaConditioning, FluxConditioning, FluxTextEncoderOutputsCachingStrategy
+from library.strategy_lumina import LuminaConditioning, LuminaTextEncoderOutputsCachingStrategy
 from library.strategy_sd import SdConditioning, SdTextEncoderOutputsCachingStrategy
 from library.strategy_sdxl import SdxlConditioning, SdxlTextEncoderOutputsCachingStrategy
 
@@ -158,6 +159,10 @@ OURS: dict[str, tuple[TextEncoderOutputsCachingStrategy, Conditioning]] = {
     "flux": (
         FluxTextEncoderOutputsCachingStrategy(FluxConditioning, mask_t5=True),
         FluxConditioning(context=torch.randn(8, 4), mask=torch.tensor([1, 1, 1, 0, 0, 0, 0, 0]), pooled=torch.randn(3)),
+    ),
+    "lumina": (
+        LuminaTextEncoderOutputsCachingStrategy(),
+        LuminaConditioning(context=torch.randn(8, 4), mask=torch.tensor([1, 1, 1, 0, 0, 0, 0, 0])),
     ),
     "chroma": (
         FluxTextEncoderOutputsCachingStrategy(ChromaConditioning, mask_t5=True),

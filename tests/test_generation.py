@@ -18,6 +18,7 @@ from runs import CASES, Workspace
 from safetensors.torch import load_file, save_file
 
 import gen_img
+import lumina_minimal_inference
 import sdxl_gen_img
 from library.errors import UserError
 from library.family_base import FAMILIES as ALL_FAMILIES
@@ -110,7 +111,7 @@ def base(workspaces: Callable[[str], Workspace], tmp_path_factory: pytest.TempPa
 # ---- the same pictures as previews -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", FAMILIES)
+@pytest.mark.parametrize("case", (*FAMILIES, "lumina"))
 def test_a_picture_is_the_preview_of_its_prompt_and_seed(
     case: str, workspaces: Callable[[str], Workspace], base: Callable[[str], Path], tmp_path: Path
 ) -> None:
@@ -310,6 +311,24 @@ def test_prompts_are_asked_for_until_an_empty_one_and_a_wrong_one_is_told(
     made = make(workspaces("sd"), tmp_path, "--interactive", "--W=64", "--H=64", "--steps=1")
     assert [path.stem.split("_")[2:] for path in made] == [["000", "1"], ["001", "2"]]
     assert "width 70 is not a multiple of 8" in caplog.text and "unknown option --foo" in caplog.text
+
+
+def test_lumina_is_drawn_with_the_flags_of_sd_scripts_and_bounds_its_guidance(
+    workspaces: Callable[[str], Workspace], base: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Bounds that change nothing at two steps give the usual picture, others another one."""
+    folder = workspaces("lumina").model.parent
+    size = ["--image_width=64", "--image_height=64", "--steps=2", "--seed=5", "--guidance_scale=3", "--discrete_flow_shift=6"]
+    pictures = []
+    for number, bounds in enumerate((["--cfg_trunc_ratio=0.25", "--renorm_cfg=1"], ["--cfg_trunc_ratio=1", "--renorm_cfg=0"])):
+        lumina_minimal_inference.main([
+            f"--pretrained_model_name_or_path={workspaces('lumina').model}", f"--gemma2_path={folder / 'gemma2.safetensors'}",
+            f"--ae_path={folder / 'ae.safetensors'}", f"--tokenizer={folder / 'gemma_tokenizer'}", "--system_prompt=re",
+            "--gemma2_max_token_length=32", "--prompt=a red circle", *size, *bounds, f"--output_dir={tmp_path / str(number)}",
+        ])  # fmt: skip
+        pictures += (tmp_path / str(number)).glob("*.png")
+    assert farthest(pictures[0], base("lumina")) == 0
+    assert farthest(pictures[1], base("lumina")) > 1
 
 
 # ---- what is refused -------------------------------------------------------------------------------------------------

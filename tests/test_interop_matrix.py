@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import tiny_flux
+import tiny_lumina
 import torch
 from safetensors.torch import load_file, save_file
 from test_file_formats import few_layers
@@ -20,6 +21,8 @@ from torch import Tensor, nn
 from library.dit_layers import image_ids
 from library.flux_names import FLUX_DIFFUSERS
 from library.flux_saving import transformer_config
+from library.lumina_names import LUMINA_DIFFUSERS
+from library.lumina_saving import transformer_config as lumina_config
 from networks import lora
 from networks.external import load_network_module
 from networks.file_formats import write_adapter
@@ -46,6 +49,28 @@ def flux_class_output(model: Any) -> Tensor:
         guidance=torch.tensor([3.0]),
         img_ids=image_ids(8, 6, "cpu")[0],
         txt_ids=torch.zeros(5, 3),
+        return_dict=False,
+    )[0]
+    return out
+
+
+def lumina_class() -> Any:
+    """diffusers' class with the weights of `DENOISERS["lumina"]`."""
+    import diffusers
+
+    config = {key: value for key, value in lumina_config(tiny_lumina.PARAMS).items() if key[0] != "_"}
+    theirs = diffusers.Lumina2Transformer2DModel(**config)
+    theirs.load_state_dict(LUMINA_DIFFUSERS.to_ours(DENOISERS["lumina"].make().state_dict()), strict=True)
+    return theirs.eval().requires_grad_(False)
+
+
+def lumina_class_output(model: Any) -> Tensor:
+    """What `tiny_denoisers.lumina_output` gives of ours."""
+    out: Tensor = model(
+        hidden_states=randn(1, tiny_lumina.PARAMS.in_channels, 8, 6, key="x"),
+        timestep=torch.tensor([0.4]),
+        encoder_hidden_states=randn(1, 5, tiny_lumina.PARAMS.context_width, key="context"),
+        encoder_attention_mask=torch.ones(1, 5, dtype=torch.int32),
         return_dict=False,
     )[0]
     return out
@@ -91,6 +116,15 @@ THEIRS = {
             "lora_unet_double_blocks_1_txt_mlp_0": "double_blocks.1.txt_mlp.0",
         },
     ),
+    "lumina": Theirs(
+        lumina_class, lumina_class_output, "Lumina2Pipeline", "transformer",
+        ("layers.0.attn.to_q", "layers.0.attn.to_v", "layers.1.feed_forward.linear_1", "noise_refiner.0.norm1.linear"),
+        {
+            "lora_unet_layers_0_attention_qkv": "layers.0.attention.qkv",
+            "lora_unet_layers_1_feed_forward_w1": "layers.1.feed_forward.w1",
+            "lora_unet_noise_refiner_0_adaLN_modulation_1": "noise_refiner.0.adaLN_modulation.1",
+        },
+    ),
 }  # fmt: skip
 
 
@@ -120,7 +154,8 @@ def merged(model: nn.Module, tensors: dict[str, Tensor], names: dict[str, str]) 
 def pipeline_of(theirs: Theirs, model: Any) -> Any:
     import diffusers
 
-    names = {"FluxPipeline": ("scheduler", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")}
+    flow = ("scheduler", "vae", "text_encoder", "tokenizer")
+    names = {"FluxPipeline": (*flow, "text_encoder_2", "tokenizer_2"), "Lumina2Pipeline": flow}
     unet = ("vae", "text_encoder", "tokenizer", "scheduler")
     own = names.get(theirs.pipeline, unet + (("text_encoder_2", "tokenizer_2") if "XL" in theirs.pipeline else ()))
     extra = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}

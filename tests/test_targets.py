@@ -13,18 +13,26 @@ from library.optimizers import LearningRates
 from networks import lora, oft
 from networks.network_base import LayerNetwork, NetworkFactory
 
-ATTENTION = {"sd": "attn1_to_q$", "sdxl": "attn1_to_q$", "flux": "img_attn_qkv$", "chroma": "img_attn_qkv$"}
+ATTENTION = {
+    "sd": "attn1_to_q$",
+    "sdxl": "attn1_to_q$",
+    "flux": "img_attn_qkv$",
+    "chroma": "img_attn_qkv$",
+    "lumina": "attention_qkv$",
+}
 PATHS = {
     "sd": r"mid_block\.attentions\.0\.proj_in",
     "sdxl": r"middle_block\.1\.proj_in",
     "flux": r"double_blocks\.0\.txt_mlp\.0",
     "chroma": r"double_blocks\.0\.txt_mlp\.0",
+    "lumina": r"layers\.0\.feed_forward\.w2",
 }
 OUTSIDE = {
     "sd": "time_embedding_linear_1$",
     "sdxl": "time_embed_0$",
     "flux": "final_layer_linear$",
     "chroma": "final_layer_linear$",
+    "lumina": "cap_embedder_1$",
 }
 
 

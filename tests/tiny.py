@@ -114,14 +114,15 @@ def sd_modules(version: Version = "v1", seed: int = 0) -> dict[str, nn.Module]:
     """Tiny parts built directly from diffusers and transformers, with random weights, in eval mode."""
     makers = {"denoiser": unet_parts.make_unet, "vae": vae_parts.make_vae, "text_encoder": clip_parts.make_clip}
     configs = sd_configs(version)
-    modules = {}
-    for name, make in makers.items():
-        module = make(configs[name])
-        shapes = tuple((key, tuple(value.shape)) for key, value in module.state_dict().items())
-        tensors = {key: value.clone() for key, value in _random_tensors(shapes, f"{version}/{name}/{seed}").items()}
-        module.load_state_dict(tensors, strict=True, assign=True)
-        modules[name] = module.requires_grad_(False).eval()
-    return modules
+    return {name: randomised(make(configs[name]), f"{version}/{name}/{seed}") for name, make in makers.items()}
+
+
+def randomised(module: nn.Module, key: str) -> nn.Module:
+    """`module`, whose parameters need no memory yet, with random weights, those that begin as zeros too, in eval mode."""
+    shapes = tuple((name, tuple(value.shape)) for name, value in module.state_dict().items())
+    tensors = {name: value.clone() for name, value in _random_tensors(shapes, key).items()}
+    module.load_state_dict(tensors, strict=True, assign=True)
+    return module.requires_grad_(False).eval()
 
 
 @functools.lru_cache(maxsize=16)

@@ -8,13 +8,14 @@ from typing import Any
 
 import network_models
 import tiny_flux
+import tiny_lumina
 import tiny_sdxl
 import torch
 from torch import Tensor, nn
 
 from library.dit_layers import image_ids
 from library.rng import keyed_generator
-from networks import lora_flux, lora_sd, lora_sdxl
+from networks import lora_flux, lora_lumina, lora_sd, lora_sdxl
 from networks.network_targets import NetworkArch
 
 
@@ -48,6 +49,14 @@ def flux_output(model: Any) -> Tensor:
     return out
 
 
+def lumina_output(model: Any) -> Tensor:
+    params = model.params
+    out: Tensor = model(
+        randn(1, params.in_channels, 8, 6, key="x"), torch.tensor([0.4]), randn(1, 5, params.context_width, key="context")
+    )
+    return out
+
+
 @dataclass(frozen=True)
 class TinyDenoiser:
     arch: NetworkArch
@@ -63,5 +72,11 @@ DENOISERS = {
     "sd": TinyDenoiser(lora_sd.ARCH, network_models.tiny_unet, unet_output, f"_mid_block.*{_UNET}"),
     "sdxl": TinyDenoiser(lora_sdxl.ARCH, lambda: tiny_sdxl.modules()["denoiser"], unet_output, f"_middle_block.*{_UNET}"),
     "flux": TinyDenoiser(lora_flux.ARCH, lambda: tiny_flux.modules("dev")["denoiser"], flux_output, _FLUX),
+    "lumina": TinyDenoiser(
+        lora_lumina.ARCH,
+        lambda: tiny_lumina.modules()["denoiser"],
+        lumina_output,
+        "layers_0_attention_qkv|layers_1_feed_forward_w1|noise_refiner_0_adaLN_modulation_1",
+    ),
     "chroma": TinyDenoiser(lora_flux.ARCH, lambda: tiny_flux.modules("chroma")["denoiser"], flux_output, _FLUX),
 }

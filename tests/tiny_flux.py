@@ -80,12 +80,7 @@ def modules(kind: Kind = "dev", seed: int = 0, blocks: tuple[int, int] | None = 
     }
     if kind == "chroma":
         del found[CLIP_L]
-    for name, module in found.items():
-        shapes = tuple((key, tuple(value.shape)) for key, value in module.state_dict().items())
-        tensors = {key: value.clone() for key, value in tiny._random_tensors(shapes, f"{kind}/{name}/{seed}").items()}
-        module.load_state_dict(tensors, strict=True, assign=True)
-        module.requires_grad_(False).eval()
-    return found
+    return {name: tiny.randomised(module, f"{kind}/{name}/{seed}") for name, module in found.items()}
 
 
 def tensors(kind: Kind = "dev", seed: int = 0, blocks: tuple[int, int] | None = None) -> dict[str, dict[str, Tensor]]:

@@ -55,14 +55,7 @@ MAKERS = {"denoiser": make_unet, "vae": make_vae, CLIP_L: clip_parts.make_clip, 
 
 def modules(seed: int = 0) -> dict[str, nn.Module]:
     """Tiny parts built directly from diffusers and transformers, with random weights, in eval mode."""
-    found = {}
-    for name, config in configs().items():
-        module = MAKERS[name](config)
-        shapes = tuple((key, tuple(value.shape)) for key, value in module.state_dict().items())
-        tensors = {key: value.clone() for key, value in tiny._random_tensors(shapes, f"sdxl/{name}/{seed}").items()}
-        module.load_state_dict(tensors, strict=True, assign=True)
-        found[name] = module.requires_grad_(False).eval()
-    return found
+    return {name: tiny.randomised(MAKERS[name](config), f"sdxl/{name}/{seed}") for name, config in configs().items()}
 
 
 @functools.lru_cache(maxsize=4)

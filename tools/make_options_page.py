@@ -16,6 +16,7 @@ sys.path.insert(0, str(ROOT))
 
 from library.flux_options import FluxFullOptions, FluxOptions  # noqa: E402
 from library.generation_options import GenerateOptions  # noqa: E402
+from library.lumina_options import LuminaFullOptions, LuminaOptions  # noqa: E402
 from library.option_groups import (  # noqa: E402
     DreamBoothOptions,
     FineTuneOptions,
@@ -35,6 +36,8 @@ SCRIPTS: dict[str, type[TrainOptions]] = {
     "sdxl_train.py": FullTrainOptions,
     "flux_train_network.py": NetworkTrainOptions,
     "flux_train.py": FullTrainOptions,
+    "lumina_train_network.py": NetworkTrainOptions,
+    "lumina_train.py": FullTrainOptions,
 }
 FAMILY_GROUPS: dict[str, type] = {
     "train_network.py": UnetOptions,
@@ -44,6 +47,8 @@ FAMILY_GROUPS: dict[str, type] = {
     "sdxl_train.py": SdxlFullOptions,
     "flux_train_network.py": FluxOptions,
     "flux_train.py": FluxFullOptions,
+    "lumina_train_network.py": LuminaOptions,
+    "lumina_train.py": LuminaFullOptions,
 }
 """Script -> its family's own group, where it has one."""
 PICTURES = "gen_img.py"

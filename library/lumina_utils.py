@@ -1,0 +1,131 @@
+"""Lumina-Image-2.0 on disk: its parts, and what their sizes say of each other."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from library.dit_parts import DitLayout, TextPart, format_of, given_files, latent_scale
+from library.errors import UserError
+from library.gemma2_parts import WHOLE_PREFIX, open_gemma2
+from library.key_layout import IDENTITY, KeyMap
+from library.lumina_models import Lumina, LuminaParams
+from library.lumina_names import lumina_key_map
+from library.model_io import TensorSource, empty_module
+from library.model_parts import Component, stamp
+from library.quantization import LayerTable
+
+if TYPE_CHECKING:
+    from library.lumina_options import LuminaOptions
+    from library.option_groups import TrainOptions
+
+GEMMA2 = "gemma2"
+TITLE = "Lumina-Image-2.0"
+VAE_SCALE, VAE_SHIFT = 0.3611, 0.1159
+"""Of FLUX.1's autoencoder, which it has."""
+
+LUMINA_LAYERS = LayerTable(
+    quantized=(r"(layers|context_refiner|noise_refiner)\..*",),
+    sensitive=(r".*adaLN_modulation\.1",),
+)
+"""Embeddings and the last layer stay as they are."""
+
+UNUSED = (r"norm_final\.weight",)
+"""A norm that the network was made with and never uses."""
+
+
+def _folder_names(source: TensorSource) -> KeyMap:
+    keys, queries = (source.shape(f"layers.0.attn.to_{name}.weight")[0] for name in "kq")
+    return lumina_key_map(queries // keys)
+
+
+LAYOUT = DitLayout(
+    title=TITLE,
+    script="lumina_train_network.py",
+    families=("lumina",),
+    first_key="x_embedder.weight",
+    folder_names=_folder_names,
+    vae_scale=VAE_SCALE,
+    vae_shift=VAE_SHIFT,
+    hub_files=(
+        "*.json", "*/*.json", "*/*.model", "transformer/*.safetensors", "vae/*.safetensors", "text_encoder/*.safetensors",
+    ),
+)  # fmt: skip
+_TEXT = {GEMMA2: TextPart(open_gemma2, "text_encoder", WHOLE_PREFIX)}
+
+
+@dataclass(frozen=True)
+class LuminaModel:
+    """A model on disk, before anything is loaded."""
+
+    path: Path
+    format: str
+    """safetensors, ckpt or diffusers_safetensors: also the format it is saved in unless told otherwise."""
+    params: LuminaParams
+    parts: Mapping[str, Component]
+    """denoiser, gemma2, vae."""
+
+    @property
+    def latent_scale(self) -> tuple[float, float]:
+        return latent_scale(self.parts["vae"], VAE_SCALE, VAE_SHIFT)
+
+
+def describe(options: TrainOptions) -> LuminaModel:
+    """The model that `options` name, from headers and configuration files alone. Cached while the files are unchanged."""
+    path = LAYOUT.find(options.model.pretrained_model_name_or_path)
+    flags: LuminaOptions = options.family
+    given = given_files(flags, (GEMMA2, "ae"))
+    return _describe(path, tuple(given.items()), tuple(stamp(file) for file in (path, *given.values())))
+
+
+@functools.lru_cache(maxsize=4)
+def _describe(path: Path, given: tuple[tuple[str, Path], ...], state: object) -> LuminaModel:
+    source, whole = LAYOUT.open_transformer(path)
+    denoiser = _transformer(source)
+    params: LuminaParams = denoiser.config["params"]
+    parts = {"denoiser": denoiser, **LAYOUT.other_parts(path, whole, dict(given), _TEXT)}
+    _check_sizes(path, params, parts)
+    return LuminaModel(path, format_of(path), params, parts)
+
+
+def open_denoiser(path: Path) -> Component:
+    """The transformer of a file or a diffusers folder."""
+    return _transformer(LAYOUT.open_transformer(path)[0])
+
+
+def open_parts(path: Path, others: Mapping[str, Path]) -> dict[str, Component]:
+    """The transformer, and the text encoder that is in the same file or folder or in the file of `others`."""
+    source, whole = LAYOUT.open_transformer(path)
+    found, _ = LAYOUT.text_encoders(path, whole, others, _TEXT)
+    if unknown := others.keys() - found.keys():
+        raise UserError(f"{path} has no part {min(unknown)}. Its text encoder is {GEMMA2}.")
+    return {"denoiser": _transformer(source), **found}
+
+
+def _transformer(source: TensorSource) -> Component:
+    return Component(source, IDENTITY, {"params": LuminaParams.of(source.shapes())}, _make_lumina, optional=UNUSED)
+
+
+def _make_lumina(config: Mapping[str, Any]) -> nn.Module:
+    return empty_module(lambda: Lumina(config["params"]))
+
+
+def _check_sizes(path: Path, params: LuminaParams, parts: Mapping[str, Component]) -> None:
+    """Raise a `UserError` for parts that are not of one model."""
+    width = parts[GEMMA2].config["hidden_size"]
+    if width != params.context_width:
+        raise UserError(
+            f"--{GEMMA2} {parts[GEMMA2].source.path} is {width} wide, and the transformer {path} takes {params.context_width}. "
+            "Give Gemma-2 2B."
+        )
+    channels = parts["vae"].config.get("latent_channels", 4)
+    if channels != params.in_channels:
+        raise UserError(
+            f"--ae {parts['vae'].source.path} makes {channels} latent channels, and the transformer {path} takes "
+            f"{params.in_channels}. Give FLUX.1's autoencoder."
+        )
