@@ -10,7 +10,7 @@ from torch import nn
 
 from library.key_layout import TRANSPOSE, KeyMap, Rule, key_map
 from library.model_io import Shapes, TensorSource, count_indices, empty_module, open_component, read_json
-from library.model_parts import Component
+from library.model_parts import Component, settings_alone
 
 HEAD_WIDTH = 64
 
@@ -102,13 +102,10 @@ def open_clip_config(shapes: Shapes, num_layers: int | None = None) -> dict[str,
     return clip_config(named, num_layers=num_layers, activation="gelu")
 
 
-_NOT_SIZES = ("architectures", "model_type", "transformers_version", "torch_dtype", "dtype", "_name_or_path")
-
-
 def _text_config(config: Mapping[str, Any]) -> Any:
     from transformers import CLIPTextConfig
 
-    return CLIPTextConfig(**{key: value for key, value in config.items() if key not in _NOT_SIZES})
+    return CLIPTextConfig(**settings_alone(config))
 
 
 def make_clip(config: Mapping[str, Any]) -> nn.Module:

@@ -15,7 +15,7 @@ from library.dit_parts import what_it_is
 from library.errors import UserError
 from library.key_layout import IDENTITY
 from library.model_io import Shapes, TensorSource, count_indices, empty_module, open_checkpoint, open_component, read_json
-from library.model_parts import Component
+from library.model_parts import Component, settings_alone
 from library.padded_tokenizer import PaddedTokenizer, without_padding
 
 GEMMA2_TOKENIZER, GEMMA2_TOKENIZER_FOLDER = "Alpha-VLLM/Lumina-Image-2.0", "tokenizer"
@@ -50,14 +50,11 @@ def gemma2_config(shapes: Shapes) -> dict[str, Any]:
     }
 
 
-_NOT_SIZES = ("architectures", "model_type", "transformers_version", "torch_dtype", "dtype", "_name_or_path")
-
-
 def make_gemma2(config: Mapping[str, Any]) -> nn.Module:
     """A Gemma2Model without weights."""
     from transformers import Gemma2Config, Gemma2Model
 
-    kept = {key: value for key, value in config.items() if key not in _NOT_SIZES} | {"use_cache": False}
+    kept = settings_alone(config) | {"use_cache": False}
     return empty_module(lambda: Gemma2Model(Gemma2Config(**kept)))
 
 

@@ -40,8 +40,8 @@ UNUSED = (r"norm_final\.weight",)
 
 
 def _folder_names(source: TensorSource) -> KeyMap:
-    keys, queries = (source.shape(f"layers.0.attn.to_{name}.weight")[0] for name in "kq")
-    return lumina_key_map(queries // keys)
+    shapes = source.shapes()
+    return lumina_key_map(shapes["layers.0.attn.to_q.weight"][0] // shapes["layers.0.attn.to_k.weight"][0])
 
 
 LAYOUT = DitLayout(

@@ -132,6 +132,14 @@ def write_config(module: Any, folder: Path) -> None:
         module.config.save_pretrained(str(folder))
 
 
+_OF_THE_FILE = ("architectures", "model_type", "transformers_version", "torch_dtype", "dtype", "_name_or_path")
+
+
+def settings_alone(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A transformers configuration without what it says of where it is from, as the arguments of its class."""
+    return {key: value for key, value in config.items() if key not in _OF_THE_FILE}
+
+
 def cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
 

@@ -14,6 +14,7 @@ from library.clip_tokenizer import TokenizerKind
 from library.errors import UserError
 from library.key_layout import Rule, key_map
 from library.model_io import Shapes, count_indices, empty_module
+from library.model_parts import settings_alone
 from library.padded_tokenizer import PaddedTokenizer, without_padding
 
 T5_TOKENIZER = "google/t5-v1_1-xxl"
@@ -58,9 +59,7 @@ def make_t5(config: Mapping[str, Any]) -> nn.Module:
     """A T5EncoderModel without weights. The embedding is kept under one of its two names, so that it is loaded once."""
     from transformers import T5Config, T5EncoderModel
 
-    dropped = ("architectures", "model_type", "transformers_version", "torch_dtype", "dtype", "_name_or_path")
-    kept = {key: value for key, value in config.items() if key not in dropped}
-    module = empty_module(lambda: T5EncoderModel(T5Config(**kept)))
+    module = empty_module(lambda: T5EncoderModel(T5Config(**settings_alone(config))))
     encoder: Any = module.encoder
     embedding = encoder.embed_tokens
     del module.shared

@@ -237,6 +237,33 @@ def test_no_function_is_longer_than_60_lines() -> None:
     assert wrong == []
 
 
+def code_lines(module: Module) -> int:
+    """Without blank lines, comments and docstrings."""
+    text = module.path.read_text(encoding="utf-8")
+    told = {
+        line
+        for node in ast.walk(module.tree)
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+        for line in range(node.lineno, (node.end_lineno or node.lineno) + 1)
+    }
+    lines = enumerate(text.splitlines(), start=1)
+    return sum(bool(line.strip()) and not line.lstrip().startswith("#") and number not in told for number, line in lines)
+
+
+def test_a_family_costs_what_the_page_says() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\w+) \| (\d+) \| (\d+) \| (\d+) \| (\d+) \|$", page, flags=re.MULTILINE)
+    assert rows
+    for family, *told in rows:
+        own = [module for name, module in modules().items() if belongs_to(name, family) or name.startswith(f"{family}_")]
+        kinds = (rf"library\.{family}_models", rf"library\.{family}_names|networks\.\w+", rf"library\.strategy_{family}", ".*")
+        counts = [0] * len(kinds)
+        for module in own:
+            counts[next(i for i, kind in enumerate(kinds) if re.fullmatch(kind, module.name))] += code_lines(module)
+        for number, count in zip(map(int, told), counts, strict=True):
+            assert abs(number - count) <= max(10, count // 10), f"{family} has {counts}, and the page says {told}"
+
+
 # --- what library code never does
 
 
