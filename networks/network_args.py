@@ -44,8 +44,11 @@ def _boolean(value: Any) -> bool:
 
 
 def _items(value: Any) -> list[Any]:
+    """Of a text with commas, with or without brackets around it, or of a list."""
     if isinstance(value, str):
-        return [item.strip() for item in value.split(",")]
+        text = value.strip()
+        bare = text[1:-1] if text.startswith("[") and text.endswith("]") else text
+        return [item.strip() for item in bare.split(",")]
     return list(value) if isinstance(value, Sequence) else [value]
 
 
