@@ -1,5 +1,7 @@
 """Lumina-Image-2.0: the NextDiT network in its original parameter names, and its sizes told from tensor shapes.
 
+Classes that hold adapted layers have their original names, too: LyCORIS finds layers by them.
+
 Shapes: B batch, L image tokens, M text tokens, D width, H heads, G groups of heads that share a key and a value, K head width.
 """
 
@@ -134,7 +136,7 @@ class FeedForward(nn.Module):
         return out
 
 
-class LuminaBlock(nn.Module):
+class JointTransformerBlock(nn.Module):
     """Attention and a feed-forward part, each between two norms. modulated: the time scales and gates them."""
 
     def __init__(self, params: LuminaParams, *, modulated: bool) -> None:
@@ -164,7 +166,7 @@ def _modulation(params: LuminaParams, count: int) -> nn.Sequential:
     return nn.Sequential(nn.SiLU(), nn.Linear(params.embedding_width, count * params.width))
 
 
-class LuminaLastLayer(nn.Module):
+class FinalLayer(nn.Module):
     def __init__(self, params: LuminaParams) -> None:
         super().__init__()
         self.norm_final = layer_norm(params.width)
@@ -188,10 +190,10 @@ class Lumina(Denoiser):
             WeightRMSNorm(params.context_width, NORM_EPS), nn.Linear(params.context_width, params.width)
         )
         self.x_embedder = nn.Linear(PATCH**2 * params.in_channels, params.width)
-        self.context_refiner = nn.ModuleList(LuminaBlock(params, modulated=False) for _ in range(params.num_refiners))
-        self.noise_refiner = nn.ModuleList(LuminaBlock(params, modulated=True) for _ in range(params.num_refiners))
-        self.layers = nn.ModuleList(LuminaBlock(params, modulated=True) for _ in range(params.num_layers))
-        self.final_layer = LuminaLastLayer(params)
+        self.context_refiner = nn.ModuleList(JointTransformerBlock(params, modulated=False) for _ in range(params.num_refiners))
+        self.noise_refiner = nn.ModuleList(JointTransformerBlock(params, modulated=True) for _ in range(params.num_refiners))
+        self.layers = nn.ModuleList(JointTransformerBlock(params, modulated=True) for _ in range(params.num_layers))
+        self.final_layer = FinalLayer(params)
 
     def block_groups(self) -> Sequence[Sequence[nn.Module]]:
         return list(self.context_refiner), list(self.noise_refiner), list(self.layers)

@@ -98,7 +98,7 @@ ARCH = NetworkArch(
         TargetGroup(
             "denoiser",
             "lora_unet",
-            ("LuminaBlock", "LuminaLastLayer"),
+            ("JointTransformerBlock", "FinalLayer"),
             names=PartNames(LUMINA_DIFFUSERS, "transformer", "diffusion_model"),
         ),
         TargetGroup(
