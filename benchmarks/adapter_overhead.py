@@ -1,10 +1,11 @@
 """What an adapter adds to a layer's forward and backward pass, ours against peft's LoRA, in one process, in turn.
 
     python benchmarks/adapter_overhead.py [--width 3072] [--tokens 512] [--rank 16] [--rounds 30] [--threads 1] [--all]
+    python benchmarks/adapter_overhead.py --device cuda --dtype bfloat16 --tokens 4608
 
 The layer is a frozen Linear whose input needs a gradient, as inside a model. Every round times each side once, in an order that
-turns; `added` is the fastest time of a side less that of the bare layer, as a share of the bare layer's. The row's `ratio` is
-our LoRA's over peft's. --all: every algorithm of ours as well.
+turns; `added` is the fastest time of a side less that of the bare layer, as a share of the bare layer's, and `cpu_added` the
+same of the processor's time. The row's `ratio` is our LoRA's over peft's. --all: every algorithm of ours as well.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -36,66 +37,96 @@ OURS: dict[str, tuple[str, dict[str, Any]]] = {
     "boft": ("networks.boft", {}),
     "oft_v2": ("networks.oft_v2", {}),
 }
+PASSES = {"cpu": 1, "cuda": 10}
+"""Forward and backward passes that are timed together."""
 
 
-def frozen(width: int) -> nn.Linear:
+class Side(NamedTuple):
+    """A layer as it is called, and what learns."""
+
+    layer: nn.Module
+    learns: Sequence[nn.Parameter] = ()
+
+
+def frozen(args: argparse.Namespace) -> nn.Linear:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return nn.Linear(width, width).requires_grad_(False)
+        return nn.Linear(args.width, args.width).requires_grad_(False).to(args.device, getattr(torch, args.dtype))
 
 
-def ours(name: str, layer: nn.Linear, rank: int) -> nn.Module:
+def ours(name: str, args: argparse.Namespace) -> Side:
     from networks.external import load_network_module
     from networks.network_base import Layer, LayerSize, NetworkFactory
 
+    layer = frozen(args)
     module, arguments = OURS[name]
     factory = load_network_module(module)
     assert isinstance(factory, NetworkFactory)
     algorithm = factory.algorithm
-    adapter = algorithm(
-        Layer("x", "denoiser", layer), LayerSize(rank, rank), algorithm.arguments(**arguments), torch.Generator()
-    )
+    size = LayerSize(args.rank, args.rank)
+    adapter = algorithm(Layer("x", "denoiser", layer), size, algorithm.arguments(**arguments), torch.Generator())
+    adapter.to(args.device)
     for parameter_name, parameter in adapter.named_parameters():
         parameter.requires_grad_(parameter_name not in adapter.frozen_parameters)
     adapter.attach()
-    return layer
+    return Side(layer, [parameter for parameter in adapter.parameters() if parameter.requires_grad])
 
 
-def peft_lora(layer: nn.Linear, rank: int) -> nn.Module:
+def peft_lora(args: argparse.Namespace, **variant: Any) -> Side:
     import peft
 
-    shell = nn.Sequential(layer)
-    peft.inject_adapter_in_model(peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=["0"]), shell)
-    return shell[0]
+    shell = nn.Sequential(frozen(args))
+    config = peft.LoraConfig(r=args.rank, lora_alpha=args.rank, target_modules=["0"], **variant)
+    peft.inject_adapter_in_model(config, shell)
+    return Side(shell[0], [parameter for parameter in shell.parameters() if parameter.requires_grad])
 
 
-def seconds(run: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, gradient: torch.Tensor) -> float:
-    start = time.perf_counter()
-    run(x).backward(gradient)
-    x.grad = None
-    return time.perf_counter() - start
+def seconds(side: Side, x: torch.Tensor, gradient: torch.Tensor) -> tuple[float, float]:
+    """Of the clock and of the processor."""
+    on_gpu = x.device.type == "cuda"
+    if on_gpu:
+        torch.cuda.synchronize()
+    start, cpu = time.perf_counter(), time.process_time()
+    for _ in range(PASSES[x.device.type]):
+        for tensor in (x, *side.learns):
+            tensor.grad = None
+        side.layer(x).backward(gradient)
+    if on_gpu:
+        torch.cuda.synchronize()
+    return time.perf_counter() - start, time.process_time() - cpu
+
+
+def added(times: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    fastest = {name: min(values[1:]) for name, values in times.items()}
+    return {name: round(value / fastest["bare"] - 1, 4) for name, value in fastest.items() if name != "bare"}
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    sides: dict[str, nn.Module] = {"bare": frozen(args.width), "peft": peft_lora(frozen(args.width), args.rank)}
     names = OURS if args.all else ("lora",)
-    sides |= {name: ours(name, frozen(args.width), args.rank) for name in names}
-    x = torch.randn(1, args.tokens, args.width, requires_grad=True)
-    gradient = torch.randn(1, args.tokens, args.width)
-    times: dict[str, list[float]] = {name: [] for name in sides}
+    sides = {"bare": Side(frozen(args)), "peft": peft_lora(args), **{name: ours(name, args) for name in names}}
+    if args.all:
+        sides["peft_dora"] = peft_lora(args, use_dora=True)
+    dtype = getattr(torch, args.dtype)
+    x = torch.randn(1, args.tokens, args.width, device=args.device, dtype=dtype, requires_grad=True)
+    gradient = torch.randn(1, args.tokens, args.width, device=args.device, dtype=dtype)
+    wall: dict[str, list[float]] = {name: [] for name in sides}
+    cpu: dict[str, list[float]] = {name: [] for name in sides}
     order = list(sides)
     for _ in range(args.rounds + 1):
         for name in order:
-            times[name].append(seconds(sides[name], x, gradient))
+            clock, processor = seconds(sides[name], x, gradient)
+            wall[name].append(clock)
+            cpu[name].append(processor)
         order = order[1:] + order[:1]
-    fastest = {name: min(values[1:]) for name, values in times.items()}
-    added = {name: round(value / fastest["bare"] - 1, 4) for name, value in fastest.items() if name != "bare"}
+    found, of_cpu = added(wall), added(cpu)
     return {
         "benchmark": "adapter_overhead",
-        **{name: getattr(args, name) for name in ("width", "tokens", "rank", "rounds", "threads")},
-        "bare_ms": round(fastest["bare"] * 1000, 3),
-        "added": added,
-        "ratio": round(added["lora"] / added["peft"], 3),
+        **{name: getattr(args, name) for name in ("width", "tokens", "rank", "rounds", "threads", "dtype")},
+        "bare_ms": round(min(wall["bare"][1:]) * 1000 / PASSES[args.device], 3),
+        "added": found,
+        "cpu_added": of_cpu,
+        "ratio": round(found["lora"] / found["peft"], 3),
+        "cpu_ratio": round(of_cpu["lora"] / of_cpu["peft"], 3),
     }
 
 
@@ -103,6 +134,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     for name, default in (("width", 3072), ("tokens", 512), ("rank", 16), ("rounds", 30), ("threads", 1)):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--device", choices=PASSES, default="cpu")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument("--all", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

@@ -18,7 +18,7 @@ from library.family_base import FAMILIES
 from library.model_io import open_checkpoint
 from library.model_layers import lasting_metadata
 from networks.file_formats import FORMATS, KOHYA, PEFT, arch_named, arch_of, flat, own_layers, write_adapter
-from networks.network_files import LayerTensors, by_layer, read_weights
+from networks.network_files import LayerTensors, by_layer, read_weights, refuse_unread
 from networks.network_targets import NetworkArch
 from networks.peft_folders import WEIGHTS, peft_parts
 
@@ -95,7 +95,9 @@ def read_adapter(path: Path, arch: NetworkArch | str | None = None) -> AdapterFi
     for tensor in tensors.values():
         sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.numel()
     dtype = max(sizes, key=lambda dtype: sizes[dtype])
-    return AdapterFile(path, own_layers(tensors, arch, str(path)), adapter_metadata(path), arch, dtype)
+    layers = own_layers(tensors, arch, str(path))
+    refuse_unread(layers, str(path))
+    return AdapterFile(path, layers, adapter_metadata(path), arch, dtype)
 
 
 def adapter_metadata(path: Path) -> dict[str, str]:

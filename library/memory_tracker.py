@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -171,9 +171,11 @@ def attention_flops(q: Tensor, k: Tensor, v: Tensor, *, products: int) -> int:
 
 
 def _stand_in(tensor: Tensor) -> bool | int | float:
-    constant = getattr(tensor, "constant", None)
-    if constant is not None:
-        value: bool | int | float = constant.item()
+    """The value where it is known: of a tensor from outside, or made of a number."""
+    known = getattr(tensor, "constant", None) if isinstance(tensor, FakeTensor) else None if tensor.is_meta else tensor
+    if known is not None:
+        with unset_fake_temporarily():
+            value: bool | int | float = known.item()
         return value
     return True if tensor.dtype is torch.bool else 1.0 if tensor.is_floating_point() else 1
 

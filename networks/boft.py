@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from library.errors import UserError
-from networks.network_args import NetworkArgs
+from networks.network_args import NO_RANK, NetworkArgs
 from networks.network_base import Layer, LayerSize, bind
 from networks.network_files import check_names
-from networks.oft import BLOCKS, NO_RANK, OutputTurner, cayley, limited_skew
+from networks.oft import OutputTurner
+from networks.rotations import ALPHA, BLOCKS, cayley, limit_in_file, limited_skew
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,14 +75,14 @@ class BOFT(OutputTurner):
         check_names(key, tensors, required=(BLOCKS,), known=("alpha",), algorithm="BOFT")
         if tensors[BLOCKS].ndim != 4:
             raise UserError(f"{key}: the file was made by OFT, not by BOFT. Use --network_module networks.oft.")
-        return LayerSize(tensors[BLOCKS].shape[-1], float(tensors["alpha"]) if "alpha" in tensors else 0.0)
+        return LayerSize(tensors[BLOCKS].shape[-1], limit_in_file(tensors))
 
     def load_file_tensors(self, tensors: Mapping[str, Tensor], source: str) -> None:
         size, given = self.size_in_file(self.key, tensors), tensors[BLOCKS]
         if given.shape != self.oft_blocks.shape:
             shapes = f"{tuple(given.shape)} in {source}, {tuple(self.oft_blocks.shape)} here"
             raise UserError(f"{self.key}.{BLOCKS} is {shapes}. Use --dim_from_weights.")
-        self.load_state_dict({BLOCKS: given, "alpha": torch.tensor(size.alpha)})
+        self.load_state_dict({BLOCKS: given, ALPHA: torch.tensor(size.alpha)})
 
 
 factory = bind(BOFT)

@@ -25,9 +25,20 @@ from torch import Tensor
 
 from library.errors import UserError
 from library.key_layout import Origin, Rule
-from networks.network_files import LayerTensors, by_layer, shorten, under_own_keys, write_weights
+from networks.network_files import (
+    LayerTensors,
+    by_layer,
+    in_dtype,
+    shorten,
+    turned_name,
+    under_own_keys,
+    with_numbers,
+    write_weights,
+    writer_of,
+)
 from networks.network_targets import DENOISER, KNOWN_ARCHS, NetworkArch, TargetGroup
 from networks.peft_folders import write_peft
+from networks.rotations import BLOCKS, as_one_turn
 
 logger = logging.getLogger(__name__)
 
@@ -47,25 +58,27 @@ class Reader:
     formats: frozenset[str]
     tensors: frozenset[str]
     """Names inside a layer."""
+    turned: frozenset[str] = frozenset()
+    """Names inside a layer whose own name begins with `oft_`."""
 
 
-_LYCORIS = frozenset((
+_FACTORS = frozenset((
     "lora_down.weight", "lora_up.weight", "lora_mid.weight", "alpha", "dora_scale", "hada_w1_a", "hada_w1_b", "hada_w2_a",
     "hada_w2_b", "hada_t1", "hada_t2", "lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2",
-    "a1.weight", "a2.weight", "b1.weight", "b2.weight", "diff", "diff_b", "w_norm", "b_norm", "oft_blocks",
 ))  # fmt: skip
+_DIFFERENCES = frozenset({"diff", "diff_b", "w_norm", "b_norm"})
+_GLORA = frozenset({"a1.weight", "a2.weight", "b1.weight", "b2.weight"})
+_OFT = frozenset({"oft_blocks", "alpha"})
+_PEFT = frozenset({"lora_A.weight", "lora_B.weight", "lora_magnitude_vector"})
 READERS: tuple[Reader, ...] = (
-    Reader(
-        "sd-scripts",
-        frozenset({KOHYA}),
-        frozenset((*_LYCORIS - {"diff", "diff_b", "w_norm", "b_norm"}, *(f"oft_blocks.{part}" for part in range(4)))),
-    ),
-    Reader("ComfyUI", frozenset({KOHYA, COMFY}), _LYCORIS),
-    Reader("LyCORIS", frozenset({KOHYA}), _LYCORIS | {"rescale", "scalar", "weight", "bm_t"}),
-    Reader("A1111", frozenset({KOHYA}), _LYCORIS | {"on_input", "weight"}),
+    Reader("sd-scripts", frozenset({KOHYA}), _FACTORS, _OFT | {f"oft_blocks.{part}" for part in range(4)}),
+    Reader("ComfyUI", frozenset({KOHYA, COMFY}), _FACTORS | _DIFFERENCES | _GLORA | _OFT),
+    Reader("Forge", frozenset({KOHYA, COMFY}), _FACTORS | _DIFFERENCES | _GLORA),
+    Reader("LyCORIS", frozenset({KOHYA}), _FACTORS | _DIFFERENCES | _GLORA | _OFT | {"rescale", "scalar", "weight", "bm_t"}),
+    Reader("A1111", frozenset({KOHYA}), _FACTORS | _DIFFERENCES | {"on_input", "weight"}, _OFT),
     Reader("OneTrainer", frozenset({KOHYA}), frozenset({"oft_R.weight"})),
-    Reader("diffusers", frozenset({DIFFUSERS}), frozenset({"lora_A.weight", "lora_B.weight", "lora_magnitude_vector"})),
-    Reader("peft", frozenset({PEFT}), frozenset({"lora_A.weight", "lora_B.weight", "lora_magnitude_vector"})),
+    Reader("diffusers", frozenset({DIFFUSERS}), _PEFT),
+    Reader("peft", frozenset({PEFT}), _PEFT),
 )
 """docs/adapters.md says the same algorithm by algorithm."""
 
@@ -73,6 +86,7 @@ READERS: tuple[Reader, ...] = (
 # ---- reading -----------------------------------------------------------------------------------------------------------
 
 
+@with_numbers()
 def own_layers(
     tensors: Mapping[str, Tensor], arch: NetworkArch, source: str, aliases: Mapping[str, str] | None = None
 ) -> LayerTensors:
@@ -261,21 +275,63 @@ def in_format(tensors: Mapping[str, Tensor], arch: NetworkArch, format: str, sou
     """`tensors` of a file in sd-scripts' names under those of `format`, each key checked: see the module's text.
 
     For diffusers and peft alpha / rank is multiplied into `lora_B`, as not every reader looks for it elsewhere, and the names
-    of peft begin with the part they are a folder of. Raises `UserError` naming `source` and keys that no program would read.
+    of peft begin with the part they are a folder of. For ComfyUI layers that are turned are limited already, as it takes their
+    alpha for another limit. Raises `UserError` naming `source` and keys that no program would read.
     """
-    if format == KOHYA:
-        found = dict(tensors)
-    elif format == COMFY:
-        found = {}
-        for key, layer in by_layer(tensors).items():
-            place = _places(key, arch)
-            known = place is not None and place[0].names is not None and place[0].names.comfy
-            start = f"{known}.{next(iter(place[1].values()))[0]}" if place is not None and known else key
-            found |= {f"{start}.{name}": tensor for name, tensor in layer.items()}
-    else:
+    if format in (DIFFUSERS, PEFT):
         found = _in_diffusers_names(tensors, arch, source)
-    check_keys(found, tensors, arch, format, source)
+        known = frozenset[str]().union(*(reader.tensors for reader in READERS if format in reader.formats))
+        lost = [key for key in found if not key.endswith(tuple(f".{name}" for name in known))]  # layers are told above
+    else:
+        layers = by_layer(tensors)
+        if format == COMFY:
+            layers = {key: as_one_turn(key, layer) if _is_turned(layer) else layer for key, layer in layers.items()}
+            tensors = flat(layers)
+        names = {key: _name(key, layer, arch, format) for key, layer in layers.items()}
+        found = {}
+        for name, tensor in tensors.items():
+            key, dot, inner = name.partition(".")
+            found[f"{names.get(key, key)}{dot}{inner}"] = tensor
+        lost = _unread(layers, arch, format)
+    if lost:
+        programs = ", ".join(reader.program for reader in READERS if format in reader.formats)
+        raise UserError(
+            f"{source}: {len(lost)} keys ({shorten(lost)}) are none that {programs} would find in a file for {arch.name} in "
+            f"{format}'s names, so they would be ignored without a word. Leave those layers out (exclude_patterns), or write "
+            "another --save_format."
+        )
     return found
+
+
+def _is_turned(layer: Mapping[str, Tensor]) -> bool:
+    """By OFT or BOFT."""
+    return any(name.partition(".")[0] == BLOCKS for name in layer)
+
+
+def _name(key: str, layer: Mapping[str, Tensor], arch: NetworkArch, format: str) -> str:
+    """Of a layer, in sd-scripts' or ComfyUI's files."""
+    if format == KOHYA:
+        writer = writer_of(layer)
+        return turned_name(key) if writer is not None and writer.algorithm == "OFT" else key
+    place = _places(key, arch)
+    known = place is not None and place[0].names is not None and place[0].names.comfy
+    return f"{known}.{next(iter(place[1].values()))[0]}" if place is not None and known else key
+
+
+def _unread(layers: LayerTensors, arch: NetworkArch, format: str) -> list[str]:
+    """Keys that no program resolves."""
+    readers = [reader for reader in READERS if format in reader.formats]
+    plain = frozenset[str]().union(*(reader.tensors for reader in readers))
+    turned = frozenset[str]().union(*(reader.turned for reader in readers))
+    unnamed = tuple(f"{group.prefix}_" for group in arch.groups if group.names is None)
+    lost = []
+    for key, layer in layers.items():
+        name = _name(key, layer, arch, format)
+        known = turned if name == turned_name(key) else plain
+        homeless = _places(key, arch) is None and not key.startswith(unnamed)
+        own = format == KOHYA and OWN_SIGN in layer
+        lost += [f"{name}.{inner}" for inner in layer if homeless or (inner not in known and not own)]
+    return lost
 
 
 def _in_diffusers_names(tensors: Mapping[str, Tensor], arch: NetworkArch, source: str) -> dict[str, Tensor]:
@@ -322,37 +378,8 @@ def write_adapter(
 
     Writes to `path` itself; the caller makes that atomic. Raises the `UserError`s of `in_format`.
     """
-    found = {
-        name: tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
-        for name, tensor in in_format(tensors, arch, format, path.name).items()
-    }
+    found = {name: in_dtype(tensor, dtype) for name, tensor in in_format(tensors, arch, format, path.name).items()}
     if format == PEFT:
         write_peft(path, found, metadata)
     else:
         write_weights(path, found, metadata)
-
-
-def check_keys(
-    written: Mapping[str, Tensor], tensors: Mapping[str, Tensor], arch: NetworkArch, format: str, source: str
-) -> None:
-    """Raise `UserError` for keys of a file to be written that no program resolves: it would ignore them without a word.
-
-    written: under the names of `format`; tensors: the same under sd-scripts'.
-    """
-    readers = [reader for reader in READERS if format in reader.formats]
-    known = frozenset[str]().union(*(reader.tensors for reader in readers))
-    unnamed = tuple(f"{group.prefix}_" for group in arch.groups if group.names is None)
-    lost: list[str] = []
-    if format in (DIFFUSERS, PEFT):  # layers without a place have been refused
-        lost = [key for key in written if not key.endswith(tuple(f".{name}" for name in known))]
-    for key, layer in by_layer({} if format in (DIFFUSERS, PEFT) else tensors).items():
-        homeless = _places(key, arch) is None and not key.startswith(unnamed)
-        own = format == KOHYA and OWN_SIGN in layer
-        lost += [f"{key}.{name}" for name in layer if homeless or (name not in known and not own)]
-    if lost:
-        programs = ", ".join(reader.program for reader in readers)
-        raise UserError(
-            f"{source}: {len(lost)} keys ({shorten(lost)}) are none that {programs} would find in a file for {arch.name} in "
-            f"{format}'s names, so they would be ignored without a word. Leave those layers out (exclude_patterns), or write "
-            "another --save_format."
-        )

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -14,16 +16,24 @@ from torch import Tensor, nn
 
 from library.errors import UserError
 from networks.exact_alpha import ExactAlpha
-from networks.network_args import NetworkArgs
+from networks.network_args import NO_RANK, NetworkArgs
 from networks.network_base import Adapter, Layer, LayerSize, bind
 from networks.network_files import check_names
 
 NAMES = ("a1.weight", "a2.weight", "b1.weight", "b2.weight")
 
 
+@dataclass(frozen=True, kw_only=True)
+class GLoRAArgs(NetworkArgs):
+    """Arguments of every network but dropout at the rank."""
+
+    unused: ClassVar[tuple[str, ...]] = NO_RANK
+
+
 class GLoRA(ExactAlpha, Adapter):
     """`a2` [rank, in], `a1` [in, rank], `b2` [rank, in], `b1` [out, rank]; a convolution's kernel belongs to `b2`."""
 
+    arguments = GLoRAArgs
     plus_parameters = frozenset({"a2.weight", "b2.weight"})
     a1: nn.Module
     a2: nn.Module

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from library.errors import UserError
-from networks.network_args import BOOLEAN, NetworkArgs, arg
+from networks.network_args import BOOLEAN, NO_RANK, NetworkArgs, arg
 from networks.network_base import Adapter, Layer, LayerSize, bind
 from networks.network_files import check_names
 
@@ -22,7 +22,7 @@ from networks.network_files import check_names
 class IA3Args(NetworkArgs):
     """(IA)^3 has no rank: the network's has no effect."""
 
-    unused: ClassVar[tuple[str, ...]] = ("dropout", "rank_dropout", "conv_alpha", "block_alphas", "conv_block_alphas")
+    unused: ClassVar[tuple[str, ...]] = (*NO_RANK, "conv_alpha", "block_alphas", "conv_block_alphas")
     train_on_input: bool | None = arg(BOOLEAN, "scale a layer's input rather than its output (false)")
 
 

@@ -40,8 +40,7 @@ class LoHa(LowRankAdapter):
         self._spread = size.rank**2 * (out + width) <= out * width
 
     def delta(self, x: Tensor, multiplier: float = 1.0) -> Tensor:
-        drops = self.training and (self.dropout or self.rank_dropout)
-        if not self._spread and not drops:
+        if not self._spread and not self._drops:
             weight = self.delta_weight(multiplier).to(x.dtype)
             return self._convolve(x, weight) if isinstance(self.base, nn.Conv2d) else F.linear(x, weight)
         up = (self.hada_w1_a[:, :, None] * self.hada_w2_a[:, None, :]).flatten(1)

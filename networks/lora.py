@@ -16,12 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from library.errors import UserError
+from networks.fused_linear import COMPUTED, is_frozen_linear, linear_with_low_rank
 from networks.initial_weights import orthogonal, principal_factors, uniform
 from networks.low_rank import LENGTHS, LowRankAdapter, LowRankArgs
 from networks.network_args import BOOLEAN, NUMBER, Kind, NetworkArgs, arg, one_of
 from networks.network_base import Adapter, Layer, LayerSize, bind
 from networks.network_files import check_names
 from networks.perturbation import Perturbation, disturbance, mean_row_norm
+from networks.weight_norms import column_squares, row_squares
 
 Matrix = nn.Linear | nn.Conv2d
 DOWN, UP, MID = "lora_down.weight", "lora_up.weight", "lora_mid.weight"
@@ -124,10 +126,52 @@ class LoRA(LowRankAdapter):
             return own
         return own + disturbance(self.base, x, self.deviations)
 
+    def adapted(self, x: Tensor) -> Tensor:
+        """In one operation with the layer where nothing stands between: no dropout, no other adapter, no quantised weight. What
+        is compiled is fused by the compiler."""
+        if (
+            self.dora_scale is not None
+            or not self._is_plain
+            or self._drops
+            or torch.compiler.is_compiling()
+            or not is_frozen_linear(self.base, self._replaced)
+            or x.dtype not in COMPUTED
+        ):
+            return super().adapted(x)
+        assert isinstance(self.base, nn.Linear)
+        rows = self.rows or self.base.weight.shape[:1]
+        return linear_with_low_rank(self.base, x, *self.factors(), self.scale * self.multiplier, rows)
+
+    @property
+    def _is_plain(self) -> bool:
+        """Whether the two factors are all there is."""
+        return self.first_down is None and (self.perturbation is None or not self.training)
+
     def add_to(self, out: Tensor, x: Tensor) -> Tensor:
-        if self.rows or self.first_down is not None or self.perturbation is not None:
+        if self.rows or not self._is_plain:
             return super().add_to(out, x)
         return self._through(x, *self.factors(), self.scale * self.multiplier, onto=out)
+
+    def _add_scaled(self, out: Tensor, x: Tensor, gains: Tensor) -> Tensor:
+        """The gains go into `up`, which is far smaller than the output."""
+        if self.rows or not self._is_plain:
+            return super()._add_scaled(out, x, gains)
+        down, up = self.factors()
+        return self._through(x, down, up * gains.view(-1, *[1] * (up.ndim - 1)), self.scale, onto=out)
+
+    def _added_lengths(self) -> Tensor:
+        weight = self.base.weight.detach().flatten(1)
+        pairs = self._pairs()
+        if self.first_down is not None and self.first_up is not None:  # what is taken off, as further ranks
+            first = self._parts_of(-self.first_up, self.first_down)
+            pairs = [(torch.cat([up, u], dim=1), torch.cat([down, d])) for (up, down), (u, d) in zip(pairs, first, strict=True)]
+        pairs = [(up * self.scale, down) for up, down in pairs]
+        parts = list(zip(weight.split(self.rows) if self.rows else (weight,), pairs, strict=True))
+        spatial = [1] * (self.base.weight.ndim - 2)
+        if self.on_output:
+            return torch.cat([row_squares(rows, *pair) for rows, pair in parts]).sqrt().view(-1, 1, *spatial)
+        squares = torch.stack([column_squares(rows, *pair) for rows, pair in parts]).sum(0)
+        return squares.view(self.base.weight.shape[1], -1).sum(1).sqrt().view(1, -1, *spatial)
 
     def _low_rank(self, x: Tensor, down: Tensor, up: Tensor, strength: float) -> Tensor:
         if not self.rows:
@@ -165,7 +209,7 @@ class LoRA(LowRankAdapter):
 
     def delta_weight(self, multiplier: float = 1.0) -> Tensor:
         product = torch.cat([up @ down for up, down in self._pairs()])
-        if self.first_down is not None and self.first_up is not None:
+        if self.first_down is not None and self.first_up is not None:  # exactly 0 at the start
             product = product - torch.cat([up @ down for up, down in self._parts_of(self.first_up, self.first_down)])
         return (product * (self.scale * multiplier)).view(self.base.weight.shape)
 

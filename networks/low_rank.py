@@ -73,26 +73,36 @@ class LowRankAdapter(ExactAlpha, AdditiveAdapter):
         other = [dim for dim in range(weight.ndim) if dim != (0 if self.on_output else 1)]
         return torch.linalg.vector_norm(weight, dim=other, keepdim=True)
 
-    def _gains(self, added: Tensor) -> Tensor:
-        """m / ||W + dW|| for the sum `added`, [out, 1, ...] or [1, in, ...]; as LyCORIS has it, a norm of 0 divides too."""
+    def _added_lengths(self) -> Tensor:
+        """Of the rows or columns of W + dW, float32."""
+        return self._lengths(self.base.weight.float() + self.delta_weight())
+
+    def _gains(self, lengths: Tensor) -> Tensor:
+        """m / ||W + dW||, [out, 1, ...] or [1, in, ...]; as LyCORIS has it, a norm of 0 divides too."""
         assert self.dora_scale is not None
-        return self.dora_scale.float() / (self._lengths(added) + torch.finfo(torch.float32).eps)
+        return self.dora_scale.float() / (lengths + torch.finfo(torch.float32).eps)
 
     def adapted(self, x: Tensor) -> Tensor:
         if self.dora_scale is None:
             return super().adapted(x)
         with torch.autocast(x.device.type, enabled=False):
             with torch.no_grad():
-                added = self.base.weight.float() + self.delta_weight()
-            gains = self._gains(added).flatten()
+                lengths = self._added_lengths()
+            gains = self._gains(lengths).flatten()
         spatial = (1, 1) if isinstance(self.base, nn.Conv2d) else ()
-        gains = gains.view(-1, *spatial)
         if not self.on_output:
-            return self._adapted_by_columns(x, gains)
-        out = self.base_forward(x)
-        plain = out if self.base.bias is None else out - self.base.bias.to(out.dtype).view(-1, *spatial)
-        change = (gains - 1).to(out.dtype) * plain + gains.to(out.dtype) * self.delta(x).to(out.dtype)
-        return out + self.multiplier * change
+            return self._adapted_by_columns(x, gains.view(-1, *spatial))
+        out, gains = self.base_forward(x), self.multiplier * gains
+        kept = (1 - self.multiplier + gains).to(out.dtype).view(-1, *spatial)  # of what the layer gives without its bias
+        if self.base.bias is None:
+            return self._add_scaled(out * kept, x, gains)
+        bias = self.base.bias.to(out.dtype).view(-1, *spatial)
+        return self._add_scaled(torch.addcmul(bias * (1 - kept), out, kept), x, gains)
+
+    def _add_scaled(self, out: Tensor, x: Tensor, gains: Tensor) -> Tensor:
+        """`out` and `delta` of `x`, each of its outputs times one of `gains` [out]."""
+        spatial = (1, 1) if isinstance(self.base, nn.Conv2d) else ()
+        return out + gains.to(out.dtype).view(-1, *spatial) * self.delta(x).to(out.dtype)
 
     def _adapted_by_columns(self, x: Tensor, gains: Tensor) -> Tensor:
         """Scaling a column is scaling what it is multiplied with."""
@@ -103,13 +113,17 @@ class LowRankAdapter(ExactAlpha, AdditiveAdapter):
         if self.dora_scale is None:
             return super().merged(weight)
         added = weight + self.delta_weight()
-        return weight + self.multiplier * (added * self._gains(added) - weight)
+        return weight + self.multiplier * (added * self._gains(self._lengths(added)) - weight)
 
     # ---- dropout
 
+    @property
+    def _drops(self) -> bool:
+        return self.training and bool(self.dropout or self.rank_dropout)
+
     def _drop(self, hidden: Tensor, rank_dim: int) -> Tensor:
         """`dropout` on single values, and `rank_dropout` on whole ranks of a sample; what is kept is scaled up."""
-        if not self.training:
+        if not self._drops:
             return hidden
         if self.dropout:
             hidden = F.dropout(hidden, self.dropout)

@@ -18,6 +18,7 @@ from networks.initial_weights import principal_factors
 from networks.lora import DOWN, UP, LoRA, without_mid
 from networks.low_rank import LENGTHS
 from networks.network_base import algorithm_of
+from networks.network_files import writer_of
 from networks.network_targets import Layer
 
 ALPHA = "alpha"
@@ -96,8 +97,13 @@ class Factors:
 
 def factors_of(key: str, tensors: Mapping[str, Tensor], device: torch.device | str = "cpu") -> Factors:
     """alpha / rank is multiplied into `up`. Raises `UserError` for other algorithms than LoRA, and for DoRA."""
-    if LENGTHS in tensors:
-        raise UserError(f"{key} is of DoRA, which scales the model's weight. Merge it into a model; extract from that.")
+    writer = writer_of(tensors)
+    if LENGTHS in tensors or (writer is not None and UP not in tensors):
+        name = "DoRA" if writer is None or LENGTHS in tensors else writer.algorithm
+        raise UserError(
+            f"{key} is of {name}. Only plain LoRAs can be joined with one another and resized: merge it into a model "
+            "(tools/merge_lora.py --model), and take a LoRA out of that (tools/extract_lora_from_models.py)."
+        )
     scale, tensors = scale_of(key, tensors), without_mid(tensors)
     down, up = tensors[DOWN].to(device).float(), tensors[UP].to(device).float()
     return Factors(up.flatten(1) * scale, down.flatten(1), tuple(down.shape[2:]))

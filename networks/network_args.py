@@ -135,6 +135,8 @@ SIZE_ARGS = (
     "train_block_indices", "exclude_patterns", "include_patterns",
 )  # fmt: skip
 """Arguments without effect where ranks and alphas come from a file."""
+NO_RANK = ("dropout", "rank_dropout")
+"""Arguments without meaning where nothing has a rank-sized space to drop from."""
 
 
 def arg(kind: Kind, help: str) -> Any:

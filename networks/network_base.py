@@ -22,7 +22,7 @@ from library.optimizers import LearningRates, ParamGroup
 from library.rng import keyed_generator
 from networks.file_formats import own_layers
 from networks.network_args import SIZE_ARGS, ArchArgs, NetworkArgs, parse_network_args, split_args
-from networks.network_files import by_layer, describe_family, shorten, writer_of
+from networks.network_files import by_layer, describe_family, in_dtype, refuse_unread, shorten, with_numbers, writer_of
 from networks.network_interface import AdapterNetwork, FileWeights, LayerKind, NetworkModule, NetworkRequest
 from networks.network_targets import (
     DENOISER,
@@ -356,13 +356,15 @@ class LayerNetwork(AdapterNetwork):
 
     def file_state_dict(self, dtype: torch.dtype | None) -> dict[str, Tensor]:
         return {
-            f"{adapter.file_key}.{name}": _in_file(tensor.detach(), dtype).contiguous()
+            f"{adapter.file_key}.{name}": in_dtype(tensor.detach().to("cpu"), dtype).contiguous()
             for adapter in self.adapters()
             for name, tensor in adapter.file_tensors().items()
         }
 
+    @with_numbers()
     def load_file_state_dict(self, tensors: Mapping[str, Tensor], source: str, strict: bool = True) -> None:
         file_layers = own_layers(tensors, self.arch, source, self._alias_of)
+        refuse_unread(file_layers, source)
         own = {adapter.key: adapter for adapter in self.adapters()}
         shared = [key for key in own if key in file_layers]
         if not shared:
@@ -389,15 +391,6 @@ class LayerNetwork(AdapterNetwork):
     def apply_to(self, text_encoder: object, unet: object, apply_text_encoder: bool = True, apply_unet: bool = True) -> None:
         self.keep_parts({part for part in self.parts if (apply_unet if part == DENOISER else apply_text_encoder)})
         self.attach()
-
-
-def _in_file(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """On the CPU, in `dtype`; single numbers, such as alpha, only where it holds them exactly."""
-    tensor = tensor.to("cpu")
-    if dtype is None or not tensor.is_floating_point():
-        return tensor
-    cast = tensor.to(dtype)
-    return tensor if tensor.ndim == 0 and float(cast) != float(tensor) else cast
 
 
 def _no_match(source: str, found: Collection[str], wanted: Collection[str]) -> str:
@@ -484,6 +477,7 @@ class NetworkFactory(NetworkModule[LayerNetwork]):
         known = every_layer(arch, _modules(arch, arch_args, request))
         aliases = {alias: key for key, layer in known.items() for alias in layer.aliases}
         file_layers = own_layers(weights.tensors, arch, weights.source, aliases)
+        refuse_unread(file_layers, weights.source)
         matched = [layer for key, layer in known.items() if key in file_layers]
         if arch_args.splits_fused():
             matched = _split(arch, matched)

@@ -6,7 +6,8 @@ import hashlib
 import json
 import pickle
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,8 +56,11 @@ ALGORITHM_SIGNS: dict[str, Writer] = {
     "oft_blocks.0": Writer("OFT", "networks.oft_flux"),
     "oft_R.weight": Writer("OFTv2", "networks.oft_v2"),
     "a1.weight": Writer("GLoRA", "networks.glora"),
-    "diff": Writer("full difference"),
-    "w_norm": Writer("trained norms"),
+    "diff": Writer("LyCORIS' full fine-tuning"),
+    "diff_b": Writer("LyCORIS' training of biases"),
+    "w_norm": Writer("LyCORIS' training of norms (train_norm)"),
+    "b_norm": Writer("LyCORIS' training of norms (train_norm)"),
+    "rescale": Writer("LyCORIS' OFT or BOFT with rescaled=true"),
 }
 """Tensor name in a layer -> what writes it."""
 
@@ -68,6 +72,17 @@ def writer_of(tensors: Mapping[str, Tensor]) -> Writer | None:
     return next((ALGORITHM_SIGNS[name] for name in tensors if name in ALGORITHM_SIGNS), None)
 
 
+@contextmanager
+def with_numbers() -> Iterator[None]:
+    """In here tensors that are made have numbers, even where a run is simulated on tensors without (`--plan`): ranks, alphas
+    and formats are told from a file's numbers."""
+    from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+    with unset_fake_temporarily():
+        yield
+
+
+@with_numbers()
 def read_weights(path: str | Path) -> dict[str, Tensor]:
     """All tensors of a `.safetensors`, `.ckpt` or `.pt` file, or of peft's folder, on the CPU. Never runs pickled code."""
     path = Path(path)
@@ -90,6 +105,14 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     if not tensors or not all(isinstance(value, Tensor) for value in tensors.values()):
         raise UserError(f"{path} holds no network weights: expected a dict of tensors, found {type(loaded).__name__}.")
     return dict(tensors)
+
+
+def in_dtype(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """As a file in `dtype` has it; single numbers, such as alpha, in `dtype` only where it holds them exactly."""
+    if dtype is None or not tensor.is_floating_point():
+        return tensor
+    cast = tensor.to(dtype)
+    return tensor if tensor.ndim == 0 and float(cast) != float(tensor) else cast
 
 
 def write_weights(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -131,8 +154,13 @@ _PEFT_SETTINGS = "lora_adapter_metadata"
 """Where diffusers writes alphas and ranks, as JSON, into the metadata of a file in peft's names."""
 
 
-_OFT_PREFIX = "oft_"
+_TURNED = "oft_"
 """What sd-scripts' names of layers begin with, in place of `lora_`, where they are turned."""
+
+
+def turned_name(key: str) -> str:
+    """sd-scripts' name of a layer that OFT turns, by its usual one."""
+    return f"{_TURNED}{key.removeprefix('lora_')}"
 
 
 def by_layer(tensors: Mapping[str, Tensor]) -> LayerTensors:
@@ -142,7 +170,7 @@ def by_layer(tensors: Mapping[str, Tensor]) -> LayerTensors:
         dotted = _DOTTED.fullmatch(name)
         if dotted is None:
             layer, _, inner = name.partition(".")
-            layer = f"lora_{layer.removeprefix(_OFT_PREFIX)}" if layer.startswith(_OFT_PREFIX) else layer
+            layer = f"lora_{layer.removeprefix(_TURNED)}" if layer.startswith(_TURNED) else layer
         else:
             layer = dotted["layer"].removeprefix(PREFIX)
             inner = dotted["inner"].replace(".default", "")
@@ -190,6 +218,22 @@ def check_names(
         )
     if absent := [name for name in required if name not in tensors]:
         raise UserError(f"{key} lacks {absent[0]}: the file is incomplete.")
+
+
+def refuse_unread(layers: LayerTensors, source: str) -> None:
+    """Raise `UserError` naming `source` and keys for layers that nothing here reads, as of norms and biases."""
+    unread = {f"{key}.{name}": writer for key, layer in layers.items() for name, writer in _unread(layer)}
+    if unread:
+        writers = ", ".join(dict.fromkeys(writer.algorithm for writer in unread.values()))
+        raise UserError(
+            f"{source} holds {len(unread)} tensors of {writers}, which are not read here: {shorten(unread)}. To train on or to "
+            "merge, use --network_module lycoris.kohya; or train anew without."
+        )
+
+
+def _unread(layer: Mapping[str, Tensor]) -> list[tuple[str, Writer]]:
+    signs = ((name, ALGORITHM_SIGNS.get(name)) for name in layer)
+    return [(name, writer) for name, writer in signs if writer is not None and not writer.module.startswith("networks.")]
 
 
 def shorten(names: Iterable[str], shown: int = 3) -> str:

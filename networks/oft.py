@@ -18,31 +18,14 @@ from torch import Tensor, nn
 
 from library.errors import UserError
 from networks.exact_alpha import ExactAlpha
-from networks.network_args import BOOLEAN, NetworkArgs, arg
+from networks.network_args import BOOLEAN, NO_RANK, NetworkArgs, arg
 from networks.network_base import Adapter, Layer, LayerSize, bind
-from networks.network_files import check_names
+from networks.network_files import check_names, turned_name
 from networks.network_targets import DENOISER
+from networks.rotations import ALPHA, BLOCKS, NO_LIMIT, cayley, limit_in_file, limited_skew, listed_blocks
 
-BLOCKS = "oft_blocks"
 _ATTENTION = re.compile(r"attn|attention_")
 _TRANSFORMER = re.compile(r"_transformer_blocks_|_proj_(in|out)$")
-NO_RANK = ("dropout", "rank_dropout")
-
-
-def cayley(skew: Tensor) -> Tensor:
-    """(I + Q)(I - Q)^-1, a rotation, of skew-symmetric matrices [..., b, b]."""
-    eye = torch.eye(skew.shape[-1], device=skew.device, dtype=skew.dtype)
-    rotation: Tensor = torch.linalg.solve(eye - skew, eye + skew)
-    return rotation
-
-
-def limited_skew(blocks: Tensor, limit: float) -> Tensor:
-    """B - B^T, float32, shrunk as a whole to a norm of at most `limit` where that is not 0."""
-    skew = blocks.float() - blocks.float().transpose(-1, -2)
-    if not limit:
-        return skew
-    norm = torch.linalg.vector_norm(skew)
-    return skew * ((norm.clamp(max=limit) + 1e-8) / (norm + 1e-8))
 
 
 class OutputTurner(ExactAlpha, Adapter):
@@ -129,7 +112,7 @@ class OFT(OutputTurner):
 
     @property
     def file_key(self) -> str:
-        return f"oft_{self.key.removeprefix('lora_')}"
+        return turned_name(self.key)
 
     @classmethod
     def size_in_file(cls, key: str, tensors: Mapping[str, Tensor]) -> LayerSize:
@@ -137,19 +120,23 @@ class OFT(OutputTurner):
         check_names(key, tensors, required=names or (BLOCKS,), known=("alpha",), algorithm="OFT")
         if tensors[names[0]].ndim != 3:
             raise UserError(f"{key}: the file was made by BOFT, not by OFT. Use --network_module networks.boft.")
-        return LayerSize(tensors[names[0]].shape[0], float(tensors["alpha"]) if "alpha" in tensors else 0.0)
+        return LayerSize(tensors[names[0]].shape[0], limit_in_file(tensors))
 
     @classmethod
     def like_file(
         cls, layer: Layer, size: LayerSize, args: NetworkArgs, generator: torch.Generator, tensors: Mapping[str, Tensor]
     ) -> Adapter:
         """In the parts that the file has."""
-        listed = [tensors[name] for name in sorted(tensors) if name.startswith(f"{BLOCKS}.")]
+        listed = listed_blocks(tensors)
         return cls(replace(layer, rows=tuple(one.shape[0] * one.shape[1] for one in listed)), size, args, generator)
+
+    def file_tensors(self) -> dict[str, Tensor]:
+        tensors = super().file_tensors()
+        return tensors if self._alpha else {**tensors, ALPHA: torch.tensor(NO_LIMIT)}
 
     def load_file_tensors(self, tensors: Mapping[str, Tensor], source: str) -> None:
         size = self.size_in_file(self.key, tensors)
-        given = {"alpha": torch.tensor(size.alpha), **tensors}
+        given = {**tensors, ALPHA: torch.tensor(size.alpha)}
         if isinstance(self.oft_blocks, nn.ParameterList) and BLOCKS in given:
             given[f"{BLOCKS}.0"] = given.pop(BLOCKS)
         own = self.state_dict()

@@ -16,10 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from library.errors import UserError
-from networks.network_args import NetworkArgs
+from networks.network_args import NO_RANK, NetworkArgs
 from networks.network_base import Adapter, Layer, LayerSize, bind
 from networks.network_files import check_names
-from networks.oft import NO_RANK
 
 NAME = "oft_R.weight"
 TERMS = 5

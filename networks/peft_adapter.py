@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from library.errors import UserError, suggest
 from networks.external import seeded
-from networks.network_args import Kind, NetworkArgs, arg
+from networks.network_args import NO_RANK, Kind, NetworkArgs, arg
 from networks.network_base import Adapter, Layer, LayerSize, bind
 
 NAME = "default"
@@ -37,7 +37,7 @@ def _object(value: Any) -> dict[str, Any]:
 class PeftArgs(NetworkArgs):
     """Arguments of every network but dropout, and what peft is told."""
 
-    unused: ClassVar[tuple[str, ...]] = ("dropout", "rank_dropout")
+    unused: ClassVar[tuple[str, ...]] = NO_RANK
     tuner: str | None = arg(Kind("text", str), "peft's type of tuner: hra, randlora, delora, ...")
     config: dict[str, Any] | None = arg(Kind("a JSON object", _object), "its configuration")
 

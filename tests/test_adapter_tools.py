@@ -212,6 +212,18 @@ def test_adapters_are_joined_with_one_another(tmp_path: Path) -> None:
     assert facts["modelspec.merged_from"] == "a, b"
 
 
+@pytest.mark.parametrize(
+    ("name", "inner"), [("LoHa", "hada_w1_a"), ("GLoRA", "a1.weight"), ("OFT", "oft_blocks"), ("DoRA", "dora_scale")]
+)
+def test_what_is_no_plain_lora_is_not_joined_and_told_how(name: str, inner: str, tmp_path: Path) -> None:
+    other = plain(TEXT_KEY) | {f"{TEXT_KEY}.dora_scale": torch.ones(2, 1)} if name == "DoRA" else {}
+    save_file(other or {f"{TEXT_KEY}.{inner}": torch.ones(2, 2, 2)}, tmp_path / "a.safetensors")
+    save_file(plain(SD_KEY), tmp_path / "b.safetensors")
+    both = ("--models", tmp_path / "a.safetensors", tmp_path / "b.safetensors", "--family", "sd")
+    with pytest.raises(UserError, match=f"mlp_fc1 is of {name}. Only plain LoRAs.*--model.*extract_lora_from_models"):
+        run(merge_lora, *both, "--save_to", tmp_path / "c.safetensors", "--concat")
+
+
 def test_block_weights(models: Callable[[str], Path], tmp_path: Path) -> None:
     """17 numbers: text encoder first, then the blocks with attention. The layer's block is the fourth of the input side."""
     save_file(plain(SD_KEY) | plain(TEXT_KEY), tmp_path / "a.safetensors")
@@ -291,6 +303,27 @@ def test_a_file_is_converted_and_mended(tmp_path: Path, capsys: pytest.CaptureFi
         torch.testing.assert_close(delta(again, key), delta(mended, key), atol=1e-2, rtol=1e-2)
 
 
+def test_sd_scripts_flags_of_converting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    key = "lora_unet_double_blocks_0_img_attn_proj"
+    save_file(plain(key), tmp_path / "a.safetensors")
+    path = ROOT / "networks" / "convert_flux_lora.py"
+    flags = [
+        "--src",
+        "sd-scripts",
+        "--dst",
+        "ai-toolkit",
+        "--src_path",
+        tmp_path / "a.safetensors",
+        "--dst_path",
+        tmp_path / "b.safetensors",
+    ]
+    monkeypatch.setattr(sys, "argv", [str(path), *map(str, flags)])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(path), run_name="__main__")
+    assert not ended.value.code
+    assert "transformer.transformer_blocks.0.attn.to_out.0.lora_A.weight" in load_file(tmp_path / "b.safetensors")
+
+
 def test_weights_are_checked_and_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     dead = {name: tensor * 0 for name, tensor in plain(TEXT_KEY).items()}
     save_file(plain(SD_KEY) | dead, tmp_path / "a.safetensors")
@@ -333,7 +366,8 @@ def test_models_are_merged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 OLD_PLACES = {
     "merge_lora": "--sd_model", "sdxl_merge_lora": "--lbws", "svd_merge_lora": "--new_rank", "flux_merge_lora": "--flux_model",
     "flux_extract_lora": "--clamp_quantile", "extract_lora_from_models": "--min_diff", "resize_lora": "--dynamic_method",
-    "check_lora_weights": "--show_all_keys", "extract_lora_from_dylora": "--unit",
+    "check_lora_weights": "--show_all_keys", "extract_lora_from_dylora": "--unit", "merge_lora_old": "--sd_model",
+    "convert_flux_lora": "--dst_path",
 }  # fmt: skip
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from network_models import fill
+from offload_tools import Made, Model, blocks_of, same, sgd, swapped, train
 from test_quantization import layer_pair
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -16,8 +18,9 @@ from torch.func import functional_call
 from networks.external import load_network_module
 from networks.lora import LoRA
 from networks.network_args import parse_network_args
-from networks.network_base import Adapter, AdditiveAdapter, Layer, LayerSize, NetworkFactory
-from networks.oft import OutputTurner, limited_skew
+from networks.network_base import Adapter, Layer, LayerSize, NetworkFactory
+from networks.oft import OutputTurner
+from networks.rotations import limited_skew
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,13 @@ class Algorithm:
     frozen: tuple[str, ...] = ()
     """Parameters that never learn."""
     count: Callable[[int, int, int], int] = lambda rows, columns, rank: rank * (rows + columns)
-    """Parameters of a Linear with these many rows and columns, at this rank."""
+    """Parameters of a Linear with these many rows and columns, at this rank: docs/adapters.md."""
+    added: Callable[[int], int] | None = None
+    """Rank of what it adds to a weight; None: as many as the weight has."""
+    has_ranks: bool = False
+    """Whether `rank_dropout` has a meaning."""
+    steady: dict[str, Any] = field(default_factory=dict)
+    """Arguments with which it draws nothing in training but dropout."""
 
     def factory(self) -> NetworkFactory:
         module = load_network_module(self.module)
@@ -45,38 +54,81 @@ class Algorithm:
         return factory.algorithm(place, LayerSize(self.rank, self.alpha), args, torch.Generator().manual_seed(1))
 
 
+def pair(width: int, factor: int) -> tuple[int, int]:
+    """LoKr's two sides of a width that `factor` divides."""
+    return min(factor, width // factor), max(factor, width // factor)
+
+
+def nearest_to_root(width: int) -> int:
+    return max(side for side in range(1, width + 1) if width % side == 0 and side * side <= width)
+
+
+def lokr_count(o: int, i: int, r: int, *, factor: int, both: bool = False) -> int:
+    (a, b), (c, d) = pair(o, factor), pair(i, factor)
+    return (r * (a + c) if both else a * c) + r * (b + d)
+
+
+def whole_lokr_count(o: int, i: int, r: int) -> int:
+    (a, b), (c, d) = pair(o, nearest_to_root(o)), pair(i, nearest_to_root(i))
+    return a * c + b * d
+
+
+def boft_count(o: int, i: int, r: int) -> int:
+    """Stages, one more than the power of two that the blocks are, of o outputs in blocks of b."""
+    b = max(size for size in range(2, r + 1, 2) if o % size == 0 and (o // size).bit_count() == 1)
+    return (o // b).bit_length() * o * b
+
+
+def oft_v2_count(o: int, i: int, r: int) -> int:
+    b = max(size for size in range(1, r + 1) if i % size == 0)
+    return i * (b - 1) // 2
+
+
+def plain_rank(r: int) -> int:
+    return r
+
+
 DOWN = ("lora_down.weight",)
+PLAIN: dict[str, Any] = {"added": plain_rank, "has_ranks": True}
 ALGORITHMS = {
-    "lora": Algorithm("networks.lora"),
-    "orthogonal": Algorithm("networks.lora", {"init": "orthogonal"}),
-    "pissa": Algorithm("networks.lora", {"init": "pissa"}),
-    "rslora": Algorithm("networks.lora", {"rs_lora": "true"}),
-    "dora": Algorithm("networks.lora", {"dora_wd": "true"}, count=lambda o, i, r: r * (o + i) + o),
+    "lora": Algorithm("networks.lora", **PLAIN),
+    "orthogonal": Algorithm("networks.lora", {"init": "orthogonal"}, **PLAIN),
+    "pissa": Algorithm("networks.lora", {"init": "pissa"}, added=lambda r: 2 * r),
+    "rslora": Algorithm("networks.lora", {"rs_lora": "true"}, **PLAIN),
+    "dora": Algorithm("networks.lora", {"dora_wd": "true"}, count=lambda o, i, r: r * (o + i) + o, has_ranks=True),
     "dora-columns": Algorithm(
-        "networks.lora", {"dora_wd": "true", "wd_on_output": "false"}, count=lambda o, i, r: r * (o + i) + i
+        "networks.lora", {"dora_wd": "true", "wd_on_output": "false"}, count=lambda o, i, r: r * (o + i) + i, has_ranks=True
     ),
-    "loha": Algorithm("networks.loha", count=lambda o, i, r: 2 * r * (o + i)),
-    "loha-dense": Algorithm("networks.loha", rank=4, count=lambda o, i, r: 2 * r * (o + i)),
-    "loha-dora": Algorithm("networks.loha", {"dora_wd": "true"}, count=lambda o, i, r: 2 * r * (o + i) + o),
-    # 8 = 2 * 4 rows and 12 = 2 * 6 columns
-    "lokr": Algorithm("networks.lokr", {"factor": "2"}, count=lambda o, i, r: 2 * 2 + r * (4 + 6)),
+    "loha": Algorithm("networks.loha", count=lambda o, i, r: 2 * r * (o + i), added=lambda r: r * r, has_ranks=True),
+    "loha-dense": Algorithm("networks.loha", rank=4, count=lambda o, i, r: 2 * r * (o + i), has_ranks=True),
+    "loha-dora": Algorithm("networks.loha", {"dora_wd": "true"}, count=lambda o, i, r: 2 * r * (o + i) + o, has_ranks=True),
+    "lokr": Algorithm("networks.lokr", {"factor": "2"}, count=partial(lokr_count, factor=2), has_ranks=True),
     "lokr-both": Algorithm(
-        "networks.lokr", {"factor": "4", "decompose_both": "true"}, rank=1, count=lambda o, i, r: r * (2 + 3) + r * (4 + 4)
+        "networks.lokr",
+        {"factor": "4", "decompose_both": "true"},
+        rank=1,
+        count=partial(lokr_count, factor=4, both=True),
+        has_ranks=True,
     ),
-    "lokr-full": Algorithm("networks.lokr", {"full_matrix": "true"}, count=lambda o, i, r: 2 * 3 + 4 * 4),
-    "lokr-dora": Algorithm("networks.lokr", {"factor": "2", "dora_wd": "true"}, count=lambda o, i, r: 4 + r * 10 + o),
+    "lokr-full": Algorithm("networks.lokr", {"full_matrix": "true"}, count=whole_lokr_count, has_ranks=True),
+    "lokr-dora": Algorithm(
+        "networks.lokr",
+        {"factor": "2", "dora_wd": "true"},
+        count=lambda o, i, r: lokr_count(o, i, r, factor=2) + o,
+        has_ranks=True,
+    ),
     "ia3": Algorithm("networks.ia3", count=lambda o, i, r: o),
     "ia3-input": Algorithm("networks.ia3", {"train_on_input": "true"}, count=lambda o, i, r: i),
-    "dylora": Algorithm("networks.dylora", {"unit": "2"}, rank=4),
+    "dylora": Algorithm("networks.dylora", {"unit": "2"}, rank=4, **PLAIN, steady={"unit": "4"}),
     "oft": Algorithm("networks.oft", alpha=0.01, count=lambda o, i, r: r * (o // r) ** 2),
     "oft-free": Algorithm("networks.oft", rank=4, alpha=0.0, count=lambda o, i, r: r * (o // r) ** 2),
     "oft-list": Algorithm("networks.oft_flux", alpha=0.0, count=lambda o, i, r: r * (o // r) ** 2),
-    "boft": Algorithm("networks.boft", alpha=0.0, count=lambda o, i, r: 3 * o * r),
-    "boft-limited": Algorithm("networks.boft", alpha=0.01, rank=5, count=lambda o, i, r: 2 * o * 4),
-    "oft-v2": Algorithm("networks.oft_v2", rank=4, count=lambda o, i, r: i * (r - 1) // 2),
+    "boft": Algorithm("networks.boft", alpha=0.0, count=boft_count),
+    "boft-limited": Algorithm("networks.boft", alpha=0.01, rank=5, count=boft_count),
+    "oft-v2": Algorithm("networks.oft_v2", rank=4, count=oft_v2_count),
     "glora": Algorithm("networks.glora", count=lambda o, i, r: r * (3 * i + o)),
-    "lora-fa": Algorithm("networks.lora_fa", frozen=DOWN),
-    "lora-fa-argument": Algorithm("networks.lora", {"freeze_down": "true"}, frozen=DOWN),
+    "lora-fa": Algorithm("networks.lora_fa", frozen=DOWN, **PLAIN),
+    "lora-fa-argument": Algorithm("networks.lora", {"freeze_down": "true"}, frozen=DOWN, **PLAIN),
 }
 
 
@@ -172,21 +224,7 @@ def test_gradients_reach_all_that_learns_and_the_parameters_are_as_many_as_the_f
     assert all(parameter.grad is None for parameter in layer.parameters())
 
 
-@pytest.mark.parametrize("name", ["lora", "loha", "lokr", "lokr-full"])
-def test_rank_dropout_keeps_the_mean(name: str) -> None:
-    adapter = ALGORITHMS[name].adapter(layers()["linear"], rank_dropout=0.25)
-    assert isinstance(adapter, AdditiveAdapter)
-    change(adapter)
-    x = sample(layers()["linear"])[:1, :3]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        dropped = adapter.delta(x.expand(8000, -1, -1))
-    assert (dropped - dropped[:1]).abs().max() > 1e-3
-    expected = adapter.eval().delta(x)
-    torch.testing.assert_close(dropped.mean(0, keepdim=True), expected, rtol=0, atol=0.03 * float(expected.abs().max()))
-
-
-@pytest.mark.parametrize("scheme", ["fp8", "int8"])
+@pytest.mark.parametrize("scheme", ["fp8", "int8", "nf4"])
 @pytest.mark.parametrize("algorithm", ALGORITHMS.values(), ids=ALGORITHMS)
 def test_a_layer_in_few_bits_is_adapted_as_one_with_its_weight(algorithm: Algorithm, scheme: str) -> None:
     quantised, plain = layer_pair(layers()["linear"], scheme)
@@ -204,7 +242,30 @@ def test_a_layer_in_few_bits_is_adapted_as_one_with_its_weight(algorithm: Algori
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
     assert isinstance(plain, nn.Linear)
     merged = plain.weight  # of the quantised weight; that of the other is quantised anew
-    assert (quantised.weight - merged).norm() < 0.06 * merged.norm()
+    assert (quantised.weight - merged).norm() < (0.15 if scheme == "nf4" else 0.06) * merged.norm()
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS.values(), ids=ALGORITHMS)
+def test_an_adapter_on_blocks_that_are_swapped_learns_as_on_blocks_that_stay(algorithm: Algorithm) -> None:
+    def made() -> Made:
+        model, adapters = Model(4, checkpointing="plain").requires_grad_(False), nn.ModuleList()
+        for block in blocks_of(model):
+            for name in ("up", "down"):
+                adapter = algorithm.adapter(block.get_submodule(name))
+                change(adapter)
+                for path, parameter in adapter.named_parameters():
+                    parameter.requires_grad_(path not in adapter.frozen_parameters)
+                adapter.attach()
+                adapters.append(adapter)
+        return model, adapters
+
+    traces = []
+    for swaps in (False, True):
+        pair = made()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            traces.append(train(pair, swapped(pair, 2, learning=False) if swaps else None, sgd, steps=2))
+    assert same(*traces)
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS.values(), ids=ALGORITHMS)

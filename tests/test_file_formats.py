@@ -15,6 +15,7 @@ from tiny_denoisers import DENOISERS
 from torch import Tensor, nn
 
 from library.errors import UserError
+from library.memory_tracker import MemoryTracker, simulated
 from networks import loha, lora
 from networks.file_formats import (
     FORMATS,
@@ -88,6 +89,35 @@ def test_what_is_written_in_a_format_comes_back(
             parameter.zero_()
     other.load_weights(path)
     assert_same(deltas(network), deltas(other))
+
+
+@pytest.mark.parametrize("format", ["kohya", "comfy"])
+def test_alpha_stays_exact_in_a_file_of_half_precision(format: str, denoisers: dict[str, nn.Module], tmp_path: Path) -> None:
+    tensors = few_layers("flux", denoisers["flux"]).file_state_dict(None)
+    tensors = {name: torch.tensor(0.3) if name.endswith("alpha") else tensor for name, tensor in tensors.items()}
+    write_adapter(tmp_path / "a.safetensors", tensors, {}, DENOISERS["flux"].arch, format, torch.bfloat16)
+    written = load_file(tmp_path / "a.safetensors")
+    assert {tensor.dtype for name, tensor in written.items() if name.endswith("weight")} == {torch.bfloat16}
+    assert {float(tensor) for name, tensor in written.items() if name.endswith("alpha")} == {float(torch.tensor(0.3))}
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_file_is_read_where_a_run_is_simulated(format: str, denoisers: dict[str, nn.Module], tmp_path: Path) -> None:
+    """Its numbers say what its layers are, and the network is one of tensors without numbers."""
+    arch = DENOISERS["flux"].arch
+    network = few_layers("flux", denoisers["flux"], network_reg_dims="linear1=6")
+    path = tmp_path / ("folder" if format == "peft" else "file.safetensors")
+    write_adapter(path, network.file_state_dict(None), {}, arch, format, None)
+    real, _ = lora.factory.for_arch(arch).create_network_from_weights(1.0, path, None, None, denoisers["flux"])
+    with simulated(), MemoryTracker():
+        model = DENOISERS["flux"].make()
+        again, _ = lora.factory.for_arch(arch).create_network_from_weights(1.0, path, None, None, model)
+        again.load_weights(path)
+        lora.factory.for_arch(arch).merge_weights(1.0, path, None, model)
+    assert {name: tensor.shape for name, tensor in again.state_dict().items()} == {
+        name: tensor.shape for name, tensor in real.state_dict().items()
+    }
+    assert type(next(again.parameters()).data) is not Tensor
 
 
 @pytest.mark.parametrize("family", DENOISERS)

@@ -28,28 +28,30 @@ from networks.external import load_network_module
 from networks.file_formats import write_adapter
 
 
-def flux_class() -> Any:
-    """diffusers' class with the weights of `DENOISERS["flux"]`."""
+def flux_class(family: str, kind: tiny_flux.Kind) -> Any:
+    """diffusers' class with the weights of `DENOISERS[family]`."""
     import diffusers
 
-    config = {key: value for key, value in transformer_config(tiny_flux.DEV).items() if key[0] != "_"}
-    theirs = diffusers.FluxTransformer2DModel(**config)
-    theirs.load_state_dict(FLUX_DIFFUSERS.to_ours(DENOISERS["flux"].make().state_dict()), strict=True)
+    config = transformer_config(tiny_flux.PARAMS[kind])
+    theirs = getattr(diffusers, config["_class_name"])(**{key: value for key, value in config.items() if key[0] != "_"})
+    theirs.load_state_dict(FLUX_DIFFUSERS.to_ours(DENOISERS[family].make().state_dict()), strict=True)
+    for norm in theirs.distilled_guidance_layer.norms if kind == "chroma" else ():
+        norm.eps = 1e-6  # the original's, which diffusers leaves out
     return theirs.eval().requires_grad_(False)
 
 
 def flux_class_output(model: Any) -> Tensor:
     """What `tiny_denoisers.flux_output` gives of ours."""
     params = tiny_flux.DEV
+    known = {"pooled_projections": randn(1, params.pooled_width, key="pooled"), "guidance": torch.tensor([3.0])}
     out: Tensor = model(
         hidden_states=randn(1, 12, params.in_channels, key="x"),
         encoder_hidden_states=randn(1, 5, params.context_width, key="context"),
-        pooled_projections=randn(1, params.pooled_width, key="pooled"),
         timestep=torch.tensor([0.4]),
-        guidance=torch.tensor([3.0]),
         img_ids=image_ids(8, 6, "cpu")[0],
         txt_ids=torch.zeros(5, 3),
         return_dict=False,
+        **(known if hasattr(model.config, "guidance_embeds") else {}),
     )[0]
     return out
 
@@ -92,6 +94,15 @@ class Theirs:
 
 _BLOCK = "attentions.0.transformer_blocks.0"
 _UNET_TARGETS = tuple(f"mid_block.{_BLOCK}.{layer}" for layer in ("attn1.to_q", "attn2.to_k", "ff.net.2"))
+_FLUX_TARGETS = (
+    "transformer_blocks.0.attn.to_q", "transformer_blocks.0.attn.to_v", "single_transformer_blocks.1.proj_mlp",
+    "transformer_blocks.1.ff_context.net.0.proj",
+)  # fmt: skip
+_FLUX_HAND = {
+    "lora_unet_double_blocks_0_img_attn_qkv": "double_blocks.0.img_attn.qkv",
+    "lora_unet_single_blocks_1_linear1": "single_blocks.1.linear1",
+    "lora_unet_double_blocks_1_txt_mlp_0": "double_blocks.1.txt_mlp.0",
+}
 _FLAT = ("attn1_to_q", "attn2_to_k", "ff_net_2")
 pytestmark = pytest.mark.usefixtures("quiet_lycoris")
 
@@ -105,16 +116,10 @@ THEIRS = {
         {f"lora_unet_middle_block_1_transformer_blocks_0_{name}": p for name, p in zip(_FLAT, _UNET_TARGETS, strict=True)},
     ),
     "flux": Theirs(
-        flux_class, flux_class_output, "FluxPipeline", "transformer",
-        (
-            "transformer_blocks.0.attn.to_q", "transformer_blocks.0.attn.to_v", "single_transformer_blocks.1.proj_mlp",
-            "transformer_blocks.1.ff_context.net.0.proj",
-        ),
-        {
-            "lora_unet_double_blocks_0_img_attn_qkv": "double_blocks.0.img_attn.qkv",
-            "lora_unet_single_blocks_1_linear1": "single_blocks.1.linear1",
-            "lora_unet_double_blocks_1_txt_mlp_0": "double_blocks.1.txt_mlp.0",
-        },
+        lambda: flux_class("flux", "dev"), flux_class_output, "FluxPipeline", "transformer", _FLUX_TARGETS, _FLUX_HAND
+    ),
+    "chroma": Theirs(
+        lambda: flux_class("chroma", "chroma"), flux_class_output, "ChromaPipeline", "transformer", _FLUX_TARGETS, _FLUX_HAND
     ),
     "lumina": Theirs(
         lumina_class, lumina_class_output, "Lumina2Pipeline", "transformer",
@@ -155,7 +160,11 @@ def pipeline_of(theirs: Theirs, model: Any) -> Any:
     import diffusers
 
     flow = ("scheduler", "vae", "text_encoder", "tokenizer")
-    names = {"FluxPipeline": (*flow, "text_encoder_2", "tokenizer_2"), "Lumina2Pipeline": flow}
+    names = {
+        "FluxPipeline": (*flow, "text_encoder_2", "tokenizer_2"),
+        "ChromaPipeline": flow,
+        "Lumina2Pipeline": flow,
+    }
     unet = ("vae", "text_encoder", "tokenizer", "scheduler")
     own = names.get(theirs.pipeline, unet + (("text_encoder_2", "tokenizer_2") if "XL" in theirs.pipeline else ()))
     extra = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}

@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 import torch
 from network_models import CONV, fill, make, predict, tiny_text_encoder, tiny_unet
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from library.adapter_tools import read_adapter
 from library.errors import UserError
 from networks import lora
 
@@ -168,8 +170,34 @@ def test_a_merged_file_may_be_of_any_algorithm_and_of_several(tmp_path: Path) ->
     torch.testing.assert_close(middle.proj_out.weight, expected[second])
     with pytest.raises(UserError, match="made by LoHa, not by plain LoRA.*--network_module networks.loha"):
         lora.create_network_from_weights(1.0, None, None, encoder, unet, tensors)
-    with pytest.raises(UserError, match="made by full difference, which only lycoris.kohya may know"):
-        lora.factory.merge_weights(1.0, None, encoder, unet, {f"{first}.diff": torch.zeros(16, 16)})
+
+
+@pytest.mark.parametrize(
+    ("layer", "names", "writer"),
+    [
+        ("attentions_0_proj_in", ("diff", "diff_b"), "full fine-tuning, .* training of biases"),
+        ("attentions_0_norm", ("w_norm", "b_norm"), r"training of norms \(train_norm\)"),
+        ("attentions_0_proj_in", ("oft_blocks", "rescale"), "OFT or BOFT with rescaled=true"),
+        ("attentions_0_proj_in", ("lora_down.weight", "lora_up.weight", "diff_b"), "training of biases"),
+    ],
+)
+def test_what_nothing_here_reads_is_named(
+    shared_model: Any, layer: str, names: tuple[str, ...], writer: str, tmp_path: Path
+) -> None:
+    unet, encoder = shared_model
+    plain = make(shared_model).file_state_dict(None)
+    unread = {f"lora_unet_mid_block_{layer}.{name}": torch.zeros(16) for name in names}
+    tensors = {key: value for key, value in {**plain, **unread}.items() if not key.startswith("lora_te")}
+    for run in (
+        lambda: lora.factory.merge_weights(1.0, None, encoder, unet, tensors),
+        lambda: lora.create_network_from_weights(1.0, None, None, encoder, unet, tensors),
+        lambda: make(shared_model).load_file_state_dict(tensors, "a file"),
+    ):
+        with pytest.raises(UserError, match=f"holds . tensors of LyCORIS' .*{writer}.*{layer}.{names[-1]}.*lycoris.kohya"):
+            run()
+    save_file(tensors, tmp_path / "a.safetensors")
+    with pytest.raises(UserError, match=writer):
+        read_adapter(tmp_path / "a.safetensors")
 
 
 def test_a_file_without_alpha_or_with_matrices_for_1x1_convolutions_means_the_same(shared_model: Any) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from network_models import fill
 from tiny_denoisers import DENOISERS, randn
 from torch import Tensor, nn
 
 from library.errors import UserError
 from networks import boft, lora, oft, oft_flux
+from networks.file_formats import flat, in_format, own_layers
 from networks.network_base import Layer, LayerSize
 
 
@@ -63,6 +65,75 @@ def test_parts_of_a_fused_layer_turn_by_themselves_and_every_reader_takes_the_li
         made, _ = factory.create_network_from_weights(1.0, None, None, None, flux, tensors, for_inference=inference)
         (adapter,) = made.adapters()
         torch.testing.assert_close(adapter.merged(weight), expected)
+
+
+def read_by_comfy(weight: Tensor, blocks: Tensor, alpha: float) -> Tensor:
+    """ComfyUI's formula for a stack [n, b, b]: `alpha` itself limits ||Q||, and 0 is no limit."""
+    skew = blocks - blocks.transpose(1, 2)
+    norm = float(skew.norm())
+    skew = skew * alpha / norm if 0 < alpha < norm else skew
+    eye = torch.eye(skew.shape[-1])
+    rotations = (eye + skew) @ torch.linalg.inv(eye - skew)
+    return torch.einsum("knm,kni->kmi", rotations, weight.view(*skew.shape[:2], -1)).reshape(weight.shape)
+
+
+@pytest.mark.parametrize("alpha", [1e-3, 0.0])
+def test_what_is_written_for_comfyui_turns_there_as_here(unet: nn.Module, flux: nn.Module, alpha: float) -> None:
+    attention = {"exclude_patterns": ".*", "include_patterns": "mid_block_.*attn1_to_q$|single_blocks_1_linear1"}
+    for model, factory, name in (
+        (unet, oft.factory, "diffusion_model.middle_block.1.transformer_blocks.0.attn1.to_q"),
+        (flux, oft_flux.factory, "diffusion_model.single_blocks.1.linear1"),
+    ):
+        arch = DENOISERS["sd" if model is unet else "flux"].arch
+        network = factory.for_arch(arch).create_network(1.0, 4, alpha, None, None, model, **attention)
+        fill(network)
+        (adapter,) = network.adapters()
+        weight = adapter.base.weight
+        expected = adapter.merged(weight)
+        written = in_format(network.file_state_dict(None), arch, "comfy", "x")
+        assert written.keys() == {f"{name}.oft_blocks", f"{name}.alpha"}
+        found = read_by_comfy(weight, written[f"{name}.oft_blocks"], float(written[f"{name}.alpha"]))
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+        (again,) = oft.factory.for_arch(arch).create_network_from_weights(1.0, None, None, None, model, written)[0].adapters()
+        torch.testing.assert_close(again.merged(weight), expected, atol=1e-5, rtol=1e-5)
+        kohya = network.file_state_dict(None)
+        assert all(name.startswith("oft_unet_") for name in kohya)
+        back = in_format(flat(own_layers(kohya, arch, "x")), arch, "kohya", "x")
+        assert back.keys() == kohya.keys()
+
+
+def test_no_limit_is_none_to_sd_scripts_either(unet: nn.Module) -> None:
+    """Where alpha is 0, it would never turn."""
+    network = oft.create_network(
+        1.0, 4, 0.0, None, None, unet, include_patterns="mid_block_.*attn1_to_q$", exclude_patterns=".*"
+    )
+    fill(network, scale=2.0)
+    (adapter,) = network.adapters()
+    blocks, alpha = network.file_state_dict(torch.float16).values()
+    weight = adapter.base.weight
+    torch.testing.assert_close(turned(weight, blocks.float(), float(alpha)), adapter.merged(weight), atol=2e-3, rtol=2e-3)
+    size = adapter.size_in_file("x", {"oft_blocks": blocks, "alpha": alpha})
+    assert size == LayerSize(4, 0.0)
+
+
+def test_boft_is_written_for_comfyui_without_its_limit_and_parts_that_do_not_fit_are_refused(
+    unet: nn.Module, flux: nn.Module
+) -> None:
+    few = {"exclude_patterns": ".*", "include_patterns": "mid_block_.*attn1_to_q$|single_blocks_1_linear1"}
+    arch = DENOISERS["sd"].arch
+    network = boft.factory.for_arch(arch).create_network(1.0, 4, 1e-3, None, None, unet, **few)
+    fill(network)
+    written = in_format(network.file_state_dict(None), arch, "comfy", "x")
+    (adapter,) = network.adapters()
+    again, _ = boft.factory.for_arch(arch).create_network_from_weights(1.0, None, None, None, unet, written)
+    assert [float(tensor) for name, tensor in written.items() if name.endswith("alpha")] == [0.0]
+    (other,) = again.adapters()
+    weight = adapter.base.weight
+    assert (adapter.merged(weight) - weight).abs().max() > 1e-4
+    torch.testing.assert_close(other.merged(weight), adapter.merged(weight), atol=1e-6, rtol=1e-5)
+    split = oft_flux.create_network(1.0, 2, 0.0, None, None, flux, **few)
+    with pytest.raises(UserError, match="linear1: its parts are turned in blocks of 32 and of 128.*multiple of 4"):
+        in_format(split.file_state_dict(None), DENOISERS["flux"].arch, "comfy", "x")
 
 
 def test_what_does_not_fit_says_why(unet: nn.Module) -> None:
