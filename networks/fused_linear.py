@@ -90,7 +90,8 @@ class _LinearWithLowRank(Function):
         of_x = of_down = of_up = None
         if hidden is not None:
             rank = hidden.shape[1] // len(ctx.rows)
-            parts = [gradient[:, outputs].t() @ hidden[:, ranks] for outputs, ranks in _parts(ctx.rows, rank)]
+            # in this order a CPU takes half the time
+            parts = [(hidden[:, ranks].t() @ gradient[:, outputs]).t() for outputs, ranks in _parts(ctx.rows, rank)]
             of_up = parts[0] if len(parts) == 1 else torch.cat(parts)
         if up is not None:
             parts = [gradient[:, outputs] @ up[outputs] for outputs, _ in _parts(ctx.rows, up.shape[1])]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 from library.unet_names import SDXL_UNET_LAYERS, SDXL_UNET_NAMES, sdxl_block
 from networks.network_targets import BlockTable, NetworkArch, PartNames, clip_targets, unet_targets
 
@@ -14,6 +16,7 @@ def block_index(key: str) -> int | None:
     return sdxl_block(key.removeprefix(_PREFIX)) if key.startswith(_PREFIX) else None
 
 
+@cache
 def original_name(path: str) -> str:
     """Path in diffusers' UNet -> path in the original one; what the table does not know (a container) stays."""
     return SDXL_UNET_NAMES.their_name(path) or path

@@ -55,12 +55,13 @@ class Case:
         return made
 
 
-def outputs(network: LayerNetwork, samples: int = 2) -> list[Tensor]:
-    """Of the network's layers, each for inputs of its own; adapted where the network is attached."""
+def outputs(network: LayerNetwork, copies: int = 0) -> list[Tensor]:
+    """Of the network's layers, each for four inputs of its own, or for so many copies of the first; adapted where the network
+    is attached."""
     found = []
     for adapter in network.adapters():
-        x = randn(1, 3, adapter.base.weight.shape[1], key=adapter.key)
-        found.append(adapter.base(x.expand(samples, -1, -1)))
+        x = randn(4, adapter.base.weight.shape[1], key=adapter.key)
+        found.append(adapter.base(x[:1].expand(copies, -1) if copies else x))
     return found
 
 

@@ -59,7 +59,7 @@ def gradients(layer: nn.Module, adapter: LoRA, x: Tensor, run: Callable[[Tensor]
     adapter.zero_grad()
     x = x.detach().requires_grad_()
     out = (run or layer)(x)
-    (out.float() * torch.arange(out.shape[-1])).square().mean().backward()
+    (out.float() * torch.linspace(0, 1, out.shape[-1])).square().mean().backward()
     return [out.detach(), *(t.grad for t in (x, *adapter.parameters()) if t.grad is not None)]
 
 
