@@ -221,8 +221,8 @@ def _fits(patterns: tuple[str, ...], path: str) -> bool:
     return any(re.fullmatch(pattern, path) for pattern in patterns)
 
 
-TEXT_LAYERS = LayerTable(quantized=(r"(text_model\.)?encoder\.(layers|block)\..*",))
-"""Of CLIP and T5: attention and MLP. Embeddings and projections of the whole text stay as they are."""
+TEXT_LAYERS = LayerTable(quantized=(r"(text_model\.)?encoder\.(layers|block)\..*", r"layers\..*"))
+"""Of CLIP and T5, and of Gemma-2: attention and MLP. Embeddings and projections of the whole text stay as they are."""
 
 UNET_LAYERS = LayerTable(
     quantized=(r"(down_blocks|mid_block|up_blocks)\..*",),

@@ -50,35 +50,6 @@ def test_t5_learns_on_request_and_is_not_cached_then(workspace: Workspace, tmp_p
         workspace.trainer("network", tmp_path / "b", "--cache_text_encoder_outputs", *arguments)
 
 
-@pytest.mark.parametrize(("family", "flags"), [("chroma", []), ("flux", ["--apply_t5_attn_mask"]), ("flux", [])])
-@pytest.mark.parametrize("cached", [True, False], ids=["cached", "live"])
-def test_hidden_padding_is_left_out_and_changes_nothing(family: str, flags: list[str], cached: bool, tmp_path: Path) -> None:
-    """Text is as long as the batch's longest caption, Chroma's one token of padding included; shown padding stays."""
-    workspace = runs.make_workspace(CASES[family], tmp_path)
-    captions = ["a", "a much longer one", "short", "tiny"]
-    for path, caption in zip(sorted(workspace.images.rglob("*.txt")), captions, strict=False):
-        path.write_text(caption)
-    extra = ["--network_train_unet_only", *flags, *(["--cache_text_encoder_outputs"] if cached else [])]
-    trainer = workspace.trainer("network", tmp_path / "out", *extra)
-    tokenize = trainer.strategies.tokenize
-    seen = set()
-    for batch in runs.first_batches(trainer, 7):
-        cond: Any = trainer.conditioning(batch)
-        lengths = tokenize.lengths(batch.captions)
-        assert (lengths is not None) == (family == "chroma" or bool(flags))
-        assert cond.context.shape[1] == cond.mask.shape[1] == (32 if lengths is None else max(lengths))
-        encoders = {name: trainer.bundle.part(name) for name in sorted(cond.sources())}
-        with torch.no_grad():
-            whole = trainer.strategies.text_encoding.encode(encoders, tokenize.tokenize(batch.captions))
-            x, t = torch.randn(len(batch), 4, 8, 8), torch.full((len(batch),), 0.4)
-            found, expected = (
-                trainer.family.predict(trainer.bundle.denoiser, x, t, each, None, trainer.options) for each in (cond, whole)
-            )
-        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
-        seen.add(cond.whole)
-    assert seen == ({True, False} if cached and lengths is not None else {False}), "batches with and without padding"
-
-
 def test_the_guidance_of_training_is_the_one_that_is_set(workspace: Workspace, tmp_path: Path) -> None:
     losses = []
     for number, extra in enumerate(((), ("--guidance_scale=1.0",), ("--guidance_scale=3.5",))):

@@ -22,6 +22,7 @@ from library.objectives import RectifiedFlow
 from library.option_groups import NetworkTrainOptions
 from library.option_rules import check_rules
 from library.options import from_flags
+from library.quantized_layers import QuantizedLayer
 
 FROZEN = "--network_train_unet_only"
 
@@ -42,31 +43,6 @@ def test_every_layer_of_gemma_but_the_last_learns(workspace: Workspace, tmp_path
     with_one = {name.split("_")[3] for name, gradient in gradients.items() if gradient is not None and gradient.any()}
     assert with_one == {"0", "1"}
     assert any(name.startswith("lora_te_layers_2_") for name in gradients)
-
-
-@pytest.mark.parametrize("cached", [True, False], ids=["cached", "live"])
-def test_text_is_as_long_as_the_longest_caption_and_padding_changes_nothing(cached: bool, tmp_path: Path) -> None:
-    workspace = runs.make_workspace(CASES["lumina"], tmp_path)
-    captions = ["a", "a much longer one", "short", "tiny"]
-    for path, caption in zip(sorted(workspace.images.rglob("*.txt")), captions, strict=False):
-        path.write_text(caption)
-    trainer = workspace.trainer("network", tmp_path / "out", FROZEN, *(["--cache_text_encoder_outputs"] if cached else []))
-    tokenize = trainer.strategies.tokenize
-    seen = set()
-    for batch in runs.first_batches(trainer, 7):
-        cond: Any = trainer.conditioning(batch)
-        lengths = tokenize.lengths(batch.captions)
-        assert lengths is not None and cond.context.shape[1] == cond.mask.shape[1] == max(lengths)
-        encoders = {"gemma2": trainer.bundle.part("gemma2")}
-        with torch.no_grad():
-            whole = trainer.strategies.text_encoding.encode(encoders, tokenize.tokenize(batch.captions))
-            x, t = torch.randn(len(batch), 4, 8, 8), torch.full((len(batch),), 0.4)
-            found, expected = (
-                trainer.family.predict(trainer.bundle.denoiser, x, t, each, None, trainer.options) for each in (cond, whole)
-            )
-        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
-        seen.add(cond.whole)
-    assert seen == ({True, False} if cached else {False}), "batches with and without padding"
 
 
 def test_another_system_prompt_is_another_cache_and_empty_captions_have_none(workspace: Workspace, tmp_path: Path) -> None:
@@ -107,13 +83,35 @@ def test_the_denoiser_is_read_to_main_memory_if_its_blocks_are_swapped() -> None
     assert read_to("gemma2", options(blocks_to_swap=2), cuda) == cuda
 
 
-def test_the_norm_that_nothing_uses_is_in_what_is_trained_whole(workspace: Workspace, tmp_path: Path) -> None:
-    saved = load_file(workspace.train("full", tmp_path, "--max_train_steps=1") / "tiny.safetensors")
-    before = load_file(workspace.model)
+def test_all_weights_learn_in_bf16_with_swapped_layers_and_the_norm_that_nothing_uses_stays(
+    swappable: Workspace, tmp_path: Path
+) -> None:
+    flags = ["--mixed_precision=bf16", "--full_bf16", "--fused_backward_pass", "--gradient_checkpointing", "--blocks_to_swap=2"]
+    output = swappable.train("full", tmp_path / "out", *flags, "--max_train_steps=2", "--learning_rate=1e-2")
+    saved, before = load_file(output / "tiny.safetensors"), load_file(swappable.model)
     assert saved.keys() == before.keys()
     assert torch.equal(saved["norm_final.weight"], before["norm_final.weight"])
-    changed = {name for name in saved if not torch.equal(saved[name], before[name])}
+    changed = {name for name in saved if not torch.equal(saved[name].float(), before[name])}
     assert changed == saved.keys() - {"norm_final.weight"}
+
+
+FP8 = {"denoiser": {"float8_e4m3fn", "int8"}, "gemma2": {"float8_e4m3fn"}}
+"""Modulation is kept in int8."""
+
+
+def test_the_base_and_gemma_may_be_kept_in_8_bits(workspace: Workspace, tmp_path: Path) -> None:
+    plain = workspace.trainer("network", tmp_path / "plain", FROZEN)
+    batch = plain.data.train[(0, 0)]
+    with torch.no_grad():
+        expected = plain.loss(batch)
+        for flags in (["--quantize_base=int8", "--quantize_text_encoders=int8"], ["--fp8_base"]):
+            trainer = workspace.trainer("network", tmp_path / "other", FROZEN, *flags)
+            kinds = {
+                part: {str(m.stored.dtype)[6:] for m in trainer.bundle.part(part).modules() if isinstance(m, QuantizedLayer)}
+                for part in ("denoiser", "gemma2")
+            }
+            assert kinds == ({"denoiser": {"int8"}, "gemma2": {"int8"}} if len(flags) > 1 else FP8)
+            assert float(trainer.loss(batch)) == pytest.approx(float(expected), rel=0.05)
 
 
 def options(**flags: Any) -> NetworkTrainOptions:

@@ -157,7 +157,7 @@ their text encoders and the size conditions is one code."""
 EVERYTHING = [
     (family, mode, recomputes, precision, batch)
     for family, mode, recomputes, precision, batch in itertools.product(
-        ("sd", "sdxl", "flux", "chroma"), runs.MODES, (False, True), ("no", "bf16"), (1, 2)
+        ("sd", "sdxl", "flux", "chroma", "lumina"), runs.MODES, (False, True), ("no", "bf16"), (1, 2)
     )
 ]
 
