@@ -40,7 +40,8 @@ def write_checkpoint(path: Path, dtype: torch.dtype, size_mb: float) -> None:
     """An SD1 file whose UNet is as wide as makes the whole about `size_mb` in fp16; VAE and CLIP at their real size."""
     from library import clip_parts, unet_names, unet_parts, vae_parts
     from library.sd_utils import CLIP_PREFIX
-    from library.unet_parts import UNET_PREFIX, VAE_PREFIX
+    from library.unet_parts import UNET_PREFIX
+    from library.vae_parts import VAE_PREFIX
 
     rest = 2 * (83.7 + 123.1)  # MB of the VAE and CLIP in fp16
     share = max(0.04, (size_mb - rest) / (_SD1_MB_FP16 - rest))

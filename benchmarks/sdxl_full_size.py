@@ -68,8 +68,8 @@ def layout(size: str) -> Iterator[tuple[str, torch.Tensor]]:
     from library.sdxl_utils import CLIP_L_PREFIX, OPEN_CLIP_PREFIX
     from library.strategy_sdxl import CLIP_L, OPEN_CLIP
     from library.unet_names import SDXL_UNET_NAMES
-    from library.unet_parts import UNET_PREFIX, VAE_PREFIX
-    from library.vae_parts import vae_key_map
+    from library.unet_parts import UNET_PREFIX
+    from library.vae_parts import VAE_PREFIX, vae_key_map
 
     configs = full_configs() if size == "full" else tiny_sdxl.configs()
     tables = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -34,6 +34,7 @@ class TrainBatch:
     prior: Tensor | None = None  # [B, C, h, w] float16: that prediction, where it was made before training; other rows: 0
     prior_keys: tuple[int | None, ...] = ()  # of the noise and time of rows that have one
     latent_seeds: tuple[int, ...]  # one per row, from the picture's content: the key of its posterior sample
+    chances: dict[str, Tensor] = field(default_factory=dict)  # [B] each: see `ImageDataset.chances`
     multiplier: float = 1.0  # network_multiplier of the dataset
     quantile: float | None = None  # validation: this quantile of the time density instead of a draw
 
@@ -48,6 +49,7 @@ class TrainBatch:
                 changed[f.name] = change(value)
         if self.tokens is not None:
             changed["tokens"] = {name: change(value) for name, value in self.tokens.items()}
+        changed["chances"] = {name: change(value) for name, value in self.chances.items()}
         return replace(self, **changed)
 
     def to(self, device: torch.device | str) -> TrainBatch:

@@ -471,6 +471,7 @@ class TextFile:
 
     def _problem(self, arrays: Mapping[str, np.ndarray]) -> str:
         """Of the file's arrays, whoever wrote them ("" if there is none)."""
+        arrays = self.strategy.from_file(arrays)
         for name, key in self._keys().items():
             if key not in arrays:
                 return f"no {key}"
@@ -485,7 +486,7 @@ class TextFile:
         dtypes = {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in tensors.items()}
         keys = self._keys()
         arrays = {keys[name]: self._to_numpy(tensor) for name, tensor in tensors.items() if name in keys}
-        arrays |= self.strategy.foreign_arrays(arrays)
+        arrays = self.strategy.in_file(arrays)
         described = Fingerprint(fingerprint.parts, fingerprint.image, {"dtypes": dtypes})
         write_npz(self.path, arrays | {"fingerprint": described.to_array()})
 
@@ -495,9 +496,10 @@ class TextFile:
         return tensor.cpu().numpy()
 
     def load(self) -> Conditioning:
-        arrays = read_npz(self.path)
+        stored = read_npz(self.path)
         keys = self._keys()
-        if arrays is None or any(key not in arrays for key in keys.values()):
+        arrays = {} if stored is None else self.strategy.from_file(stored)
+        if any(key not in arrays for key in keys.values()):
             raise LostEntry(self.path)
         if problem := self._problem(arrays):
             raise _unfit(self.path, problem)

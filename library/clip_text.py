@@ -116,3 +116,9 @@ def join_chunks(chunks: Tensor) -> Tensor:
 def weigh(states: Tensor, weights: Tensor) -> Tensor:
     """Joined hidden states [B, M, D] times the weights [B, N, 77] of their tokens."""
     return states * join_chunks(weights.to(states.device)).unsqueeze(-1).to(states.dtype)
+
+
+def pooled_at_eos(last: Tensor, ids: Tensor, eos: int) -> Tensor:
+    """Normed last states [B, 77, D] of ids [B, 77] -> the state at each row's first EOS, [B, D]."""
+    place = (ids.to(last.device) == eos).int().argmax(dim=-1)  # [B]
+    return last.take_along_dim(place.view(-1, 1, 1), dim=1).squeeze(1)

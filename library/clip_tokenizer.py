@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from library.errors import UserError
-from library.model_io import looks_like_hub_id
+from library.model_io import looks_like_hub_id, read_json
+from library.model_parts import write_json
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +42,8 @@ class TokenizerKind:
 
 _SETTINGS = ("tokenizer_config.json", "special_tokens_map.json")
 CLIP = TokenizerKind("CLIP", ("tokenizer.json", "vocab.json"), ("vocab.json", "merges.txt", *_SETTINGS))
+FIRST_WORD = "!"
+"""Entry 0 of CLIP's vocabulary, with which SDXL's and Stable Diffusion 3's second tokenizers pad."""
 COPIED_FILES = ("vocab.json", "merges.txt", "tokenizer.json", "spiece.model", "added_tokens.json", *_SETTINGS)
 """All that a tokenizer of any kind may consist of."""
 
@@ -159,6 +162,14 @@ def copy_tokenizer(source: Path, target: Path) -> None:
     for name in COPIED_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
+
+
+def set_padding(folder: Path, token: str) -> None:
+    """Say in the files of the CLIP tokenizer in `folder` that it pads with `token`."""
+    config = folder / "tokenizer_config.json"
+    for file in (config, folder / "special_tokens_map.json"):
+        if file is config or file.is_file():
+            write_json(file, (read_json(file) if file.is_file() else {}) | {"pad_token": token})
 
 
 def _ways(kind: TokenizerKind, hub_id: str, model_folder: Path | None, cached: Path | None) -> str:

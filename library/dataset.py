@@ -12,7 +12,7 @@ import math
 import os
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -84,6 +84,8 @@ class Row:
     text: Conditioning | None = None
     """What is cached of the caption, unbatched."""
     prior: StoredPrior | None = None
+    chances: Mapping[str, float] = field(default_factory=dict)
+    """See `ImageDataset.chances`."""
 
 
 @dataclass(eq=False)
@@ -107,6 +109,8 @@ class ImageDataset(Dataset[TrainBatch]):
     """Readings that there are of one picture's caption, again and again; 0: as many as it is seen. So they can be cached."""
     mask_stride: int = 8
     """Pixels of a mask for one of the latents."""
+    chances: tuple[str, ...] = ()
+    """What is drawn, evenly from [0, 1), each time a picture is trained: the family decides by it what it shows the model."""
     quarantine: Quarantine = field(default_factory=lambda: Quarantine(strict=True))
     latent_cache: LatentCache | None = None
     text_cache: TextCache | None = None
@@ -222,7 +226,9 @@ class ImageDataset(Dataset[TrainBatch]):
             crop, paired = crop.mirrored(), paired.mirrored()
         with _still_there(record):
             text = None if self.text_cache is None else self.text_cache.get(caption)
-        return Row(pixels, seed, crop, caption, paired, text)
+        drawn = () if self.evaluating else self.chances
+        chances = {name: keyed_random(self.seed, moment.epoch, "chance", name, key).random() for name in drawn}
+        return Row(pixels, seed, crop, caption, paired, text, chances=chances)
 
     def _cached(self, cache: LatentCache, record: Record) -> CachedLatents:
         if self._unreadable is None:
@@ -296,6 +302,7 @@ class ImageDataset(Dataset[TrainBatch]):
             prior=_stacked_priors(rows),
             prior_keys=tuple(row.prior and row.prior.key for row in rows) if any(row.prior for row in rows) else (),
             latent_seeds=tuple(row.seed for row in rows),
+            chances={name: torch.tensor([row.chances[name] for row in rows]) for name in rows[0].chances},
             multiplier=multiplier,
         )
 
@@ -508,6 +515,7 @@ def build_train_data(
         batches_per_step=training.gradient_accumulation_steps,
         caption_variants=options.cache.caption_variants if options.cache.text_outputs else 0,
         mask_stride=latent.stride,
+        chances=options.family.chances,
         quarantine=quarantine,
     )
     if preserved and mode == "full":

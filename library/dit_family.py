@@ -68,6 +68,10 @@ class DitFamily(ModelFamily):
     @abstractmethod
     def checkpoint(self, **contents: Any) -> DitCheckpoint: ...
 
+    def saving(self, options: TrainOptions) -> dict[str, Any]:
+        """What `checkpoint` is told of the options."""
+        return {}
+
     # ---- facts -------------------------------------------------------------------------------------------------------
 
     def latent(self, options: TrainOptions) -> LatentSpec:
@@ -100,7 +104,8 @@ class DitFamily(ModelFamily):
         learning: Mapping[str, torch.dtype] | None = None,
         quantizers: Mapping[str, Quantizer] | None = None,
     ) -> ModelBundle:
-        model, facts = self.describe(options), {"tokenizers": self.tokenizers(options)}
+        model = self.describe(options)
+        facts = {"tokenizers": self.tokenizers(options), "learning": frozenset(learning or ()), "saving": self.saving(options)}
         return lazy_bundle(model, options, device=device, dtype=dtype, learning=learning, quantizers=quantizers, facts=facts)
 
     def enable_gradient_checkpointing(self, part: str, module: nn.Module) -> None:
@@ -135,8 +140,11 @@ class DitFamily(ModelFamily):
     # ---- saving ------------------------------------------------------------------------------------------------------
 
     def save_checkpoint(self, bundle: ModelBundle, path: Path, settings: SaveSettings) -> None:
+        facts = bundle.facts
+        changed = {"denoiser"} | facts["learning"] | bundle.changed
         self.checkpoint(
-            model=bundle.facts["model"],
-            transformer=bundle.denoiser if bundle.loaded("denoiser") else None,
-            tokenizers=bundle.facts["tokenizers"],
+            model=facts["model"],
+            modules={name: bundle.part(name) for name in sorted(changed) if bundle.loaded(name)},
+            tokenizers=facts["tokenizers"],
+            **facts["saving"],
         ).write(path, settings)

@@ -114,17 +114,6 @@ FLOW_RULES: tuple[Rule, ...] = (
         lambda o: o.loss.weighted_captions,
         "--weighted_captions is for CLIP's hidden states, which this model does not use. Remove it.",
     ),
-    Rule(
-        lambda o: o.full.trains_text_encoder,
-        "--train_text_encoder: full fine-tuning trains the transformer alone. Remove it, or train an adapter.",
-        scope=FullTrainOptions,
-    ),
-    Rule(
-        lambda o: o.full.learning_rate_te is not None or o.full.stop_text_encoder_training is not None,
-        "--learning_rate_te and --stop_text_encoder_training have no effect: the text encoders are not trained.",
-        scope=FullTrainOptions,
-        warning=True,
-    ),
 )
 """Rules of every family that is a flow."""
 
@@ -138,6 +127,17 @@ def _reads_weighting(family: VelocityOptions) -> bool:
 VELOCITY_RULES: tuple[Rule, ...] = (
     *FLOW_RULES,
     Rule(
+        lambda o: o.full.trains_text_encoder,
+        "--train_text_encoder: full fine-tuning trains the transformer alone. Remove it, or train an adapter.",
+        scope=FullTrainOptions,
+    ),
+    Rule(
+        lambda o: o.full.learning_rate_te is not None or o.full.stop_text_encoder_training is not None,
+        "--learning_rate_te and --stop_text_encoder_training have no effect: the text encoders are not trained.",
+        scope=FullTrainOptions,
+        warning=True,
+    ),
+    Rule(
         lambda o: o.model.vae is not None,
         "--vae {vae}: this model's autoencoder is given as --ae.",
     ),
@@ -148,4 +148,5 @@ VELOCITY_RULES: tuple[Rule, ...] = (
         warning=True,
     ),
 )
-"""Rules of families with `VelocityOptions` and an autoencoder of FLUX.1's kind."""
+"""Rules of families with `VelocityOptions` and an autoencoder of FLUX.1's kind, whose text encoders stay as they are in full
+fine-tuning."""

@@ -11,7 +11,7 @@ from library.key_layout import KeyMap
 from library.model_io import TensorSource, find_model, open_checkpoint, open_component
 from library.model_parts import Component
 from library.model_signatures import detect_family, detect_folder, require_family
-from library.vae_parts import open_vae
+from library.vae_parts import VAE_PREFIX, open_vae
 
 PREFIXES = ("model.diffusion_model.", "")
 VAE, TEXT = "vae.", "text_encoders."
@@ -28,6 +28,13 @@ class TextPart:
     """In a diffusers model."""
     prefix: str
     """In a single file that holds everything."""
+    optional: bool = False
+    """Whether a model may be without it."""
+
+    @property
+    def tokenizer_folder(self) -> str:
+        """In a diffusers model."""
+        return self.folder.replace("text_encoder", "tokenizer")
 
 
 @dataclass(frozen=True)
@@ -45,6 +52,8 @@ class DitLayout:
     vae_scale: float
     vae_shift: float
     """Of latents, where no configuration says it."""
+    vae_flag: str = field(default="ae", kw_only=True)
+    """What a file with the autoencoder is given as."""
     hub_files: tuple[str, ...] = field(default=(), kw_only=True)
     """What is downloaded of a hub id."""
 
@@ -70,7 +79,7 @@ class DitLayout:
             if f"{prefix}{self.first_key}" in whole:
                 source = whole.under(prefix)
                 if not prefix:
-                    source = source.only(key for key in source if not key.startswith((TEXT, VAE)))
+                    source = source.only(key for key in source if not key.startswith((TEXT, VAE, VAE_PREFIX)))
                 return source, whole
         raise UserError(f"{path} lacks {self.first_key}: it is not a whole {self.title} transformer. Download it again.")
 
@@ -83,31 +92,32 @@ class DitLayout:
         for name, part in parts.items():
             if name in given:
                 found[name] = part.open(given[name], f"--{name}")
-            elif whole is None:
+            elif whole is None and (not part.optional or (path / part.folder).is_dir()):
                 found[name] = part.open(path / part.folder, str(path))
-            elif any(key.startswith(part.prefix) for key in whole):
+            elif whole is not None and any(key.startswith(part.prefix) for key in whole):
                 found[name] = part.open(path, str(path))
-            else:
+            elif not part.optional:
                 missing.append(f"--{name}")
         return found, missing
 
     def other_parts(
         self, path: Path, whole: TensorSource | None, given: Mapping[str, Path], parts: Mapping[str, TextPart]
     ) -> dict[str, Component]:
-        """Text encoders and autoencoder (`--ae`): from their own files, else from the model's. One `UserError` lists all that
-        lack."""
+        """Text encoders and autoencoder: from their own files, else from the model's. One `UserError` lists all that lack."""
         found, missing = self.text_encoders(path, whole, given, parts)
-        if "ae" in given or whole is None or f"{VAE}encoder.conv_in.weight" in whole:
-            flag = "--ae" if "ae" in given else "--pretrained_model_name_or_path"
+        own = self.vae_flag
+        inside = whole is None or any(f"{prefix}encoder.conv_in.weight" in whole for prefix in (VAE, VAE_PREFIX))
+        if own in given or inside:
+            flag = f"--{own}" if own in given else "--pretrained_model_name_or_path"
             found["vae"] = open_vae(
-                given.get("ae", path), flag=flag, title=self.title, scale=self.vae_scale, shift=self.vae_shift
+                given.get(own, path), flag=flag, title=self.title, scale=self.vae_scale, shift=self.vae_shift
             )
         else:
-            missing.append("--ae")
+            missing.append(f"--{own}")
         if missing:
             raise UserError(
-                f"{path} holds the transformer alone. Give {', '.join(missing)}, each a file or a folder, or give a diffusers "
-                "folder that has all parts."
+                f"{path} does not hold all parts of the model. Give {', '.join(missing)}, each a file or a folder, or give a "
+                "diffusers folder that has all parts."
             )
         return found
 
@@ -139,3 +149,22 @@ def what_it_is(source: TensorSource) -> str:
     """For messages about a file that is not what was asked for."""
     detected = detect_family(source)
     return f": it is {detected.title}" if detected else ""
+
+
+def check_width(part: Component, flag: str, width: int, expected: int, transformer: Path) -> None:
+    """Raise a `UserError` for a text encoder, given as `flag`, whose states are not as wide as the transformer takes them."""
+    if width != expected:
+        raise UserError(
+            f"{flag} {part.source.path} is {width} wide, and the transformer {transformer} takes {expected}. Give the text "
+            "encoder that the model was made with."
+        )
+
+
+def check_channels(vae: Component, flag: str, expected: int, transformer: Path) -> None:
+    """The same for an autoencoder and its latents."""
+    channels = vae.config.get("latent_channels", 4)
+    if channels != expected:
+        raise UserError(
+            f"{flag} {vae.source.path} makes {channels} latent channels, and the transformer {transformer} takes {expected}. "
+            "Give the autoencoder that the model was made with."
+        )

@@ -29,11 +29,13 @@ ModelT = TypeVar("ModelT", bound=ModelOnDisk)
 
 @dataclass(frozen=True)
 class DitCheckpoint(ABC, Generic[ModelT]):
-    """What is saved: the trained transformer, and in a folder the parts as they were found. transformer None: unchanged."""
+    """What is saved: parts that were changed, the others as they were found."""
 
     model: ModelT
-    transformer: nn.Module | None
+    modules: Mapping[str, nn.Module]
+    """Those that were changed, by part."""
     tokenizers: Mapping[str, Path]
+    """By text encoder, where each is now."""
 
     # ---- what a family says ------------------------------------------------------------------------------------------
 
@@ -60,7 +62,7 @@ class DitCheckpoint(ABC, Generic[ModelT]):
     # ---- writing -----------------------------------------------------------------------------------------------------
 
     def write(self, path: Path, settings: SaveSettings) -> None:
-        """A single file holds the transformer alone, as sd-scripts writes it."""
+        """Raises `UserError` for a format that is not known."""
         if settings.format == "safetensors":
             write_whole(
                 self.single_file(settings.dtype), path, metadata=settings.metadata, max_shard_size=settings.max_shard_size
@@ -85,8 +87,10 @@ class DitCheckpoint(ABC, Generic[ModelT]):
     def part(self, name: str, dtype: torch.dtype | None) -> dict[str, Tensor]:
         """A part's tensors under our names (the transformer's are the original ones), on the CPU."""
         component = self.model.parts[name]
-        if name == "denoiser" and self.transformer is not None:
-            tensors = {key: value.detach().to("cpu") for key, value in self.transformer.state_dict().items()}
+        if name in self.modules:
+            module = self.modules[name]
+            tensors = {key: value.detach().to("cpu") for key, value in module.state_dict().items()}
+            tensors |= {key: component.tensor(key) for key, _ in module.named_buffers() if key in tensors}  # never learn
         else:
             tensors = {key: component.tensor(key) for key in component.names()}
         return {key: cast(value, dtype).contiguous() for key, value in tensors.items()}
@@ -107,11 +111,15 @@ class DitCheckpoint(ABC, Generic[ModelT]):
                 tensors, stem = component.key_map.to_theirs(tensors), "model" if settings.safe else "pytorch_model"
             write(tensors, path / folder / stem, metadata={})
         for name, source in self.tokenizers.items():
-            copy_tokenizer(source, path / self.tokenizer_folder(name))
+            self.write_tokenizer(name, source, path / self.tokenizer_folder(name))
         scheduler = "scheduler/scheduler_config.json"
         write_json(path / scheduler, self._found(scheduler) or self.scheduler())
         own_class = {key: value for key, value in self._found("model_index.json").items() if key == "_class_name"}
         write_json(path / "model_index.json", self._index() | own_class)  # Kontext's is not FLUX.1's
+
+    def write_tokenizer(self, name: str, source: Path, target: Path) -> None:
+        """That of the text encoder `name`."""
+        copy_tokenizer(source, target)
 
     def tokenizer_folder(self, name: str) -> str:
         return self.folders()[name].replace("text_encoder", "tokenizer")

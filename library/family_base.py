@@ -259,6 +259,7 @@ FAMILIES: dict[str, str] = {
     "sdxl": "library.sdxl_train_utils:SdxlFamily",
     "flux": "library.flux_train_utils:FluxFamily",
     "lumina": "library.lumina_train_utils:LuminaFamily",
+    "sd3": "library.sd3_train_utils:Sd3Family",
 }
 """Family name -> where its class is. Read when asked for, so naming a family costs no import."""
 

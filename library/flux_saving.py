@@ -9,8 +9,9 @@ from typing import Any
 from library.dit_saving import DitCheckpoint
 from library.flux_models import FluxParams
 from library.flux_names import FLUX_DIFFUSERS
-from library.flux_utils import CLIP_L, T5XXL, FluxModel
+from library.flux_utils import FluxModel
 from library.key_layout import KeyMap
+from library.strategy_dit import CLIP_L, T5XXL
 
 
 @dataclass(frozen=True)

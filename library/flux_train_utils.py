@@ -10,18 +10,20 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from library.clip_tokenizer import SD1_TOKENIZER, TokenizerKind, find_tokenizer, load_clip_tokenizer
+from library.clip_tokenizer import load_clip_tokenizer
 from library.dit_family import DitFamily
 from library.dit_layers import image_ids
+from library.dit_text import find_tokenizers
 from library.family_base import SampleRequest
 from library.flux_models import Flux, pack, unpack
 from library.flux_saving import FluxCheckpoint
-from library.flux_utils import CLIP_L, FLUX_LAYERS, TITLE, FluxModel, describe, open_denoiser, open_parts
+from library.flux_utils import FLUX_LAYERS, TITLE, FluxModel, describe, open_denoiser, open_parts, text_parts
 from library.model_parts import Component
 from library.objectives import resolution_shift
 from library.quantization import LayerTable
 from library.sampling import flow_levels, guided_pair, sample_flow
 from library.strategy_base import Strategies
+from library.strategy_dit import CLIP_L
 from library.strategy_flux import (
     ChromaConditioning,
     FluxConditioning,
@@ -31,7 +33,7 @@ from library.strategy_flux import (
     FluxTokenizeStrategy,
     with_one_padding,
 )
-from library.t5_parts import T5, T5_TOKENIZER, load_t5_tokenizer
+from library.t5_parts import load_t5_tokenizer
 from networks.lora_flux import ARCH
 
 if TYPE_CHECKING:
@@ -62,14 +64,15 @@ class FluxFamily(DitFamily):
         return describe(options)
 
     def tokenizers(self, options: TrainOptions) -> dict[str, Path]:
-        return tokenizer_folders(describe(options), options)
+        model = describe(options)
+        return find_tokenizers(options, model.path, text_parts(model.kind))
 
     def checkpoint(self, **contents: Any) -> FluxCheckpoint:
         return FluxCheckpoint(**contents)
 
     def check(self, options: TrainOptions) -> None:
         model = describe(options)
-        tokenizer_folders(model, options)
+        self.tokenizers(options)
         flags: FluxOptions = options.family
         if model.kind != "dev" and "guidance_scale" in options.explicit:
             logger.warning("--guidance_scale has no effect: %s has no guidance embedding.", model.path)
@@ -107,7 +110,7 @@ class FluxFamily(DitFamily):
     def strategies(self, options: TrainOptions) -> Strategies:
         model = describe(options)
         flags: FluxOptions = options.family
-        folders = tokenizer_folders(model, options)
+        folders = self.tokenizers(options)
         length = flags.t5xxl_max_token_length or (256 if model.kind == "schnell" else 512)
         conditioning: type[ChromaConditioning] = ChromaConditioning if model.kind == "chroma" else FluxConditioning
         scale, shift = model.latent_scale
@@ -195,16 +198,3 @@ def velocity(denoiser: nn.Module, x_t: Tensor, t: Tensor, cond: ChromaConditioni
         txt_mask=mask if masked and not cond.whole else None,
     )
     return unpack(out, height, width)
-
-
-def tokenizer_folders(model: FluxModel, options: TrainOptions) -> dict[str, Path]:
-    """Encoder -> where its tokenizer is; downloads it when that is what is left. Raises `UserError` when there is none."""
-    folder = model.path if model.path.is_dir() else None
-    chroma = model.kind == "chroma"
-    kind = TokenizerKind(T5.title, T5.vocabulary, T5.files, "tokenizer" if chroma else T5.inside, None)
-    cache = options.model.tokenizer_cache_dir
-    found = {"t5xxl": find_tokenizer(flag=None, model_folder=folder, cache_dir=cache, hub_id=T5_TOKENIZER, kind=kind)}
-    if not chroma:
-        flag = options.model.tokenizer
-        found[CLIP_L] = find_tokenizer(flag=flag, model_folder=folder, cache_dir=cache, hub_id=SD1_TOKENIZER)
-    return found

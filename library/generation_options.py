@@ -35,6 +35,7 @@ FAMILY_OPTIONS: dict[str, str] = {
     "sdxl": "library.sdxl_options:SdxlOptions",
     "flux": "library.flux_options:FluxOptions",
     "lumina": "library.lumina_options:LuminaOptions",
+    "sd3": "library.sd3_options:Sd3Options",
 }
 """Family name -> where the option group of its training scripts is."""
 _CLIP_TOKENS = 75

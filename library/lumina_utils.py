@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from library.dit_parts import DitLayout, TextPart, format_of, given_files, latent_scale
+from library.dit_parts import DitLayout, TextPart, check_channels, check_width, format_of, given_files, latent_scale
 from library.errors import UserError
 from library.gemma2_parts import WHOLE_PREFIX, open_gemma2
 from library.key_layout import IDENTITY, KeyMap
@@ -117,15 +117,5 @@ def _make_lumina(config: Mapping[str, Any]) -> nn.Module:
 
 def _check_sizes(path: Path, params: LuminaParams, parts: Mapping[str, Component]) -> None:
     """Raise a `UserError` for parts that are not of one model."""
-    width = parts[GEMMA2].config["hidden_size"]
-    if width != params.context_width:
-        raise UserError(
-            f"--{GEMMA2} {parts[GEMMA2].source.path} is {width} wide, and the transformer {path} takes {params.context_width}. "
-            "Give Gemma-2 2B."
-        )
-    channels = parts["vae"].config.get("latent_channels", 4)
-    if channels != params.in_channels:
-        raise UserError(
-            f"--ae {parts['vae'].source.path} makes {channels} latent channels, and the transformer {path} takes "
-            f"{params.in_channels}. Give FLUX.1's autoencoder."
-        )
+    check_width(parts[GEMMA2], f"--{GEMMA2}", parts[GEMMA2].config["hidden_size"], params.context_width, path)
+    check_channels(parts["vae"], "--ae", params.in_channels, path)

@@ -187,7 +187,7 @@ class DiscreteDDPM:
 
 # ---- flows -----------------------------------------------------------------------------------------------------------
 
-TIME_SAMPLINGS = ("sigma", "uniform", "sigmoid", "shift", "flux_shift", "nextdit_shift")
+TIME_SAMPLINGS = ("sigma", "uniform", "sigmoid", "shift", "flux_shift", "nextdit_shift", "density")
 WEIGHTINGS = ("sigma_sqrt", "logit_normal", "mode", "cosmap", "none", "uniform")
 _LEAST_TIME = 1e-3  # where weights that grow without bound near t = 0 stop growing: the least time of the 1000-step grid
 
@@ -209,7 +209,7 @@ class RectifiedFlow:
     Densities of t, with sd-scripts' names and formulas: `uniform`; `sigmoid`: sigmoid(sigmoid_scale * N(0, 1)); `shift` and
     `flux_shift`: the same, pushed toward noise by `flow_shift` or by the image's size; `nextdit_shift`: uniform, pushed by the
     image's size; `sigma`: the 1000 shifted levels of a scheduler, drawn by `density` (Esser et al. 2024, arXiv 2403.03206:
-    logit_normal, mode; uniform otherwise).
+    logit_normal, mode; uniform otherwise); `density`: that density itself, pushed by `flow_shift`.
     """
 
     sampling: str = "sigma"
@@ -243,6 +243,8 @@ class RectifiedFlow:
         if self.sampling == "sigma":
             level = (1000 - (self._density_at(q) * 1000).floor().clamp(max=999)) / 1000
             t = shift_time(level, self.flow_shift)
+        elif self.sampling == "density":
+            t = shift_time(self._density_at(1 - q), self.flow_shift)
         else:
             t = (
                 q

@@ -405,7 +405,7 @@ _NETWORK = (
 
 _FULL = (
     Rule(
-        lambda o: o.cache.text_outputs and o.full.trains_text_encoder,
+        lambda o: o.cache.text_outputs and o.full.trains_text_encoder and not o.family.several_text_encoders,
         "--cache_text_encoder_outputs fixes what the text encoder gives, so it cannot learn: add --no-train_text_encoder.",
         scope=FullTrainOptions,
     ),

@@ -117,6 +117,11 @@ class NoFamilyOptions:
         return {}
 
     @property
+    def chances(self) -> tuple[str, ...]:
+        """What is drawn for every picture that is trained: see `ImageDataset.chances`."""
+        return ()
+
+    @property
     def swapped_blocks(self) -> int:
         """`--blocks_to_swap`, in families that have it."""
         return 0

@@ -164,6 +164,12 @@ def flow_levels(steps: int, shift: float) -> Tensor:
     return shift_time(torch.linspace(1, 0, steps + 1), shift)
 
 
+def shifted_levels(steps: int, shift: float) -> Tensor:
+    """The same as of a scheduler whose 1000 levels are shifted already: from 1 to the least of them, shifted again, then 0."""
+    least = float(shift_time(torch.tensor(1e-3), shift))
+    return torch.cat([shift_time(torch.linspace(1, least, steps), shift), torch.zeros(1)])
+
+
 @torch.no_grad()
 def sample_flow(velocity: Predict, levels: Tensor, shape: tuple[int, ...], *, seed: Seed, device: torch.device | str) -> Tensor:
     """Latents of `shape`, float32 on `device`: Euler steps along the flow `velocity` (noise - data) through `levels`."""

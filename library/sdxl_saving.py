@@ -11,17 +11,14 @@ import torch
 from torch import Tensor
 
 from library import clip_parts
+from library.clip_tokenizer import FIRST_WORD, set_padding
 from library.key_layout import IDENTITY, KeyMap
-from library.model_io import read_json
-from library.model_parts import write_json
 from library.sdxl_utils import CLIP_L_PREFIX, FOLDERS, OPEN_CLIP_PREFIX
 from library.strategy_sdxl import CLIP_L
 from library.unet_parts import V_MARKER, ZERO_SNR_MARKER
 from library.unet_saving import UnetCheckpoint
 
 SECOND_TOKENIZER = "tokenizer_2"
-PADDING = "!"
-"""The second tokenizer's padding: the vocabulary's entry 0."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +49,5 @@ class SdxlCheckpoint(UnetCheckpoint):
 
     def write_tokenizer(self, source: Path, target: Path) -> None:
         super().write_tokenizer(source, target)
-        config = target / "tokenizer_config.json"
         if target.name == SECOND_TOKENIZER:
-            for file in (config, target / "special_tokens_map.json"):
-                if file is config or file.is_file():
-                    write_json(file, (read_json(file) if file.is_file() else {}) | {"pad_token": PADDING})
+            set_padding(target, FIRST_WORD)

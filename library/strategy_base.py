@@ -79,13 +79,10 @@ class Conditioning:
         """This (cached) conditioning, with every field that `live` has taken from `live`."""
         return replace(self, **live.tensors())
 
-    def dropped(self: ConditioningT, drop: Tensor, empty: ConditioningT) -> ConditioningT:
-        """Rows where `drop` ([B] bool) is set replaced by row 0 of `empty`, field by field."""
-        changed = {}
-        for name, value in self.tensors().items():
-            mask = drop.to(value.device).view(-1, *[1] * (value.ndim - 1))
-            changed[name] = torch.where(mask, getattr(empty, name).to(value), value)
-        return replace(self, **changed)
+    def without(self: ConditioningT, source: str, rows: Tensor) -> ConditioningT:
+        """Zeros for all that the encoder named `source` gave in the rows where `rows` ([B] bool) is set."""
+        given = self.only({source}).tensors()
+        return replace(self, **{n: v.masked_fill(rows.view(-1, *[1] * (v.ndim - 1)), 0) for n, v in given.items()})
 
     def fitted(self: ConditioningT, lengths: Sequence[int]) -> ConditioningT:
         """Padded fields without the tokens that no row needs: row i needs the first `lengths[i]`."""
@@ -177,9 +174,13 @@ class TextEncoderOutputsCachingStrategy(ABC):
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict, kw_only=True)
     """Field name -> its shape in an entry: what was cached for another model, or for captions of another length, differs."""
 
-    def foreign_arrays(self, arrays: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
-        """What sd-scripts looks for in a file beside `arrays`, which stand in it: it makes files without it again."""
-        return {}
+    def in_file(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Our arrays as sd-scripts has them, and what it looks for beside them: it makes files without that again."""
+        return dict(arrays)
+
+    def from_file(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The inverse; what stands beside our arrays may stay."""
+        return dict(arrays)
 
     def foreign_problem(self, arrays: Mapping[str, np.ndarray]) -> str:
         """Why sd-scripts' file, which has all keys, cannot be used ("" if it can): it has no fingerprint that would say."""

@@ -14,6 +14,9 @@ from torch import Tensor, nn
 from library.strategy_base import Conditioning, LatentsCachingStrategy
 from library.vae_parts import encode_images
 
+CLIP_L, CLIP_G, T5XXL = "clip_l", "clip_g", "t5xxl"
+"""Names of text encoders."""
+
 TextT = TypeVar("TextT", bound="PaddedText")
 
 

@@ -22,10 +22,9 @@ from library.strategy_base import (
     Tokens,
     tensor_field,
 )
-from library.strategy_dit import PaddedText, ScaledLatentsCachingStrategy, ids_for
+from library.strategy_dit import CLIP_L, T5XXL, PaddedText, ScaledLatentsCachingStrategy, ids_for
 from library.t5_parts import PAD, T5Tokenizer
 
-CLIP_L, T5XXL = "clip_l", "t5xxl"
 CLIP_LENGTH = 77
 _NO_CLIP = np.zeros((CLIP_LENGTH, 1), np.float32)  # what sd-scripts' stand-in for CLIP-L gives: Chroma has none
 
@@ -126,12 +125,12 @@ class FluxTextEncoderOutputsCachingStrategy(TextEncoderOutputsCachingStrategy):
     legacy_keys: ClassVar[Mapping[str, str]] = {"pooled": "l_pooled", "context": "t5_out", "mask": "t5_attn_mask"}
     mask_t5: bool
 
-    def foreign_arrays(self, arrays: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+    def in_file(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         stand_in = {} if "pooled" in {f.name for f in self.conditioning.tensor_fields()} else {"l_pooled": _NO_CLIP}
         if "t5_out" not in arrays:
-            return stand_in
+            return {**arrays, **stand_in}
         txt_ids = np.zeros((len(arrays["t5_out"]), 3), np.float32)
-        return {"txt_ids": txt_ids, "apply_t5_attn_mask": np.array(self.mask_t5), **stand_in}
+        return {**arrays, "txt_ids": txt_ids, "apply_t5_attn_mask": np.array(self.mask_t5), **stand_in}
 
     def foreign_problem(self, arrays: Mapping[str, np.ndarray]) -> str:
         masked = bool(arrays.get("apply_t5_attn_mask", self.mask_t5))

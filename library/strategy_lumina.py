@@ -100,6 +100,7 @@ class LuminaTextEncoderOutputsCachingStrategy(TextEncoderOutputsCachingStrategy)
     legacy_keys: ClassVar[Mapping[str, str]] = {"context": "hidden_state", "mask": "attention_mask"}
     conditioning: type[Conditioning] = LuminaConditioning
 
-    def foreign_arrays(self, arrays: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
-        """It wants the ids to be there, and does nothing with them."""
-        return {"input_ids": arrays["attention_mask"].astype(np.int64)} if "attention_mask" in arrays else {}
+    def in_file(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """sd-scripts wants the ids to be there, and does nothing with them."""
+        stand_in = {"input_ids": arrays["attention_mask"].astype(np.int64)} if "attention_mask" in arrays else {}
+        return {**arrays, **stand_in}

@@ -21,7 +21,7 @@ from library.strategy_base import (
     Tokens,
     tensor_field,
 )
-from library.strategy_unet import UnetLatentsCachingStrategy
+from library.strategy_latents import UnscaledLatentsCachingStrategy
 
 TEXT_ENCODER = "text_encoder"
 
@@ -75,8 +75,8 @@ class SdTextEncodingStrategy(TextEncodingStrategy):
 
 
 @dataclass(frozen=True)
-class SdLatentsCachingStrategy(UnetLatentsCachingStrategy):
-    """See `UnetLatentsCachingStrategy`."""
+class SdLatentsCachingStrategy(UnscaledLatentsCachingStrategy):
+    """See `UnscaledLatentsCachingStrategy`."""
 
     format: ClassVar[LatentFormat] = LATENT_FORMATS["sd"]
 

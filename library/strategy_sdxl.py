@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from library.cache_formats import LATENT_FORMATS, TEXT_FORMATS, LatentFormat, TextFormat
-from library.clip_text import ClipCaptions, chunk_ids, joined_states, tokenize_for
+from library.clip_text import ClipCaptions, chunk_ids, joined_states, pooled_at_eos, tokenize_for
 from library.strategy_base import (
     Conditioning,
     TextEncoderOutputsCachingStrategy,
@@ -21,7 +21,7 @@ from library.strategy_base import (
     Tokens,
     tensor_field,
 )
-from library.strategy_unet import UnetLatentsCachingStrategy
+from library.strategy_latents import UnscaledLatentsCachingStrategy
 
 CLIP_L, OPEN_CLIP = "text_encoder1", "text_encoder2"
 
@@ -68,14 +68,10 @@ class SdxlTextEncodingStrategy(TextEncodingStrategy):
             encoder: Any = encoders[OPEN_CLIP]
             output = _run(encoder.text_model, tokens, OPEN_CLIP)
             found["hidden_state2"] = joined_states(output.hidden_states[-2], tokens, OPEN_CLIP)
-            found["pool2"] = encoder.text_projection(self._pooled(output.last_hidden_state, tokens[OPEN_CLIP]))
+            ids = tokens[OPEN_CLIP]
+            first = output.last_hidden_state.unflatten(0, ids.shape[:2])[:, 0]  # [B, 77, D]: chunks after it are not pooled
+            found["pool2"] = encoder.text_projection(pooled_at_eos(first, ids[:, 0], self.eos))
         return SdxlConditioning(**found)
-
-    def _pooled(self, last: Tensor, ids: Tensor) -> Tensor:
-        """last [B * N, 77, D] normed, ids [B, N, 77] -> the state at each caption's first EOS, [B, D]."""
-        first = last.unflatten(0, ids.shape[:2])[:, 0]  # [B, 77, D]
-        place = (ids[:, 0].to(last.device) == self.eos).int().argmax(dim=-1)  # [B]
-        return first.take_along_dim(place.view(-1, 1, 1), dim=1).squeeze(1)
 
     def fingerprint(self) -> str:
         return f"sdxl-hidden-2-pooled-at-{self.eos}"
@@ -87,8 +83,8 @@ def _run(encoder: nn.Module, tokens: Tokens, name: str) -> Any:
 
 
 @dataclass(frozen=True)
-class SdxlLatentsCachingStrategy(UnetLatentsCachingStrategy):
-    """See `UnetLatentsCachingStrategy`."""
+class SdxlLatentsCachingStrategy(UnscaledLatentsCachingStrategy):
+    """See `UnscaledLatentsCachingStrategy`."""
 
     format: ClassVar[LatentFormat] = LATENT_FORMATS["sdxl"]
 

@@ -298,10 +298,9 @@ class FullTrainable(Trainable):
         """(part, log name, rate) of every learning part, the denoiser first."""
         if DENOISER in self.parts:
             yield DENOISER, "unet", rates.of_denoiser
-        names = self.bundle.text_encoder_names
-        for part in names:
+        for part in self.bundle.text_encoder_names:
             if part in self.parts:
-                yield part, *rates.of_text_encoder(part, names)
+                yield part, *rates.of_text_encoder(part, self.family.arch.text_parts)
 
     def state_dict(self) -> dict[str, Tensor]:
         with self.memory.host_weights():

@@ -32,14 +32,13 @@ from library.model_io import (
 from library.model_parts import Component, stamp
 from library.model_signatures import detect_folder, require_family
 from library.unet_names import unet_key_map_for
-from library.vae_parts import file_vae, open_vae
+from library.vae_parts import VAE_PREFIX, file_vae, open_vae
 
 if TYPE_CHECKING:
     from library.option_groups import ModelOptions
 
 SD1_HEADS = 8
 UNET_PREFIX = "model.diffusion_model."
-VAE_PREFIX = "first_stage_model."
 V_MARKER, ZERO_SNR_MARKER = "v_pred", "ztsnr"
 """Empty tensors beside the weights of a single file that say what it was trained with."""
 

@@ -20,8 +20,8 @@ from library.model_parts import Component, SaveSettings, cast, write_config, wri
 from library.quantized_layers import QuantizedLayer
 from library.sharding import write_whole
 from library.unet_names import unet_key_map_for
-from library.unet_parts import UNET_PREFIX, VAE_PREFIX, UnetModel, unet_config
-from library.vae_parts import vae_key_map
+from library.unet_parts import UNET_PREFIX, UnetModel, unet_config
+from library.vae_parts import VAE_PREFIX, vae_key_map
 
 SINGLE_FILE_FORMATS = ("safetensors", "ckpt")
 FOLDER_FORMATS = ("diffusers", "diffusers_safetensors")

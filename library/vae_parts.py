@@ -98,7 +98,9 @@ def make_vae(config: Mapping[str, Any]) -> nn.Module:
 
 # ---- files -----------------------------------------------------------------------------------------------------------
 
-_PREFIXES = ("first_stage_model.", "vae.", "")
+VAE_PREFIX = "first_stage_model."
+"""Where whole checkpoints have it."""
+_PREFIXES = (VAE_PREFIX, "vae.", "")
 
 
 def file_vae(whole: TensorSource, prefix: str, scale: float, shift: float | None = None) -> Component:

@@ -25,6 +25,7 @@ OUR_MODULES = (
     "networks.lora",
     "networks.lora_flux",
     "networks.lora_lumina",
+    "networks.lora_sd3",
     "networks.lora_fa",
     "networks.loha",
     "networks.lokr",

@@ -379,6 +379,12 @@ def write_adapter(
     Writes to `path` itself; the caller makes that atomic. Raises the `UserError`s of `in_format`.
     """
     found = {name: in_dtype(tensor, dtype) for name, tensor in in_format(tensors, arch, format, path.name).items()}
+    if format == KOHYA and not arch.diffusers_reads_kohya:
+        logger.info(
+            "%s has sd-scripts' names, of which diffusers reads none for this family. For diffusers: --save_format diffusers, "
+            "or python tools/convert_lora.py FILE OUTPUT --to diffusers",
+            path.name,
+        )
     if format == PEFT:
         write_peft(path, found, metadata)
     else:

@@ -23,6 +23,7 @@ KNOWN_ARCHS: dict[str, str] = {
     "sd": "networks.lora_sd:ARCH",
     "flux": "networks.lora_flux:ARCH",
     "lumina": "networks.lora_lumina:ARCH",
+    "sd3": "networks.lora_sd3:ARCH",
 }
 """Arch name -> where its table is; used only where nobody says which family the model belongs to. The first that fits."""
 
@@ -148,6 +149,11 @@ def clip_targets(part: str, prefix: str, *aliases: str, diffusers: str, comfy: s
     return TargetGroup(part, prefix, containers, canonical=clip_text_name, aliases=aliases, names=names)
 
 
+def t5_targets(part: str, prefix: str, *, comfy: str) -> TargetGroup:
+    """The layers of T5's encoder, for which diffusers has no place."""
+    return TargetGroup(part, prefix, ("T5Attention", "T5DenseGatedActDense"), names=PartNames(T5_LAYERS, comfy=comfy))
+
+
 @dataclass(frozen=True)
 class BlockTable:
     """How the denoiser's blocks are counted for block-wise ranks and rates."""
@@ -235,6 +241,20 @@ class NetworkArch:
     """Rows of the parts of a fused layer, such as q, k and v; empty for all others."""
     marker: str = ""
     """Module that tells the family's denoiser from others of the same class; none needed where empty."""
+    block_number: Callable[[str], int | None] | None = None
+    """Number of the block that a layer is in, by its key (None outside), where there is no table of blocks."""
+    diffusers_reads_kohya: bool = True
+    """Whether diffusers reads files in sd-scripts' names, in part at least."""
+
+    def block_of(self, key: str) -> int | None:
+        """Number of the block that a layer is in; None outside. Raises `UserError` where blocks are not counted."""
+        if self.blocks is not None:
+            return self.blocks.of(key)
+        if self.block_number is None:
+            raise UserError(
+                f"train_block_indices: the '{self.name}' network table does not count blocks. Use exclude_patterns."
+            )
+        return self.block_number(key)
 
     @property
     def text_parts(self) -> tuple[str, ...]:
@@ -334,15 +354,14 @@ def check_patterns(args: NetworkArgs, chosen: Sequence[Layer], adapted: Sequence
 
 def _in_blocks(arch: NetworkArch, layers: Sequence[Layer], numbers: Collection[int]) -> set[str]:
     """Keys of the layers in these blocks of the denoiser, and of all layers of text encoders."""
-    if arch.blocks is None:
-        raise UserError(f"train_block_indices: the '{arch.name}' network table does not count blocks. Use exclude_patterns.")
-    blocks = {layer.key: arch.blocks.of(layer.key) for layer in layers if layer.part == DENOISER}
+    blocks = {layer.key: arch.block_of(layer.key) for layer in layers if layer.part == DENOISER}
     if absent := sorted(set(numbers) - set(blocks.values())):
         raise UserError(
             f"--network_args train_block_indices: no layer is adapted in block {absent[0]}. Blocks with layers: "
             f"{', '.join(str(number) for number in sorted({n for n in blocks.values() if n is not None}))}."
         )
-    return {layer.key for layer in layers if layer.part != DENOISER or blocks[layer.key] in numbers}
+    wanted = {*numbers, None} if arch.blocks is None else set(numbers)  # a table counts what is outside, too
+    return {layer.key for layer in layers if layer.part != DENOISER or blocks[layer.key] in wanted}
 
 
 def target_layers(arch: NetworkArch, parts: Mapping[str, nn.Module], args: NetworkArgs, arch_args: ArchArgs) -> list[Layer]:

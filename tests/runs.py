@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import tiny
 import tiny_flux
 import tiny_lumina
+import tiny_sd3
 import tiny_sdxl
 import torch
 from torch import Tensor
@@ -37,6 +38,8 @@ class FamilyCase:
     full_extra: tuple[str, ...] = field(default=())
     write_swappable: Callable[[Path], Path] | None = None
     """Like `write_model`, with enough blocks for `--blocks_to_swap=2`; None where the family has no such flag."""
+    memory: tuple[str, ...] = ("swap", "recomputing", "bf16", "offloading", "fused")
+    """What swapping is tested with: the code is shared, and a family's own part is the order of its blocks."""
 
 
 CASES: dict[str, FamilyCase] = {
@@ -64,6 +67,16 @@ CASES: dict[str, FamilyCase] = {
         scripts={"network": "flux_train_network", "full": "flux_train"},
         arguments=tiny_flux.arguments,
         write_swappable=lambda folder: tiny_flux.write_flux_files(folder, "chroma", blocks=tiny_flux.SWAPPABLE),
+        memory=("swap", "recomputing", "offloading", "fused"),
+    ),
+    "sd3": FamilyCase(
+        family="sd3",
+        write_model=tiny_sd3.write_files,
+        scripts={"network": "sd3_train_network", "full": "sd3_train"},
+        arguments=tiny_sd3.arguments,
+        full_extra=("--train_text_encoder",),
+        write_swappable=lambda folder: tiny_sd3.write_files(folder, blocks=tiny_sd3.SWAPPABLE),
+        memory=("fused",),
     ),
     "lumina": FamilyCase(
         family="lumina",
@@ -71,6 +84,7 @@ CASES: dict[str, FamilyCase] = {
         scripts={"network": "lumina_train_network", "full": "lumina_train"},
         arguments=tiny_lumina.arguments,
         write_swappable=lambda folder: tiny_lumina.write_files(folder, layers=tiny_lumina.SWAPPABLE),
+        memory=("offloading", "fused"),
     ),
 }
 MODES: tuple[Mode, ...] = ("network", "full")

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import tiny
 import tiny_flux
+import tiny_sd3
 import tiny_sdxl
 import torch
 from safetensors import safe_open
@@ -43,6 +44,7 @@ WRITERS: dict[str, Callable[[Path], Path]] = {
     "sd folder": lambda folder: tiny.write_sd_diffusers(folder / "sd"),
     "sdxl": lambda folder: tiny_sdxl.write_checkpoint(folder / "sdxl.safetensors"),
     "flux": lambda folder: tiny_flux.write_flux_single(folder / "flux.safetensors"),
+    "sd3": lambda folder: tiny_sd3.write_whole(folder / "sd3.safetensors"),
     "flux folder": lambda folder: tiny_flux.write_flux_folder(folder / "flux"),
 }
 
@@ -65,7 +67,15 @@ def run(tool: Any, *arguments: object) -> None:
 
 def some_layers(model: ModelOnDisk) -> list[str]:
     """A few of each part, fused ones among them."""
-    signs = ("attn2_to_k", "img_attn_qkv", "linear1", "layers_1_self_attn_q_proj", "layers_0_mlp_fc1", "SelfAttention_v")
+    signs = (
+        "attn2_to_k",
+        "img_attn_qkv",
+        "linear1",
+        "1_x_block_attn_qkv",
+        "layers_1_self_attn_q_proj",
+        "layers_0_mlp_fc1",
+        "SelfAttention_v",
+    )
     return [key for key in model.layers if key.endswith(signs)][:40]
 
 

@@ -42,6 +42,7 @@ NETWORKS_MAY_USE = {
     "library.key_layout",
     "library.flux_names",
     "library.lumina_names",
+    "library.sd3_names",
     "library.unet_names",
     "library.strategy_base",
 }

@@ -70,6 +70,9 @@ def test_where_no_table_counts_blocks_they_are_the_models_own() -> None:
     assert reached(weights, "single_blocks_0_linear1") == {3}
     assert reached(weights, "img_in") == {1}
     assert reached(of_layers("flux", "5,1*4"), "img_in") == {5}
+    weights = of_layers("sd3", "5,1,2")  # text and image of a block count as one
+    assert reached(weights, "joint_blocks_1_x_block_") == reached(weights, "joint_blocks_1_context_block_") == {2}
+    assert reached(weights, "joint_blocks_0_") == {1} and reached(weights, "context_embedder") == {5}
 
 
 @pytest.mark.parametrize(("family", "known"), [("sd", "17, 25 or 26"), ("sdxl", "12, 20, 23 or 24"), ("flux", "4 or 5")])

@@ -16,6 +16,7 @@ from library.strategy_base import Conditioning, TextEncoderOutputsCachingStrateg
 from library.strategy_flux import ChromaConditioning, FluxConditioning, FluxTextEncoderOutputsCachingStrategy
 from library.strategy_lumina import LuminaConditioning, LuminaTextEncoderOutputsCachingStrategy
 from library.strategy_sd import SdConditioning, SdTextEncoderOutputsCachingStrategy
+from library.strategy_sd3 import Sd3Conditioning, Sd3TextEncoderOutputsCachingStrategy
 from library.strategy_sdxl import SdxlConditioning, SdxlTextEncoderOutputsCachingStrategy
 
 SHAPES = {"sd3": (16, 6, 8), "flux": (16, 6, 8), "lumina": (16, 6, 8), "hunyuan_image": (64, 2, 3), "anima": (16, 6, 8)}
@@ -163,6 +164,21 @@ OURS: dict[str, tuple[TextEncoderOutputsCachingStrategy, Conditioning]] = {
     "lumina": (
         LuminaTextEncoderOutputsCachingStrategy(),
         LuminaConditioning(context=torch.randn(8, 4), mask=torch.tensor([1, 1, 1, 0, 0, 0, 0, 0])),
+    ),
+    "sd3": (
+        Sd3TextEncoderOutputsCachingStrategy(
+            Sd3Conditioning, mask_clip=False, mask_t5=True, shapes={"l_out": (77, 4), "l_pooled": (4,)}
+        ),
+        Sd3Conditioning(
+            l_out=torch.randn(77, 4),
+            l_pooled=torch.randn(4),
+            l_mask=torch.ones(77, dtype=torch.long),
+            g_out=torch.randn(77, 6),
+            g_pooled=torch.randn(6),
+            g_mask=torch.ones(77, dtype=torch.long),
+            t5_out=torch.randn(8, 16),
+            t5_attn_mask=torch.tensor([1, 1, 1, 0, 0, 0, 0, 0]),
+        ),
     ),
     "chroma": (
         FluxTextEncoderOutputsCachingStrategy(ChromaConditioning, mask_t5=True),

@@ -171,9 +171,8 @@ SWAPPING = [
     for family, case in CASES.items()
     for mode in MODES
     if case.write_swappable
+    and memory in case.memory
     and not (memory == "fused" and mode == "network")  # an adapter's weights are not swapped
-    and not (memory == "bf16" and family == "chroma")  # slow on a CPU; what casts weights is the same
-    and (memory in ("offloading", "fused") or family != "lumina")  # what swaps is the same; its refiners are not swapped
 ]
 
 

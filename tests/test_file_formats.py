@@ -79,7 +79,7 @@ def test_what_is_written_in_a_format_comes_back(
     write_adapter(path, network.file_state_dict(None), {"ss_seed": "1"}, arch, format, None)
     tensors = read_weights(path)
     assert all(name.startswith(START[format]) for name in tensors)
-    if format == "kohya" or arch.name == "flux":  # three layers in other names may be SD's or SDXL's
+    if format == "kohya" or arch.name == "flux":  # three layers in other names may be of several
         assert arch_of(by_layer(tensors), "x").name == arch.name
     again, _ = lora.factory.for_arch(arch).create_network_from_weights(1.0, path, None, None, model)
     assert_same(deltas(network), deltas(again))
@@ -153,11 +153,18 @@ KEYS = {
         "comfy": "diffusion_model.double_blocks.1.txt_mlp.0",
         "diffusers": "transformer.transformer_blocks.1.ff_context.net.0.proj",
     },
+    "sd3": {
+        "kohya": "lora_unet_joint_blocks_7_context_block_mlp_fc2",
+        "flat": "lora_unet_transformer_blocks_7_ff_context_net_2",
+        "comfy": "diffusion_model.joint_blocks.7.context_block.mlp.fc2",
+        "diffusers": "transformer.transformer_blocks.7.ff_context.net.2",
+    },
 }
 TEXT_KEYS = {
     "sd": ("lora_te_{}", "lora_te_{}", "text_encoder.{}"),
     "sdxl": ("lora_te2_{}", "text_encoders.clip_g.transformer.{}", "text_encoder_2.{}"),
     "flux": ("lora_te1_{}", "text_encoders.clip_l.transformer.{}", "text_encoder.{}"),
+    "sd3": ("lora_te2_{}", "text_encoders.clip_g.transformer.{}", "text_encoder_2.{}"),
 }
 TEXT_LAYER = "text_model.encoder.layers.3.mlp.fc1"
 

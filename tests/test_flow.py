@@ -67,6 +67,18 @@ DENSITIES = {
     ),
     "flux_shift": (RectifiedFlow(sampling="flux_shift"), lambda: flux_time_shift(logistic(normal()), 96)),
     "nextdit_shift": (RectifiedFlow(sampling="nextdit_shift"), lambda: flux_time_shift(uniform(), 96)),
+    "density": (
+        RectifiedFlow(sampling="density", flow_shift=3.0),
+        lambda: (u := uniform()) * 3 / (1 + 2 * u),
+    ),
+    "density logit_normal": (
+        RectifiedFlow(sampling="density", density="logit_normal", logit_mean=0.5, logit_std=0.7, flow_shift=1.5),
+        lambda: (u := logistic(0.5 + 0.7 * normal())) * 1.5 / (1 + 0.5 * u),
+    ),
+    "density mode": (
+        RectifiedFlow(sampling="density", density="mode", flow_shift=1.0),
+        lambda: mode(uniform(), 1.29).clamp(0, 1),
+    ),
     "sigma": (RectifiedFlow(flow_shift=3.0), lambda: scheduler_level(uniform(), 3.0)),
     "sigma logit_normal": (
         RectifiedFlow(density="logit_normal", logit_mean=0.5, logit_std=0.7, flow_shift=1.5),

@@ -111,7 +111,7 @@ def base(workspaces: Callable[[str], Workspace], tmp_path_factory: pytest.TempPa
 # ---- the same pictures as previews -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", (*FAMILIES, "lumina"))
+@pytest.mark.parametrize("case", (*FAMILIES, "lumina", "sd3"))
 def test_a_picture_is_the_preview_of_its_prompt_and_seed(
     case: str, workspaces: Callable[[str], Workspace], base: Callable[[str], Path], tmp_path: Path
 ) -> None:

@@ -10,10 +10,12 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import pytest
 import runs
+import tiny_sd3
 import tiny_sdxl
 import torch
 from runs import CASES, Mode, Workspace
@@ -25,8 +27,14 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="module")
-def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
-    return runs.make_workspace(CASES["sd"], tmp_path_factory.mktemp("hostile"))
+def workspace_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Workspace]:
+    """By family, each made when it is first asked for."""
+    return cache(lambda family: runs.make_workspace(CASES[family], tmp_path_factory.mktemp(f"hostile_{family}")))
+
+
+@pytest.fixture(scope="module")
+def workspace(workspace_of: Callable[[str], Workspace]) -> Workspace:
+    return workspace_of("sd")
 
 
 def run_in_process(workspace: Workspace, mode: Mode, arguments: list[str]) -> int:
@@ -35,11 +43,6 @@ def run_in_process(workspace: Workspace, mode: Mode, arguments: list[str]) -> in
     with pytest.raises(SystemExit) as exit_info:
         run_script(lambda _: main(arguments))
     return int(exit_info.value.code or 0)
-
-
-@pytest.fixture(scope="module")
-def sdxl_workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
-    return runs.make_workspace(CASES["sdxl"], tmp_path_factory.mktemp("hostile_sdxl"))
 
 
 @dataclass(frozen=True)
@@ -110,6 +113,20 @@ def half_sdxl(folder: Path, workspace: Workspace) -> list[str]:
     return changed_sdxl(folder, lambda key: None if key.startswith("conditioner.embedders.1.") else key)
 
 
+def sd3_without_clip_g(folder: Path, workspace: Workspace) -> list[str]:
+    return ["--no-clip_g"]
+
+
+def vae_of_another_family(folder: Path, workspace: Workspace) -> list[str]:
+    tensors = tiny_sd3.tensors()["vae"]
+    for half, key in ((2, "encoder.conv_out"), (1, "decoder.conv_in")):
+        weight = tensors[f"{key}.weight"]
+        tensors[f"{key}.weight"] = (weight[: len(weight) // 2] if half == 2 else weight[:, : weight.shape[1] // 2]).contiguous()
+    tensors["encoder.conv_out.bias"] = tensors["encoder.conv_out.bias"][:4].contiguous()
+    save_file(tensors, folder / "vae.safetensors")
+    return [f"--vae={folder / 'vae.safetensors'}"]
+
+
 def other_rank(folder: Path, workspace: Workspace) -> list[str]:
     output = workspace.train("network", folder / "rank4", "--max_train_steps=1")
     return [f"--network_weights={output / 'tiny.safetensors'}", "--network_dim=8"]
@@ -141,6 +158,15 @@ BAD = [
     Bad("missing model", lambda f, w: ["--pretrained_model_name_or_path=/nowhere/model.safetensors"], ("/nowhere/model",)),
     Bad("truncated model", truncated, ("half.safetensors",)),
     Bad("model of another family", other_family, ("SDXL", "sdxl_train_network.py")),
+    *(
+        Bad(
+            f"SD3 given to {family}",
+            lambda f, w: [f"--pretrained_model_name_or_path={tiny_sd3.write_files(f)}"],
+            ("is Stable Diffusion 3/3.5", "Train it with sd3_train_network.py"),
+            family=family,
+        )
+        for family in ("sd", "lumina")
+    ),
     Bad("contradicting version", lambda f, w: ["--v2"], ("--v2", "1")),
     Bad("unknown flag", lambda f, w: ["--learning_rat=1"], ("--learning_rat", "learning_rate")),
     Bad("block swap where there is none", lambda f, w: ["--blocks_to_swap=2"], ("--blocks_to_swap",)),
@@ -237,6 +263,22 @@ BAD = [
         ("--text_encoder_lr has 3 values", "2 text encoders"),
         family="sdxl",
     ),
+    Bad("SD3 without CLIP-G", sd3_without_clip_g, ("does not hold all parts", "--clip_g"), family="sd3"),
+    Bad("a VAE of another family", vae_of_another_family, ("vae.safetensors makes 2 latent channels", "takes 4"), family="sd3"),
+    Bad(
+        "T5 that learns and is not there",
+        lambda f, w: ["--no-t5xxl", "--network_args", "train_t5xxl=true"],
+        ("no T5 in the model", "--t5xxl"),
+        family="sd3",
+    ),
+    Bad("SD3 with the flag of another", lambda f, w: ["--v2"], ("--v2", "this model is a flow"), family="sd3"),
+    Bad(
+        "more blocks than there are",
+        lambda f, w: ["--num_last_block_to_freeze=3"],
+        ("--num_last_block_to_freeze 3", "2 blocks"),
+        mode="full",
+        family="sd3",
+    ),
     Bad(
         "caches of text encoders that learn",
         lambda f, w: ["--cache_text_encoder_outputs"],
@@ -248,9 +290,9 @@ BAD = [
 
 @pytest.mark.parametrize("bad", BAD, ids=lambda bad: bad.name.replace(" ", "_"))
 def test_bad_input_is_a_message(
-    bad: Bad, workspace: Workspace, sdxl_workspace: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    bad: Bad, workspace_of: Callable[[str], Workspace], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    workspace = sdxl_workspace if bad.family == "sdxl" else workspace
+    workspace = workspace_of(bad.family)
     arguments = workspace.arguments(bad.mode, tmp_path / "out", *bad.change(tmp_path, workspace))
     capsys.readouterr()
     code = run_in_process(workspace, bad.mode, arguments)

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import tiny_flux
 import tiny_lumina
+import tiny_sd3
 import torch
 from safetensors.torch import load_file, save_file
 from test_file_formats import few_layers
@@ -23,6 +24,8 @@ from library.flux_names import FLUX_DIFFUSERS
 from library.flux_saving import transformer_config
 from library.lumina_names import LUMINA_DIFFUSERS
 from library.lumina_saving import transformer_config as lumina_config
+from library.sd3_names import sd3_key_map
+from library.sd3_saving import transformer_config as sd3_config
 from networks import lora
 from networks.external import load_network_module
 from networks.file_formats import write_adapter
@@ -73,6 +76,29 @@ def lumina_class_output(model: Any) -> Tensor:
         timestep=torch.tensor([0.4]),
         encoder_hidden_states=randn(1, 5, tiny_lumina.PARAMS.context_width, key="context"),
         encoder_attention_mask=torch.ones(1, 5, dtype=torch.int32),
+        return_dict=False,
+    )[0]
+    return out
+
+
+def sd3_class() -> Any:
+    """The same of `DENOISERS["sd3"]`."""
+    import diffusers
+
+    config = {key: value for key, value in sd3_config(tiny_sd3.PARAMS["5-medium"]).items() if key[0] != "_"}
+    theirs = diffusers.SD3Transformer2DModel(**config)
+    theirs.load_state_dict(sd3_key_map(2).to_ours(dict(DENOISERS["sd3"].make().state_dict())), strict=True)
+    return theirs.eval().requires_grad_(False)
+
+
+def sd3_class_output(model: Any) -> Tensor:
+    """What `tiny_denoisers.sd3_output` gives of ours."""
+    context, pooled = (randn(1, *shape, key=str(shape)) for shape in ((5, tiny_sd3.T5_WIDTH), (96,)))
+    out: Tensor = model(
+        hidden_states=randn(1, 4, 8, 6, key="x"),
+        encoder_hidden_states=context,
+        pooled_projections=pooled,
+        timestep=torch.tensor([400.0]),
         return_dict=False,
     )[0]
     return out
@@ -130,6 +156,18 @@ THEIRS = {
             "lora_unet_noise_refiner_0_adaLN_modulation_1": "noise_refiner.0.adaLN_modulation.1",
         },
     ),
+    "sd3": Theirs(
+        sd3_class, sd3_class_output, "StableDiffusion3Pipeline", "transformer",
+        (
+            "transformer_blocks.0.attn.to_q", "transformer_blocks.0.attn.to_v", "transformer_blocks.1.norm1_context.linear",
+            "transformer_blocks.1.ff.net.0.proj",
+        ),
+        {
+            "lora_unet_joint_blocks_0_x_block_attn_qkv": "joint_blocks.0.x_block.attn.qkv",
+            "lora_unet_joint_blocks_1_context_block_adaLN_modulation_1": "joint_blocks.1.context_block.adaLN_modulation.1",
+            "lora_unet_joint_blocks_1_x_block_mlp_fc1": "joint_blocks.1.x_block.mlp.fc1",
+        },
+    ),
 }  # fmt: skip
 
 
@@ -160,11 +198,10 @@ def pipeline_of(theirs: Theirs, model: Any) -> Any:
     import diffusers
 
     flow = ("scheduler", "vae", "text_encoder", "tokenizer")
-    names = {
-        "FluxPipeline": (*flow, "text_encoder_2", "tokenizer_2"),
-        "ChromaPipeline": flow,
-        "Lumina2Pipeline": flow,
-    }
+    two = (*flow, "text_encoder_2", "tokenizer_2")
+    three = (*two, "text_encoder_3", "tokenizer_3")
+    names = {"FluxPipeline": two, "StableDiffusion3Pipeline": three}
+    names |= {"ChromaPipeline": flow, "Lumina2Pipeline": flow}
     unet = ("vae", "text_encoder", "tokenizer", "scheduler")
     own = names.get(theirs.pipeline, unet + (("text_encoder_2", "tokenizer_2") if "XL" in theirs.pipeline else ()))
     extra = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}

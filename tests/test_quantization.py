@@ -17,8 +17,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from library.dit_text import open_t5
 from library.errors import UserError
-from library.flux_utils import FLUX_LAYERS, describe, open_t5
+from library.flux_utils import FLUX_LAYERS, describe
 from library.key_layout import IDENTITY
 from library.memory_tracker import MemoryTracker
 from library.model_io import open_checkpoint

@@ -23,6 +23,8 @@ SCRIPTS = [
     "flux_train.py",
     "lumina_train_network.py",
     "lumina_train.py",
+    "sd3_train_network.py",
+    "sd3_train.py",
     "gen_img.py",
     "sdxl_minimal_inference.py",
 ]
@@ -207,6 +209,42 @@ def test_gen_img_makes_pictures_and_a_sheet_in_a_process_of_its_own(workspace: W
     assert result.returncode == 0, result.stderr[-3000:]
     assert [path.name[-6:] for path in sorted((tmp_path / "out").glob("im_*.png"))] == ["_1.png", "_3.png"]
     assert len(list((tmp_path / "out").glob("grid_*.png"))) == 1
+
+
+@pytest.mark.parametrize("mode", ["network", "full"])
+def test_sd3_trains_with_caches_swapped_blocks_and_previews_in_a_process_of_its_own(
+    mode: Mode, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
+) -> None:
+    """Then a picture is made with the network."""
+    case = replace(CASES["sd3"], write_model=CASES["sd3"].write_swappable, full_extra=())
+    sd3 = runs.make_workspace(case, tmp_path_factory.mktemp("sd3"))
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a thing --w 64 --h 64 --s 2 --d 1 --l 3 --n bad\n")
+    result = run(
+        f"{sd3.script(mode)}.py",
+        *sd3.arguments(mode, tmp_path / "out", "--max_train_steps=2", "--mixed_precision=bf16", "--blocks_to_swap=2"),
+        *(["--network_module=networks.lora_sd3", "--network_train_unet_only"] if mode == "network" else []),
+        *("--cache_latents_to_disk", "--cache_text_encoder_outputs_to_disk", f"--cache_dir={tmp_path / 'cache'}"),
+        *(f"--sample_prompts={prompts}", "--sample_every_n_steps=2", "--t5_dropout_rate=0.3", "--training_shift=3"),
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    saved = tmp_path / "out" / "tiny.safetensors"
+    with safe_open(saved, "pt") as file:
+        architecture = file.metadata()["modelspec.architecture"]
+        assert architecture == "stable-diffusion-3-5-medium" + ("/lora" if mode == "network" else "")
+        if mode == "network":
+            assert file.metadata()["ss_base_model_version"] == "5-medium"
+    assert "2 of 5 joint blocks" in result.stderr
+    assert ("--save_format diffusers" in result.stderr) == (mode == "network")
+    assert list((tmp_path / "out" / "sample").glob("*.png"))
+    assert {path.name.rpartition("_")[2] for path in (tmp_path / "cache").rglob("*.npz")} >= {"sd3.npz", "te.npz"}
+    if mode == "full":
+        return
+    model = [f"--ckpt_path={sd3.model}", *sd3.case.arguments(sd3.model.parent), f"--lora_weights={saved};0.8"]
+    flags = ["--prompt=a thing", "--width=64", "--height=64", "--steps=2", "--seed=5", "--bf16"]
+    result = run("sd3_minimal_inference.py", *model, *flags, f"--output_dir={tmp_path / 'pictures'}")
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert len(list((tmp_path / "pictures").glob("*.png"))) == 1
 
 
 def test_flux_minimal_inference_makes_a_picture_in_a_process_of_its_own(

@@ -14,7 +14,8 @@ from library.rng import keyed_generator
 from library.sd_train_utils import SdFamily
 from library.sd_utils import CLIP_PREFIX, OPEN_CLIP_PREFIX
 from library.strategy_sd import SdConditioning
-from library.unet_parts import UNET_PREFIX, VAE_PREFIX
+from library.unet_parts import UNET_PREFIX
+from library.vae_parts import VAE_PREFIX
 from tests import tiny
 
 FAMILY = SdFamily()

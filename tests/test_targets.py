@@ -18,6 +18,7 @@ ATTENTION = {
     "sdxl": "attn1_to_q$",
     "flux": "img_attn_qkv$",
     "chroma": "img_attn_qkv$",
+    "sd3": "_x_block_attn2?_qkv$",
     "lumina": "attention_qkv$",
 }
 PATHS = {
@@ -25,6 +26,7 @@ PATHS = {
     "sdxl": r"middle_block\.1\.proj_in",
     "flux": r"double_blocks\.0\.txt_mlp\.0",
     "chroma": r"double_blocks\.0\.txt_mlp\.0",
+    "sd3": r"joint_blocks\.0\.context_block\.mlp\.fc2",
     "lumina": r"layers\.0\.feed_forward\.w2",
 }
 OUTSIDE = {
@@ -32,6 +34,7 @@ OUTSIDE = {
     "sdxl": "time_embed_0$",
     "flux": "final_layer_linear$",
     "chroma": "final_layer_linear$",
+    "sd3": "context_embedder$",
     "lumina": "cap_embedder_1$",
 }
 

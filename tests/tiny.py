@@ -19,7 +19,8 @@ from library.option_groups import FullTrainOptions, ModelOptions
 from library.rng import keyed_generator
 from library.sd_train_utils import SdFamily
 from library.sd_utils import CLIP_PREFIX, OPEN_CLIP_PREFIX
-from library.unet_parts import UNET_PREFIX, VAE_PREFIX
+from library.unet_parts import UNET_PREFIX
+from library.vae_parts import VAE_PREFIX
 
 Version = Literal["v1", "v2"]
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"

@@ -9,13 +9,14 @@ from typing import Any
 import network_models
 import tiny_flux
 import tiny_lumina
+import tiny_sd3
 import tiny_sdxl
 import torch
 from torch import Tensor, nn
 
 from library.dit_layers import image_ids
 from library.rng import keyed_generator
-from networks import lora_flux, lora_lumina, lora_sd, lora_sdxl
+from networks import lora_flux, lora_lumina, lora_sd, lora_sd3, lora_sdxl
 from networks.network_targets import NetworkArch
 
 
@@ -57,6 +58,12 @@ def lumina_output(model: Any) -> Tensor:
     return out
 
 
+def sd3_output(model: Any) -> Tensor:
+    context, pooled = (randn(1, *shape, key=str(shape)) for shape in ((5, tiny_sd3.T5_WIDTH), (96,)))
+    out: Tensor = model(randn(1, 4, 8, 6, key="x"), torch.tensor([0.4]), context, pooled)
+    return out
+
+
 @dataclass(frozen=True)
 class TinyDenoiser:
     arch: NetworkArch
@@ -67,6 +74,7 @@ class TinyDenoiser:
 
 
 _UNET = "transformer_blocks_0_(attn1_to_q|attn2_to_k|ff_net_2)$"
+_SD3 = "joint_blocks_(0_x_block_attn_qkv|1_context_block_adaLN_modulation_1|1_x_block_mlp_fc1)$"
 _FLUX = "double_blocks_0_img_attn_qkv|single_blocks_1_linear1|double_blocks_1_txt_mlp_0"
 DENOISERS = {
     "sd": TinyDenoiser(lora_sd.ARCH, network_models.tiny_unet, unet_output, f"_mid_block.*{_UNET}"),
@@ -78,5 +86,6 @@ DENOISERS = {
         lumina_output,
         "layers_0_attention_qkv|layers_1_feed_forward_w1|noise_refiner_0_adaLN_modulation_1",
     ),
+    "sd3": TinyDenoiser(lora_sd3.ARCH, lambda: tiny_sd3.modules()["denoiser"], sd3_output, _SD3),
     "chroma": TinyDenoiser(lora_flux.ARCH, lambda: tiny_flux.modules("chroma")["denoiser"], flux_output, _FLUX),
 }

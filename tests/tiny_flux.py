@@ -16,10 +16,11 @@ from library.clip_parts import CLIP_NAMES, make_clip
 from library.clip_tokenizer import SD1_TOKENIZER
 from library.flux_models import ApproximatorParams, Flux, FluxParams
 from library.flux_saving import FluxCheckpoint
-from library.flux_utils import CLIP_L, T5XXL, VAE_SCALE, VAE_SHIFT, FluxModel
+from library.flux_utils import VAE_SCALE, VAE_SHIFT, FluxModel
 from library.key_layout import IDENTITY
 from library.model_io import TensorEntry, TensorSource
 from library.model_parts import Component, SaveSettings
+from library.strategy_dit import CLIP_L, T5XXL
 from library.t5_parts import T5_NAMES, T5_TOKENIZER, make_t5
 from library.vae_parts import make_vae, vae_key_map
 
@@ -188,5 +189,5 @@ def write_flux_folder(path: Path, kind: Kind = "dev", *, seed: int = 0) -> Path:
     tokenizers = {T5XXL: write_t5_tokenizer(path.with_name(f"{path.name}_t5"))}
     if kind != "chroma":
         tokenizers[CLIP_L] = tiny.write_clip_tokenizer(path.with_name(f"{path.name}_clip"))
-    FluxCheckpoint(model, parts["denoiser"], tokenizers).write(path, SaveSettings("diffusers_safetensors"))
+    FluxCheckpoint(model, {"denoiser": parts["denoiser"]}, tokenizers).write(path, SaveSettings("diffusers_safetensors"))
     return path

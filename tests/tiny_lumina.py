@@ -135,5 +135,5 @@ def write_folder(path: Path, *, seed: int = 0) -> Path:
     beside = path.with_name(f"{path.name}_files")
     model = describe(options(write_files(beside, seed=seed), beside))
     tokenizers = {GEMMA2: beside / "gemma_tokenizer"}
-    LuminaCheckpoint(model, None, tokenizers).write(path, SaveSettings("diffusers_safetensors"))
+    LuminaCheckpoint(model, {}, tokenizers).write(path, SaveSettings("diffusers_safetensors"))
     return path

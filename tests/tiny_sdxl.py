@@ -16,8 +16,8 @@ from library import clip_parts
 from library.sdxl_utils import CLIP_L_PREFIX, OPEN_CLIP_PREFIX, VAE_SCALE
 from library.strategy_sdxl import CLIP_L, OPEN_CLIP
 from library.unet_names import unet_key_map_for
-from library.unet_parts import UNET_PREFIX, V_MARKER, VAE_PREFIX, ZERO_SNR_MARKER, make_unet
-from library.vae_parts import make_vae, vae_key_map
+from library.unet_parts import UNET_PREFIX, V_MARKER, ZERO_SNR_MARKER, make_unet
+from library.vae_parts import VAE_PREFIX, make_vae, vae_key_map
 
 WIDTH = 64
 """Of the hidden states and the pooled output of each text encoder."""

@@ -25,6 +25,7 @@ from library.option_groups import (  # noqa: E402
     TrainOptions,
 )
 from library.options import Flag, NoFamilyOptions, flags_of, groups_of  # noqa: E402
+from library.sd3_options import Sd3FullOptions, Sd3Options  # noqa: E402
 from library.sdxl_options import SdxlFullOptions, SdxlOptions  # noqa: E402
 from library.unet_options import UnetOptions  # noqa: E402
 
@@ -38,6 +39,8 @@ SCRIPTS: dict[str, type[TrainOptions]] = {
     "flux_train.py": FullTrainOptions,
     "lumina_train_network.py": NetworkTrainOptions,
     "lumina_train.py": FullTrainOptions,
+    "sd3_train_network.py": NetworkTrainOptions,
+    "sd3_train.py": FullTrainOptions,
 }
 FAMILY_GROUPS: dict[str, type] = {
     "train_network.py": UnetOptions,
@@ -49,6 +52,8 @@ FAMILY_GROUPS: dict[str, type] = {
     "flux_train.py": FluxFullOptions,
     "lumina_train_network.py": LuminaOptions,
     "lumina_train.py": LuminaFullOptions,
+    "sd3_train_network.py": Sd3Options,
+    "sd3_train.py": Sd3FullOptions,
 }
 """Script -> its family's own group, where it has one."""
 PICTURES = "gen_img.py"

@@ -1,4 +1,4 @@
-"""What the strategies of the UNet families (Stable Diffusion 1.x/2.x, SDXL) share."""
+"""Latents as Stable Diffusion's families (1.x/2.x, SDXL, 3) store them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from library.vae_parts import encode_images
 
 
 @dataclass(frozen=True)
-class UnetLatentsCachingStrategy(LatentsCachingStrategy):
+class UnscaledLatentsCachingStrategy(LatentsCachingStrategy):
     """A sample of the VAE's posterior, not yet scaled."""
 
     def encode(self, vae: nn.Module, images: Tensor, seeds: Sequence[int]) -> Tensor:
