@@ -43,7 +43,7 @@ from library.dataset import TrainData, load_fitted, pixels_to_tensor
 from library.errors import UserError
 from library.family_base import LatentSpec, ModelBundle
 from library.image_io import choose_crop, content_seed, listed
-from library.quarantine import BadFile, Quarantine
+from library.quarantine import BadFile
 from library.records import Record
 from library.strategy_base import Conditioning, Strategies
 
@@ -331,16 +331,18 @@ def _encode_batch(
 
 def _encode(
     jobs: Sequence[LatentJob],
+    data: TrainData,
     strategies: Strategies,
     bundle: ModelBundle,
     options: TrainOptions,
     device: torch.device,
-    quarantine: Quarantine,
 ) -> Iterator[tuple[LatentJob, CachedLatents, Stamp]]:
     """Entries of `jobs` with the files they are of, in batches of --vae_batch_size.
 
-    Pictures that cannot be read go to `quarantine`; strict, they are told when all others are done, in one `UserError`.
+    Pictures that cannot be read go to quarantine; strict, they are told when all others are done, in one `UserError`. What
+    the others contain is noted in the index of files.
     """
+    quarantine = data.train.quarantine
     groups = {group[0][0].key: group for group in _same_pictures(jobs)}
     bar = tqdm(total=len(jobs), desc="caching latents", unit="image", disable=not _is_main())
     unreadable: list[str] = []
@@ -357,10 +359,11 @@ def _encode(
                 continue
             entries = _encode_batch([job for job, _ in good], [found for _, found in good], strategies, bundle, device)
             for (job, (_, stamp)), entry in zip(good, entries, strict=True):
-                yield job, entry, stamp
-                for other, own in groups[job.key][1:]:
-                    yield other, entry, own
+                for alike, own in [(job, stamp), *groups[job.key][1:]]:
+                    data.files.note_digest(alike.record.path, own.digest, *own.stat)
+                    yield alike, entry, own
                 bar.update(len(groups[job.key]))
+    data.files.save()
     if unreadable:
         kept = " All others are in the cache." if options.cache.cache_latents_to_disk else ""
         raise UserError(listed(unreadable, "unreadable images") + kept)
@@ -382,11 +385,11 @@ def cache_latents(
         return
     jobs = latent_jobs(data.records)
     if not options.cache.cache_latents_to_disk:
-        entries = _encode(jobs, strategies, bundle, options, device, data.train.quarantine)
+        entries = _encode(jobs, data, strategies, bundle, options, device)
         cache = LatentCache(memory={job.key: entry for job, entry, _ in entries})
     else:
         files = latent_files(jobs, strategies, data.latent, options)
-        unwritten = _fill_latent_files(jobs, files, strategies, bundle, options, device, share, data.train.quarantine)
+        unwritten = _fill_latent_files(jobs, files, data, strategies, bundle, options, device, share)
         cache = LatentCache(unwritten, LatentFiles.of(files, strategies.latents_caching.format))
     for dataset in data.image_datasets:
         dataset.latent_cache = cache
@@ -395,12 +398,12 @@ def cache_latents(
 def _fill_latent_files(
     jobs: Sequence[LatentJob],
     files: Mapping[str, LatentFile],
+    data: TrainData,
     strategies: Strategies,
     bundle: ModelBundle,
     options: TrainOptions,
     device: torch.device,
     share: Share,
-    quarantine: Quarantine,
 ) -> dict[str, CachedLatents]:
     """Make what is missing; gives the entries for which there was no room."""
     if share.rank == 0:
@@ -411,7 +414,7 @@ def _fill_latent_files(
     missing = set(needs_making({job.key: files[job.key] for job in own}, fingerprints, options, "latents"))
     todo = [job for job in own if job.key in missing]
     room = _Room[CachedLatents](share, options)
-    for job, entry, stamp in _encode(todo, strategies, bundle, options, device, quarantine) if todo else ():
+    for job, entry, stamp in _encode(todo, data, strategies, bundle, options, device) if todo else ():
         crop = choose_crop(job.record.placement).stored_ltrb(job.record.placement.bucket)
         with room.wanted_for(job.key, entry):
             files[job.key].save(entry.latents, entry.flipped, crop, replace(fingerprints[job.key], image=stamp))

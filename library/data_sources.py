@@ -349,7 +349,7 @@ def collect(
     sources = [[_find(subset, bad, files) for subset in dataset.subsets if _is_used(subset)] for dataset in config.datasets]
     sizes = _sizes(sources, bad, files)
     apart = _held_out(config, sources, seed, bad, files)
-    files.save()
+    files.save(complete=True)
     for one in bad:
         sizes.pop(one.path, None)
     results = []

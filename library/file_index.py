@@ -28,6 +28,7 @@ from library.compact import TextBuilder, Texts
 from library.errors import UserError
 from library.image_io import broken, content_hash, read_size
 from library.metadata_file import read_caption_text
+from library.quarantine import BadFile
 
 logger = logging.getLogger(__name__)
 
@@ -164,19 +165,19 @@ class FolderIndex:
                 self._stored = found or self._stored
         return self._stored
 
-    def save(self) -> None:
+    def save(self, *, complete: bool) -> None:
         """Write the file, if there is something new, and let go of the memory. What cannot be written costs time, not the run.
 
-        Files that were not met are kept as long as they are fewer than those that were: another run may use other files of
-        the folder. Those that were changed just now are not kept.
+        complete: a run has asked for all its files. Those that were not met are then kept as long as they are fewer than those
+        that were: another run may use other files of the folder. Those that were changed just now are not kept.
         """
         with self._lock:
             newest = time.time_ns() - _SETTLED
             fresh = {name: facts for name, facts in self._fresh.items() if facts.time < newest}
             stored = self._read() if self._changed else _Stored.empty()
-            if self._store is not None and (fresh or not stored.is_met_by(self._fresh)):
+            if self._store is not None and (fresh or (complete and not stored.is_met_by(self._fresh))):
                 try:
-                    write_npz(self._store, stored.updated(self._fresh, fresh))
+                    write_npz(self._store, stored.updated(self._fresh, fresh, complete=complete))
                 except UserError as error:
                     logger.warning("the index of %s is not kept, so the next start takes as long: %s", self.root, error)
             self._changed, self._fresh, self._stored = False, {}, None
@@ -232,13 +233,14 @@ class _Stored:
         """Whether there is nothing in it to be replaced or dropped."""
         return not (self.number_of.keys() & noted) and 2 * sum(self.met) >= len(self.met)
 
-    def updated(self, noted: Collection[str], fresh: dict[str, Facts]) -> dict[str, np.ndarray]:
-        """The arrays of a new file. noted: names that are replaced or, where they are not in `fresh`, dropped."""
+    def updated(self, noted: Collection[str], fresh: dict[str, Facts], *, complete: bool) -> dict[str, np.ndarray]:
+        """The arrays of a new file. noted: names that are replaced or, where they are not in `fresh`, dropped; complete: as of
+        `FolderIndex.save`."""
         met, replaced = np.frombuffer(self.met, bool), np.zeros(len(self.rows), bool)
         replaced[[self.number_of[name] for name in self.number_of.keys() & noted]] = True
         others = ~met & ~replaced
         kept = met & ~replaced
-        if others.sum() <= len(noted) + kept.sum():
+        if not complete or others.sum() <= len(noted) + kept.sum():
             kept |= others
         names, texts = TextBuilder(), TextBuilder()
         for number in np.flatnonzero(kept).tolist():
@@ -290,10 +292,10 @@ class KnownFiles:
         except OSError as error:
             raise broken(Path(path), error) from error
 
-    def save(self) -> None:
-        """Write what is new."""
+    def save(self, *, complete: bool = False) -> None:
+        """Write what is new. complete: every file of a run has been asked for, so that what was not is of no use to it."""
         for index in self._folders.values():
-            index.save()
+            index.save(complete=complete)
 
     # What can be asked
 
@@ -320,6 +322,13 @@ class KnownFiles:
         """`content_hash` of the file."""
         digest: str = self._fact(path, "digest", _digest)
         return digest
+
+    def note_digest(self, path: Path, digest: str, length: int, time: int) -> None:
+        """Keep the content hash of a file that was read elsewhere, unless it has another length or time by now."""
+        with suppress(BadFile):  # gone
+            index, text, facts = self._look_up(path)
+            if (facts.length, facts.time) == (length, time) and facts.digest is None:
+                index.note(text, replace(facts, digest=digest))
 
     def _fact(self, path: Path, name: str, find: Callable[[Path], Any]) -> Any:
         """The field `name` of what is known of `path`; what `find` says, where it is not known yet."""

@@ -20,6 +20,8 @@ from data_tools import CPU, Case, make_bundle, make_strategies, write_folder, wr
 from library.cache_io import read_npz
 from library.caching import Share, cache_latents, cache_text_outputs
 from library.errors import UserError
+from library.file_index import KnownFiles
+from library.image_io import content_hash
 from library.strategy_base import Strategies
 from library.strategy_sd import SdLatentsCachingStrategy
 
@@ -82,6 +84,24 @@ def test_a_picture_that_lies_in_two_folders_is_encoded_once(where: str, case: Ca
     if where == "cache_latents_to_disk":
         again = case.data(more=f"[[datasets.subsets]]\nimage_dir = '{case.folder / 'copies'}'\n", **{where: True})
         assert case.latents(again) == []
+
+
+@pytest.mark.parametrize("where", ["cache_latents", "cache_latents_to_disk"])
+def test_what_pictures_contain_is_known_once_they_are_cached(where: str, case: Case) -> None:
+    """So that a later run that holds some of them out for validation need not read them all."""
+    hour_ago, folder = time.time() - 3600, case.folder / "img"
+    for path in folder.iterdir():
+        os.utime(path, (hour_ago, hour_ago))
+    case.latents(case.data(**{where: True}))
+    contents = {path: content_hash(path.read_bytes()) for path in folder.glob("*.png")}
+    for path in folder.iterdir():  # whoever does not tell has not read it
+        path.write_bytes(b"?" * path.stat().st_size)
+        os.utime(path, (hour_ago, hour_ago))
+    files = KnownFiles.of_user(None)
+    files.open(folder)
+    assert {path: files.digest(path) for path in contents} == contents
+    assert files.size(folder / "p3.png") == (128, 48)
+    assert files.caption(folder / "p3.txt") == ("a, b, c, d, e3", False)
 
 
 def test_one_unreadable_picture_is_told_when_all_others_are_in_the_cache(case: Case) -> None:

@@ -57,7 +57,7 @@ def ask(folder: Path) -> dict[str, object]:
     found: dict[str, object] = {}
     for path in sorted(folder.iterdir()):
         found[path.name] = files.caption(path) if path.suffix == ".txt" else (files.size(path), files.digest(path))
-    files.save()
+    files.save(complete=True)
     return found
 
 
@@ -155,12 +155,34 @@ def test_files_that_one_run_does_not_use_stay_known_while_they_are_few(folder: P
     files = known(folder)
     for key in range(3):
         files.digest(settle(folder / f"p{key}.png"))  # all six are met or not, three each
-    files.save()
+    files.save(complete=True)
     assert known(folder).caption(folder / "p2.txt") == ("caption 2", False)
     files = known(folder)
     files.digest(settle(folder / "p0.png"))
     files.save()
+    assert known(folder).caption(folder / "p2.txt") == ("caption 2", False), "it was not a look at all files"
+    files = known(folder)
+    files.digest(settle(folder / "p0.png", time.time_ns() - 2 * HOUR))
+    files.save(complete=True)
     assert known(folder).caption(folder / "p2.txt") == ("?" * 9, False), "five of six were not met"
+
+
+def test_content_that_was_read_elsewhere_is_kept_if_it_is_still_the_file_s(folder: Path) -> None:
+    first = ask(folder)
+    index_of(folder).unlink()
+    files, (path, changed, gone) = known(folder), [folder / f"p{key}.png" for key in range(3)]
+    for one in (path, changed, gone):
+        status = one.stat()
+        if one == changed:
+            settle(one, status.st_mtime_ns + 1)
+        if one == gone:
+            one.unlink()
+        files.note_digest(one, content_hash(path.read_bytes()), status.st_size, status.st_mtime_ns)
+    files.save()
+    spoil(path)
+    spoil(changed)
+    assert known(folder).digest(path) == first["p0.png"][1]  # type: ignore[index]
+    assert known(folder).digest(changed) == content_hash(changed.read_bytes())
 
 
 def test_folders_whose_names_begin_alike_are_two(folder: Path) -> None:
