@@ -31,7 +31,7 @@ from library.batch import TrainBatch
 from library.cache_io import LatentCache, TextCache
 from library.caching import distinct_captions, encode_captions, encoder_autocast, text_batch_size
 from library.custom_offloading_utils import tensors_of
-from library.dataset import ImageDataset, Row, TrainData
+from library.dataset import ImageDataset, Paired, Row, TrainData
 from library.epoch_plan import Part
 from library.errors import UserError
 from library.family_base import ModelBundle
@@ -144,7 +144,7 @@ def _records(part: Part, batch: LargestBatch) -> list[Record]:
     return found[: batch.images]
 
 
-def _training_batch(data: TrainData) -> TrainBatch:
+def training_batch(data: TrainData) -> TrainBatch:
     """The largest batch as the data loader would give it, without the pictures."""
     dataset = data.train
     part, size = largest_batch(dataset)
@@ -159,11 +159,31 @@ def _training_batch(data: TrainData) -> TrainBatch:
             0,
             choose_crop(record.placement),
             dataset.readings(record)[0],
+            _paired(record, size, dataset.mask_stride),
             prior=stored if dataset.priors is not None and record.subset.preserves else None,
         )
         for record in records
     ]
     return dataset.collate(records, rows, part.multiplier)
+
+
+def _has_mask(record: Record) -> bool:
+    return record.subset.alpha_mask or (record.paired is not None and not record.subset.conditioned)
+
+
+def _paired(record: Record, size: LargestBatch, mask_stride: int) -> Paired:
+    """What belongs to a picture of a batch of `size`."""
+    mask = torch.empty(size.height // mask_stride, size.width // mask_stride) if _has_mask(record) else None
+    conditioned = record.paired is not None and record.subset.conditioned
+    return Paired(mask, torch.empty(3, size.height, size.width) if conditioned else None)
+
+
+def _mask_cache_bytes(dataset: ImageDataset) -> int:
+    """Of masks, which are kept in memory where the latents of their pictures are."""
+    sizes = [record.placement.bucket for record in dataset.records if _has_mask(record)]
+    return sum(
+        torch.float32.itemsize * (width // dataset.mask_stride) * (height // dataset.mask_stride) for width, height in sizes
+    )
 
 
 def _latent_cache_bytes(data: TrainData) -> int:
@@ -381,7 +401,7 @@ class _Simulation:
         for dataset in prepared.data.image_datasets:
             dataset.latent_cache = LatentCache()
         if not options.cache.cache_latents_to_disk:
-            self.caches += _latent_cache_bytes(prepared.data)
+            self.caches += _latent_cache_bytes(prepared.data) + sum(map(_mask_cache_bytes, prepared.data.image_datasets))
 
     def _cache_text(self, bundle: ModelBundle) -> None:
         prepared, options = self.prepared, self.prepared.options
@@ -443,7 +463,7 @@ class _Simulation:
     def _update(self, trainer: Trainer) -> None:
         """An update of the kind that the run makes; of more micro-batches than two, two show all that there is."""
         tracker, count = self.tracker, min(self.prepared.length.accumulation, 2)
-        batch, before = _training_batch(self.prepared.data), replace(tracker.work)
+        batch, before = training_batch(self.prepared.data), replace(tracker.work)
         passes = Work()
 
         def passes_end() -> None:

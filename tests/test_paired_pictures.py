@@ -16,6 +16,7 @@ from library.batch_page import page
 from library.caching import cache_latents
 from library.dataset import TrainData, build_train_data, make_loader
 from library.errors import UserError
+from library.memory_plan import training_batch
 from library.strategy_base import Strategies
 
 ODD = [(64, 64), (80, 64), (128, 48), (300, 210)]
@@ -34,14 +35,16 @@ def write_pairs(tmp_path: Path, sizes: list[tuple[int, int]] = ODD) -> None:
         Image.fromarray(255 - np.array(Image.open(path))).save(tmp_path / "cond" / f"{path.stem}.bmp")
 
 
-def data_of(tmp_path: Path, strategies: Strategies, subset: str = "", dataset: str = "", **flags: Any) -> TrainData:
+def data_of(
+    tmp_path: Path, strategies: Strategies, subset: str = "", dataset: str = "", *, conditioned: bool = True, **flags: Any
+) -> TrainData:
     text = (
         "[general]\nenable_bucket = true\nmin_bucket_reso = 32\nmax_bucket_reso = 128\nbucket_reso_steps = 32\n"
         f"[[datasets]]\nresolution = 64\nbatch_size = 2\n{dataset}[[datasets.subsets]]\nimage_dir = '{tmp_path / 'img'}'\n"
         f"conditioning_data_dir = '{tmp_path / 'cond'}'\n{subset}"
     )
     options = make_options(dataset_config=write_toml(tmp_path / "data.toml", text), **flags)
-    return build_train_data(options, LATENT, strategies, mode="network", conditioned=True)
+    return build_train_data(options, LATENT, strategies, mode="network", conditioned=conditioned)
 
 
 def batches_of(data: TrainData, epochs: int = 1) -> list[TrainBatch]:
@@ -87,6 +90,19 @@ def test_partners_stand_beside_cached_latents_and_are_read_by_workers(
     for one, other in zip(batches_of(live), loader, strict=True):
         assert other.latents is not None and other.images is None and one.captions == other.captions
         assert torch.equal(one.conditioning_images, other.conditioning_images)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("conditioned", [True, False])
+def test_the_memory_plan_counts_partners_and_masks(conditioned: bool, tmp_path: Path, strategies: Strategies) -> None:
+    write_pairs(tmp_path)
+    data = data_of(tmp_path, strategies, conditioned=conditioned, masked_loss=not conditioned)
+    planned = training_batch(data)
+    field = "conditioning_images" if conditioned else "mask"
+    real = [batch for batch in batches_of(data) if batch.images.shape == planned.images.shape]  # type: ignore[union-attr]
+    assert real
+    for batch in real:
+        found, wanted = getattr(planned, field), getattr(batch, field)
+        assert (found.shape, found.dtype) == (wanted.shape, wanted.dtype)
 
 
 def test_everything_else_of_a_data_set_holds_for_pairs(tmp_path: Path, strategies: Strategies) -> None:
