@@ -5,9 +5,12 @@ from __future__ import annotations
 import logging
 import math
 import os
+import re
 import shutil
 import tempfile
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -117,6 +120,31 @@ def _remove(path: Path) -> bool:
 
 
 # ---- what is saved when, under which name, and what it replaces --------------------------------------------------------
+
+
+_LEFT = re.compile(r"\.(tmp|old)-\d+-(.+)")
+_ABANDONED = 3600.0  # seconds: what is still being written is younger
+
+
+def output_stems(output_name: str | None) -> list[str]:
+    """How the names of what a run saves begin."""
+    return [output_name] if output_name else ["epoch", "at", "last"]
+
+
+def settle_leftovers(folder: Path, output_name: str | None) -> None:
+    """Remove what runs called `output_name` had half-written when they were killed; put back what they were just replacing."""
+    for entry in sorted(folder.iterdir()):
+        match = _LEFT.fullmatch(entry.name)
+        if match is None or not match[2].startswith(tuple(output_stems(output_name))):
+            continue
+        with suppress(OSError):  # another process may have been here first
+            changed = max(path.stat().st_mtime for path in (entry, *entry.rglob("*")))
+            if time.time() - changed < _ABANDONED:
+                continue
+            if match[1] == "old" and not (folder / match[2]).exists():
+                entry.rename(folder / match[2])
+            else:
+                _remove(entry)
 
 
 def check_output(output_dir: str | None, flag: str = "--output_dir") -> Path:

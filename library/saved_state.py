@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from library.checkpoint import atomic_write
+from library.checkpoint import atomic_write, output_stems
 from library.errors import UserError
 from library.offload_transport import overlapping
 
@@ -144,8 +144,9 @@ def _check_manifest(folder: Path) -> None:
 
 def newest_state(folder: Path, output_name: str | None) -> Path | None:
     """The whole state in `folder` that was saved last by runs called `output_name`; says which ones it passes over, and why."""
-    names = [output_name] if output_name else ["epoch", "at", "last"]
-    states = [path for name in names for path in folder.glob(f"{glob.escape(name)}-*state") if path.is_dir()]
+    states = [
+        path for name in output_stems(output_name) for path in folder.glob(f"{glob.escape(name)}-*state") if path.is_dir()
+    ]
     found = []
     for path in states:
         try:

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from library.checkpoint import (
     CheckpointWriter,
     atomic_write,
     check_output,
+    settle_leftovers,
 )
 from library.errors import UserError
 from library.optimizers import ParamGroup, create_optimizer
@@ -59,6 +61,21 @@ def test_a_folder_is_replaced_whole_and_nothing_else_is_left(tmp_path):
         atomic_write(tmp_path / "state", lambda path, name=name: write(path, name))
     assert names(tmp_path) == ["state"]
     assert names(tmp_path / "state") == ["second"]
+
+
+def test_what_a_killed_run_left_is_removed_an_hour_later_and_what_it_was_replacing_is_put_back(tmp_path):
+    (tmp_path / "tiny-2-state").mkdir()
+    left = [".tmp-7-tiny-1-state", ".old-7-tiny-2-state", ".old-7-tiny-3-state"]
+    for name in [*left, ".tmp-7-tiny-4-state", ".tmp-7-others-state", "tiny-5-state"]:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "optimizer.pt").write_text(name)
+        for path in (tmp_path / name / "optimizer.pt", tmp_path / name):
+            os.utime(path, (time.time() - 7200,) * 2)
+    os.utime(tmp_path / ".tmp-7-tiny-4-state" / "optimizer.pt")  # it is being written
+    settle_leftovers(tmp_path, "tiny")
+    kept = [".tmp-7-others-state", ".tmp-7-tiny-4-state", "tiny-2-state", "tiny-3-state", "tiny-5-state"]
+    assert names(tmp_path) == kept
+    assert (tmp_path / "tiny-3-state" / "optimizer.pt").read_text() == ".old-7-tiny-3-state"
 
 
 @pytest.mark.parametrize("is_folder", [False, True])
