@@ -165,6 +165,14 @@ def at_save(
     return {**metadata, "ss_training_finished_at": str(finished), "ss_steps": str(step), "ss_epoch": str(epoch)}
 
 
+def average_metadata(options: TrainOptions) -> dict[str, str]:
+    """What a file of averaged weights (`--ema`) says beside the keys of any other."""
+    average = options.average
+    if options.output.no_metadata:
+        return {}
+    return {"ss_ema": "True", "ss_ema_decay": str(average.ema_decay), "ss_ema_update_every": str(average.ema_update_every)}
+
+
 # ---- modelspec -------------------------------------------------------------------------------------------------------
 
 ADAPTERS = {"LoRA": "lora", "TextualInversion": "textual-inversion"}

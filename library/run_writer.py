@@ -6,6 +6,7 @@ import logging
 import secrets
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -19,7 +20,7 @@ from library.checkpoint import (
 )
 from library.image_losses import FILE as IMAGE_LOSSES
 from library.image_losses import merged, worst, write_table
-from library.metadata import BaseHashes, RunFacts, at_save, modelspec_metadata, network_metadata
+from library.metadata import BaseHashes, RunFacts, at_save, average_metadata, modelspec_metadata, network_metadata
 from library.optimizers import describe_optimizer
 from library.run_requests import SAMPLE, SAVE
 from library.run_setup import save_dtype
@@ -70,16 +71,18 @@ class FileMetadata:
             skip=options.output.no_metadata or self.network is None or not trainer.accelerator.is_main_process,
         )
 
-    def of_file(self) -> dict[str, str]:
-        """For a file saved now: `modelspec.*`, and for an adapter all `ss_*` keys."""
+    def of_file(self, *, averaged: bool = False) -> dict[str, str]:
+        """For a file saved now: `modelspec.*`, when it was saved, and for an adapter all `ss_*` keys; averaged: of `--ema`."""
         trainer, options = self.trainer, self.trainer.options
-        if self.network is None:
-            return modelspec_metadata(options, self.facts, "Checkpoint")
-        data = trainer.data.metadata(trainer.accelerator.num_processes)
-        metadata = network_metadata(cast("NetworkTrainOptions", options), self.facts, data, self.base)
+        own: dict[str, str] = {}
+        if self.network is not None:
+            data = trainer.data.metadata(trainer.accelerator.num_processes)
+            own = network_metadata(cast("NetworkTrainOptions", options), self.facts, data, self.base)
         epoch = trainer.state.epoch + (trainer.state.position > 0)
-        metadata = at_save(options, metadata, step=trainer.state.step, epoch=epoch)
-        return metadata | modelspec_metadata(options, self.facts, "LoRA")
+        own = at_save(options, own, step=trainer.state.step, epoch=epoch)
+        if averaged:
+            own |= average_metadata(options)
+        return own | modelspec_metadata(options, self.facts, "Checkpoint" if self.network is None else "LoRA")
 
 
 class RunWriter:
@@ -188,13 +191,13 @@ class RunWriter:
         trainer = self.trainer
         self._settle_uploads()
         self.tracker.flush()
-        metadata = self.metadata.of_file()
         dtype = save_dtype(trainer.options.precision)
         for averaged in (False, True) if trainer.average is not None else (False,):
+            metadata = self.metadata.of_file(averaged=averaged)
             with trainer.evaluating(averaged=averaged):
                 saved = self.files.save_model(
                     average_name(stem) if averaged else stem,
-                    lambda path: trainer.trainable.save(path, dtype=dtype, metadata=metadata),
+                    partial(trainer.trainable.save, dtype=dtype, metadata=metadata),
                 )
             if self.uploads is not None:
                 self.uploads.send_model(saved)
