@@ -12,7 +12,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import DistributedType, GradientAccumulationPlugin, InitProcessGroupKwargs, broadcast_object_list
+from accelerate.utils import (
+    DistributedType,
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+    broadcast_object_list,
+    parse_flag_from_env,
+)
 
 from library.errors import UserError
 from library.fp16_updates import Fp16GradScaler
@@ -31,6 +37,9 @@ DTYPES = {
     "fp16": torch.float16,
     "bf16": torch.bfloat16,
 }
+
+SHARDED = ("FSDP", "DEEPSPEED", "MEGATRON_LM")
+"""Launches of accelerate's in which each process holds a part of the weights, as its environment variables name them."""
 
 PLAIN_PROCESSES = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
 
@@ -56,6 +65,7 @@ def make_accelerator(options: TrainOptions) -> Accelerator:
     Accumulation is counted by the loop, which knows the true size of each update: a count from accelerate's own
     configuration would divide the loss a second time. Raises `UserError` for what this machine or launch cannot do.
     """
+    _check_launch()
     handlers: list[Any] = []
     if options.training.ddp_timeout:
         handlers.append(InitProcessGroupKwargs(timeout=timedelta(minutes=options.training.ddp_timeout)))
@@ -78,14 +88,26 @@ def make_accelerator(options: TrainOptions) -> Accelerator:
     if options.precision.full_fp16:
         accelerator.scaler = Fp16GradScaler(accelerator.device.type)
     if accelerator.distributed_type not in PLAIN_PROCESSES:
-        raise UserError(
-            f"the launch asks for {accelerator.distributed_type.value}, which is not implemented here yet. "
-            "Run `accelerate config` again and choose plain processes, or launch with --multi_gpu. Where memory is short, "
-            "--blocks_to_swap (FLUX), --fp8_base (adapters), 8-bit optimizers and --fused_backward_pass take less of it."
-        )
+        raise _unknown_launch(accelerator.distributed_type.value)
     if accelerator.device.type == "cpu":
         keep_freed_memory()
     return accelerator
+
+
+def _check_launch() -> None:
+    """Raise `UserError` for a launch that would share out the weights. On a CPU accelerate leaves that out by itself, and says
+    nothing."""
+    for kind in SHARDED:
+        if parse_flag_from_env(f"ACCELERATE_USE_{kind}"):
+            raise _unknown_launch(kind)
+
+
+def _unknown_launch(kind: str) -> UserError:
+    return UserError(
+        f"the launch asks for {kind}, which is not implemented here yet. "
+        "Run `accelerate config` again and choose plain processes, or launch with --multi_gpu. Where memory is short, "
+        "--blocks_to_swap (FLUX), --fp8_base (adapters), 8-bit optimizers and --fused_backward_pass take less of it."
+    )
 
 
 def keep_freed_memory() -> None:

@@ -159,13 +159,11 @@ def test_files_in_the_output_folder_ask_a_running_run(
     assert saved == states | {"tiny-step00000002.safetensors", "metrics.csv", "image_losses.csv"}
 
 
-def test_what_the_launcher_asks_for_and_is_not_there_is_refused(
-    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED"])
+def test_a_launch_that_would_share_out_the_weights_is_refused(
+    kind: str, workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from accelerate.utils import DistributedType
-
-    from library import run_setup
-
-    monkeypatch.setattr(run_setup, "PLAIN_PROCESSES", (DistributedType.MULTI_GPU,))
-    with pytest.raises(UserError, match="the launch asks for NO.*--blocks_to_swap"):
-        workspace.trainer("network", tmp_path)
+    """On a CPU accelerate itself would train in plain processes."""
+    monkeypatch.setenv(f"ACCELERATE_USE_{kind}", "true")
+    with pytest.raises(UserError, match=f"the launch asks for {kind}.*--blocks_to_swap"):
+        workspace.prepared("network", tmp_path)
