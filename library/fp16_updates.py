@@ -100,7 +100,7 @@ class Fp16Update(UpdateRule):
             "Use --full_bf16, or remove one of them."
         )
 
-    def before_last_backward(self, step: int, num_images: int) -> None:
+    def before_last_batch(self, step: int, num_images: int, backward: Callable[[], object] | None = None) -> None:
         self.steps.begin(step)
 
     def logs(self) -> dict[str, Tensor]:

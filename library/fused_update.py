@@ -2,14 +2,16 @@
 
 Gradients of all weights are then never held together. What that means:
 
-- The norm of all gradients is not known when a weight is stepped, so each gradient is clipped alone, as sd-scripts does.
-- With accumulation, weights are stepped in the last backward pass of an update. Until then gradients add up, and are all held.
+- The norm of all gradients is not known when a weight is stepped. `--fused_clip each` clips each gradient alone, as sd-scripts
+  does; with `all` the batch is computed twice, and the first time only its gradients' norms are kept.
+- With accumulation, weights are stepped in the last backward pass of an update. Until then gradients add up, and are all held:
+  so to clip the norm of all is the ordinary update, which takes no more memory.
 - Between processes, gradients are averaged one by one, in an order that all processes keep to, whatever their order of arrival.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -54,8 +56,14 @@ def make_update(
         rounding = Bf16Rounding(options.training.seed or 0, kahan=options.precision.bf16_update == "kahan")
     steps = SeparateSteps(inner, rounding)
     max_grad_norm = options.optimizer.max_grad_norm
-    if options.fused_backward:
-        return FusedBackwardUpdate(steps, parameters, max_grad_norm, processes)
+    held_anyway = max_grad_norm > 0 and options.training.gradient_accumulation_steps > 1
+    if options.fused_backward and not held_anyway:
+        if processes.count > 1 and options.family.swapped_blocks and options.optimizer.fused_clip == "all":
+            raise UserError(
+                "--fused_clip all on several processes cannot be used with --blocks_to_swap: gradients leave the device before "
+                "they are averaged. Use --fused_clip each or --max_grad_norm 0, or leave out one of the others."
+            )
+        return FusedBackwardUpdate(steps, parameters, max_grad_norm, processes, options.optimizer.fused_clip)
     return StandardUpdate(optimizer, max_grad_norm, accelerator, None if rounding is None else steps)
 
 
@@ -63,59 +71,88 @@ class FusedBackwardUpdate(UpdateRule):
     """Weights are stepped by hooks on their gradients. From its creation on, `parameters` are stepped by it alone."""
 
     def __init__(
-        self, steps: SeparateSteps, parameters: Sequence[nn.Parameter], max_grad_norm: float, processes: Processes
+        self,
+        steps: SeparateSteps,
+        parameters: Sequence[nn.Parameter],
+        max_grad_norm: float,
+        processes: Processes,
+        clip: str = "each",
     ) -> None:
+        """max_grad_norm: 0 does not clip. clip: what it is the limit of, `each` gradient or `all` together."""
         self.optimizer = steps.optimizer
         self.steps = steps
         self.parameters = parameters
         self.max_grad_norm = max_grad_norm
-        """Of each gradient alone; 0: no clipping."""
+        self.clips_all = max_grad_norm > 0 and clip == "all"
         self.processes = processes
+        self.norm: Tensor | None = None
+        """Of all gradients of the last step before clipping, where they are clipped together."""
+        self._norms: dict[int, Tensor] = {}
         self._order = list(reversed(parameters))
         """In which the processes average gradients. From the second update on, that in which the first process gets them."""
         self._arrived: dict[int, nn.Parameter] = {}
         self._arrivals_known = False
         self._turn = 0
-        self._stepping = False
+        self._take: Callable[[nn.Parameter], None] | None = None
+        """What is done with a gradient that is complete; None where gradients only add up."""
         self._share: Tensor | None = None
         for parameter in parameters:
             parameter.register_post_accumulate_grad_hook(self._on_gradient)
 
-    def before_last_backward(self, step: int, num_images: int) -> None:
+    def logs(self) -> dict[str, Tensor]:
+        return {} if self.norm is None else {"norm/gradient": self.norm}
+
+    def before_last_batch(self, step: int, num_images: int, backward: Callable[[], object] | None = None) -> None:
         self.steps.begin(step)
-        self._arrived, self._turn = {}, 0
         self._share = self.processes.share(num_images)
-        self._stepping = True
+        if self.clips_all and backward is not None:
+            self._begin_pass(self._measure)
+            backward()
+            self._end_pass()
+            norms = [self._norms.pop(id(p)).to(self.processes.device) for p in self.parameters if id(p) in self._norms]
+            self.norm = torch.linalg.vector_norm(torch.stack(norms))
+        self._begin_pass(self._step)
+
+    def _begin_pass(self, take: Callable[[nn.Parameter], None]) -> None:
+        self._arrived, self._turn, self._take = {}, 0, take
 
     def _on_gradient(self, parameter: Tensor) -> None:
-        if not self._stepping:
+        if self._take is None:
             return
         assert isinstance(parameter, nn.Parameter)
         if id(parameter) in self._arrived:
             raise RuntimeError("a weight got its gradient in two portions, but has been stepped after the first (reentrant?)")
         self._arrived[id(parameter)] = parameter
         if self._share is None:
-            self._step(parameter)
+            self._take(parameter)
         else:
-            self._step_those_whose_turn_it_is()
+            self._take_those_whose_turn_it_is()
 
-    def _step_those_whose_turn_it_is(self) -> None:
+    def _take_those_whose_turn_it_is(self) -> None:
         """A gradient may also be gone again: block swap takes it to main memory. Then it is left for after the pass."""
         while self._turn < len(self._order):
             parameter = self._order[self._turn]
             if parameter.requires_grad and (id(parameter) not in self._arrived or parameter.grad is None):
                 return
-            self._step_averaged(parameter)
+            self._take_averaged(parameter)
             self._turn += 1
 
-    def _step_averaged(self, parameter: nn.Parameter) -> None:
-        assert self._share is not None
+    def _take_averaged(self, parameter: nn.Parameter) -> None:
+        assert self._share is not None and self._take is not None
         average_gradients([parameter], self._share)
         if parameter.grad is not None:
-            self._step(parameter)
+            self._take(parameter)
+
+    def _measure(self, parameter: nn.Parameter) -> None:
+        assert parameter.grad is not None
+        self._norms[id(parameter)] = torch.linalg.vector_norm(parameter.grad, dtype=torch.float32)
+        parameter.grad = None
 
     def _step(self, parameter: nn.Parameter) -> None:
-        if self.max_grad_norm > 0:
+        if self.norm is not None:
+            norm = self.norm.to(parameter.device)
+            torch.nn.utils.clip_grads_with_norm_([parameter], self.max_grad_norm, norm)
+        elif self.max_grad_norm > 0:
             torch.nn.utils.clip_grad_norm_([parameter], self.max_grad_norm)
         self.steps.step([parameter])
         parameter.grad = None
@@ -123,16 +160,20 @@ class FusedBackwardUpdate(UpdateRule):
     def after_backward(self, parameters: Sequence[nn.Parameter]) -> Sequence[nn.Parameter]:
         """Step what could not be stepped on the way, so that nothing is left to average: with accumulation, weights that the
         last batch did not reach; on several processes, those whose turn has not come."""
-        self._stepping = False
+        self._end_pass()
+        return ()
+
+    def _end_pass(self) -> None:
+        assert self._take is not None
         if self._share is None:
             for parameter in self.parameters:
                 if parameter.grad is not None:
-                    self._step(parameter)
-            return ()
-        for parameter in self._order[self._turn :]:
-            self._step_averaged(parameter)
-        self._agree_on_the_order()
-        return ()
+                    self._take(parameter)
+        else:
+            for parameter in self._order[self._turn :]:
+                self._take_averaged(parameter)
+            self._agree_on_the_order()
+        self._take = None
 
     def _agree_on_the_order(self) -> None:
         if self._arrivals_known:

@@ -453,7 +453,7 @@ class _Simulation:
 
     def _give_state(self, trainer: Trainer) -> None:
         """The optimizer's state, which a first update leaves: a step with gradients that no pass has made."""
-        trainer.update_rule.before_last_backward(0, 1)
+        trainer.update_rule.before_last_batch(0, 1)
         for parameter in trainer.parameters:
             parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
         trainer.update_rule.after_backward(trainer.parameters)

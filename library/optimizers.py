@@ -289,9 +289,9 @@ class UpdateRule(ABC):
 
     optimizer: Optimizer
 
-    def before_last_backward(self, step: int, num_images: int) -> None:
-        """Gradients are complete after the backward pass that comes now. `step`: updates made before this one; `num_images`:
-        of this process in this update."""
+    def before_last_batch(self, step: int, num_images: int, backward: Callable[[], object] | None = None) -> None:
+        """Gradients are complete after the batch that comes now. `step`: updates made before this one; `num_images`: of this
+        process in this update; `backward`: computes the batch's gradients as they will be, to look at them beforehand."""
         return
 
     def after_backward(self, parameters: Sequence[nn.Parameter]) -> Sequence[nn.Parameter]:
@@ -354,7 +354,7 @@ class StandardUpdate(UpdateRule):
     def logs(self) -> dict[str, torch.Tensor]:
         return {} if self.norm is None else {"norm/gradient": self.norm}
 
-    def before_last_backward(self, step: int, num_images: int) -> None:
+    def before_last_batch(self, step: int, num_images: int, backward: Callable[[], object] | None = None) -> None:
         if self.steps is not None:
             self.steps.begin(step)
 

@@ -185,6 +185,11 @@ class OptimizerOptions:
     use_8bit_adam: bool = opt(False, "the same as --optimizer_type AdamW8bit")
     use_lion_optimizer: bool = opt(False, "the same as --optimizer_type Lion")
     fused_backward_pass: bool = opt(False, "step each weight as soon as its gradient is there, and free the gradient")
+    fused_clip: str = opt(
+        "each",
+        "what --max_grad_norm limits then: each gradient alone, as in sd-scripts, or all together (computes every batch twice)",
+        choices=("each", "all"),
+    )
 
     @property
     def name(self) -> str:

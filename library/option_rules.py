@@ -110,6 +110,12 @@ _QUANTIZED = (
     ),
 )
 
+
+def _clips_before_norm(o: TrainOptions) -> bool:
+    """Whether weights are stepped, and gradients to be clipped, before all gradients are there."""
+    return o.fused_backward and o.optimizer.max_grad_norm > 0 and o.training.gradient_accumulation_steps == 1
+
+
 _FUSED = (
     Rule(
         lambda o: o.fused_backward and o.precision.mixed_precision == "fp16",
@@ -122,9 +128,16 @@ _FUSED = (
         scope=NetworkTrainOptions,
     ),
     Rule(
-        lambda o: o.fused_backward and o.optimizer.max_grad_norm > 0,
+        lambda o: _clips_before_norm(o) and o.optimizer.fused_clip == "each",
         "--fused_backward_pass: the norm of all gradients is not known when a weight is stepped, so each weight's gradient is "
-        "clipped to --max_grad_norm {max_grad_norm} alone. --max_grad_norm 0 does not clip.",
+        "clipped to --max_grad_norm {max_grad_norm} alone, as in sd-scripts. --max_grad_norm 0 does not clip; --fused_clip all "
+        "clips the norm of all, and takes twice as long.",
+        warning=True,
+    ),
+    Rule(
+        lambda o: o.optimizer.fused_clip == "all" and not _clips_before_norm(o),
+        "--fused_clip all has no effect: without --fused_backward_pass, and with --gradient_accumulation_steps above 1, the "
+        "norm of all gradients is clipped in any case, and with --max_grad_norm 0 nothing is.",
         warning=True,
     ),
     Rule(

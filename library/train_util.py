@@ -11,6 +11,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from library.batch import TrainBatch
 from library.caching import Share, cache_latents, cache_text_outputs, check_latents
-from library.checkpoint import check_output
+from library.checkpoint import check_output, settle_leftovers
 from library.compiling import ComputePlan
 from library.dataset import TrainData, batches_per_rank, build_train_data, make_loader
 from library.errors import Interrupted, UserError
@@ -215,15 +216,13 @@ class Trainer:
         total = torch.zeros((), device=self.device)
         for offset, batch in enumerate(group):
             self.rng = self.rng.at((self.state.micro_step + offset) * self.processes.count + self.processes.rank)
-            seed_default_generators(self.rng.seed_of("default"), self.device)
-            found = self.batch_loss(batch.to(self.device))
+            backward = partial(self._backward, batch, len(batch) / images)
+            if offset == len(group) - 1:
+                self.update_rule.before_last_batch(self.state.step, images, backward)
+            found = backward()
             if self.image_losses is not None:
                 self.image_losses.push(batch.names, found.of_images, found.times)
-            loss = found.total * (len(batch) / images)
-            if offset == len(group) - 1:
-                self.update_rule.before_last_backward(self.state.step, images)
-            self.accelerator.backward(loss)
-            total += loss.detach()
+            total += found.total
         with self.memory.updating():
             left = self.update_rule.after_backward(self.parameters)
             total = self.processes.average(left, total, images, self.requests.poll())
@@ -234,6 +233,16 @@ class Trainer:
         if stepped:
             self.scheduler.step()
         return {"loss": total, **self.update_rule.logs(), **self.trainable.after_step()}
+
+    def _backward(self, batch: TrainBatch, share: float) -> BatchLoss:
+        """Gradients of the micro-batch that `rng` stands at, and its loss, times its share. Asked again, the same again."""
+        seed_default_generators(self.rng.seed_of("default"), self.device)
+        found = self.batch_loss(batch.to(self.device))
+        loss = found.total * share
+        if self.processes.count == 1:  # of several, all have to learn of it
+            self._check_finite(loss, [batch])
+        self.accelerator.backward(loss)
+        return found._replace(total=loss.detach())
 
     def _check_finite(self, loss: Tensor, group: Sequence[TrainBatch]) -> None:
         """Stop before weights are stepped with what is not a number. On a GPU nothing waits for it: there the tracker finds it
@@ -385,7 +394,9 @@ class PreparedRun:
         return bundle
 
     def previews(self) -> PreviewWriter:
-        return make_previews(self.family, self.strategies, self.options, self.accelerator)
+        run, processes = (self.family, self.strategies, self.options), self.accelerator
+        shared = {"rank": processes.process_index, "world": processes.num_processes}
+        return PreviewWriter.of(*run, processes.device, **shared, autocast=processes.autocast)
 
     def assemble(self, bundle: ModelBundle, previews: PreviewWriter) -> Trainer:
         """What learns, and the loop, on a model whose caches are filled."""
@@ -403,7 +414,7 @@ def prepare_run(family: ModelFamily, options: TrainOptions, mode: Mode) -> Prepa
     describe_optimizer(options.optimizer)
     check_update(options)
     check_average(options)
-    check_output(options.output.output_dir)
+    settle_leftovers(check_output(options.output.output_dir), options.output.output_name)
     check_trackers(options.logging)
     PreviewWriter.check(options.sampling)
     family.check(options)
@@ -486,20 +497,6 @@ def release_cached(data: TrainData, bundle: ModelBundle, learning: frozenset[str
     if all(dataset.text_cache is not None for dataset in data.image_datasets):
         for name in set(bundle.text_encoder_names) - learning:
             bundle.release(name)
-
-
-def make_previews(
-    family: ModelFamily, strategies: Strategies, options: TrainOptions, accelerator: Accelerator
-) -> PreviewWriter:
-    return PreviewWriter.of(
-        family,
-        strategies,
-        options,
-        accelerator.device,
-        rank=accelerator.process_index,
-        world=accelerator.num_processes,
-        autocast=accelerator.autocast,
-    )
 
 
 def run(family: ModelFamily, options: TrainOptions, mode: Mode) -> None:

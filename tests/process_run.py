@@ -1,6 +1,6 @@
 """One of several processes of a real run, for test_processes.py: runs each script's own `main` and notes what it saw.
 
-python process_run.py FOLDER, under torch's launcher. FOLDER/jobs.json holds [name, script, arguments, step to stop at] rows.
+accelerate launch process_run.py FOLDER. FOLDER/jobs.json holds [name, script, arguments, step to stop at] rows.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ def an_update(weights: torch.Tensor, max_grad_norm: float = 0.0) -> tuple[nn.Par
 
 
 def make_step(parameter: nn.Parameter, update: Fp16Update, loss: torch.Tensor, step: int) -> bool:
-    update.before_last_backward(step, 1)
+    update.before_last_batch(step, 1)
     update.accelerator.backward(loss)
     return update.step([parameter])
 

@@ -15,7 +15,7 @@ from library import watchdog
 from library.errors import UserError
 from library.image_losses import ImageLoss, ImageLosses, merged, worst, write_table
 from library.losses import image_means
-from library.watchdog import Watchdog
+from library.watchdog import DeviceMemory, Watchdog, spill_message
 
 
 @pytest.fixture(scope="module")
@@ -73,10 +73,11 @@ def test_masked_means_can_be_over_what_the_mask_leaves() -> None:
     assert image_means(error, mask, by_mask=True).tolist() == [3.0, 0.0]
 
 
+@pytest.mark.parametrize("flags", [[], ["--fused_backward_pass"]], ids=["ordinary", "fused"])
 def test_a_loss_that_is_no_number_stops_before_the_weights_change_and_names_its_pictures(
-    workspace: Workspace, tmp_path: Path
+    flags: list[str], workspace: Workspace, tmp_path: Path
 ) -> None:
-    trainer = workspace.trainer("network", tmp_path)
+    trainer = workspace.trainer("network", tmp_path, *flags)
     batch = trainer.data.train[(0, 0)]
     before = [parameter.detach().clone() for parameter in trainer.parameters]
     batch.loss_weights.fill_(float("nan"))
@@ -98,6 +99,37 @@ def test_a_run_that_becomes_slow_is_told_once(monkeypatch: pytest.MonkeyPatch, c
     assert logs == {"speed/steps_per_second": 0.5, "speed/images_per_second": 4.0}
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert "updates take 2.00 s now and took 1.00 s before" in caplog.text
+
+
+GIB = 2**30
+
+
+@pytest.mark.parametrize(
+    ("reserved", "free", "spilled"),
+    [(20.0, 3.5, 0), (23.7, 0.0, 0), (26.0, 0.1, 2.1), (24.0, 0.5, 0.5), (0.0, 24.0, 0)],
+)
+def test_memory_has_spilled_where_torch_holds_more_than_is_in_use(reserved: float, free: float, spilled: float) -> None:
+    """Of a GPU of 24 GiB."""
+    memory = DeviceMemory(int(reserved * GIB), int(free * GIB), 24 * GIB, 0)
+    assert memory.spilled == pytest.approx(spilled * GIB, abs=2)
+    message = spill_message(memory)
+    assert (message is not None) == (spilled > 0)
+    if message is not None:
+        assert f"{spilled} GiB at least" in message
+        assert "--blocks_to_swap" in message
+
+
+def test_a_spill_is_told_once_as_soon_as_it_is_seen(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(watchdog.time, "monotonic", lambda: 0.0)
+    readings = iter([DeviceMemory(20 * GIB, 2 * GIB, 24 * GIB, 0), *[DeviceMemory(30 * GIB, 0, 24 * GIB, 1)] * 2])
+    dog = Watchdog(torch.device("cpu"), lambda: next(readings))
+    for _ in range(watchdog.FIRST_LOOK + watchdog.WINDOW - 1):
+        dog.lap(1)
+    assert not caplog.records
+    for _ in range(watchdog.WINDOW + 1):
+        dog.lap(1)
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "spilled into main memory, 6.0 GiB at least" in caplog.text
 
 
 def test_code_that_is_compiled_again_late_in_a_run_is_told_once(

@@ -1,4 +1,6 @@
-"""Two processes on the CPU train as one would: same images, same weights, the gradient of all images together."""
+"""Two processes on the CPU train as one would: same images, same weights, the gradient of all images together.
+
+They are started as users do it, by `accelerate launch --num_processes 2`."""
 
 from __future__ import annotations
 
@@ -36,6 +38,7 @@ VARIANTS = {
     "swapped": ["--blocks_to_swap=2"],
     "swapped-fused": ["--blocks_to_swap=2", "--fused_backward_pass", "--gradient_checkpointing"],
 }
+CLIPPED = ["--max_train_steps=2", "--max_grad_norm=1e-3"]
 
 
 def jobs(workspace: Workspace, folder: Path) -> list[list[Any]]:
@@ -54,6 +57,8 @@ def jobs(workspace: Workspace, folder: Path) -> list[list[Any]]:
     for name, extra in VARIANTS.items():
         arguments = workspace.arguments("full", folder / name, *few, *cached, *extra)
         rows.append([name, workspace.script("full"), arguments, 0])
+    for name, extra in (("clipped", []), ("clipped-fused", ["--fused_backward_pass", "--fused_clip=all"])):
+        rows.append([name, workspace.script("full"), workspace.arguments("full", folder / name, *CLIPPED, *cached, *extra), 0])
     stopped = workspace.arguments("network", folder / "stopped", "--max_train_steps=50")
     return [*rows, ["stopped", network, stopped, STOP_AT]]
 
@@ -70,7 +75,8 @@ def finished(workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> 
     """The folder of all runs; they share one launch, since starting takes longer than training."""
     folder = tmp_path_factory.mktemp("runs")
     (folder / "jobs.json").write_text(json.dumps(jobs(workspace, folder)))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={WORLD}"]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", f"--num_processes={WORLD}"]
+    command = [*launch, "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0"]
     result = subprocess.run(
         [*command, str(ROOT / "tests" / "process_run.py"), str(folder)],
         cwd=ROOT,
@@ -137,6 +143,16 @@ def test_processes_end_alike_however_their_weights_are_stepped_and_moved(name: s
     expected = facts(finished, "plain")[0]["weights"]
     for process in facts(finished, name):
         runs.assert_same_tensors(process["weights"], expected)
+
+
+def test_processes_clip_the_norm_of_all_gradients_also_when_none_are_held(finished: Path) -> None:
+    expected, *others = (facts(finished, name)[rank]["weights"] for name in ("clipped", "clipped-fused") for rank in (0, 1))
+    for weights in others:
+        for name, value in expected.items():
+            torch.testing.assert_close(weights[name], value, atol=1e-7, rtol=1e-5)
+    assert runs.rows(finished / "clipped-fused", "norm/gradient") == pytest.approx(
+        runs.rows(finished / "clipped", "norm/gradient"), rel=1e-5
+    )
 
 
 def test_several_processes_resume_exactly(finished: Path) -> None:
