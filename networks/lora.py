@@ -139,8 +139,7 @@ class LoRA(LowRankAdapter):
         ):
             return super().adapted(x)
         assert isinstance(self.base, nn.Linear)
-        rows = self.rows or self.base.weight.shape[:1]
-        return linear_with_low_rank(self.base, x, *self.factors(), self.scale * self.multiplier, rows)
+        return linear_with_low_rank(self.base, x, *self.factors(), self.scale * self.multiplier, self.rows)
 
     @property
     def _is_plain(self) -> bool:

@@ -92,8 +92,11 @@ class LowRankAdapter(ExactAlpha, AdditiveAdapter):
         spatial = (1, 1) if isinstance(self.base, nn.Conv2d) else ()
         if not self.on_output:
             return self._adapted_by_columns(x, gains.view(-1, *spatial))
-        out, gains = self.base_forward(x), self.multiplier * gains
-        kept = (1 - self.multiplier + gains).to(out.dtype).view(-1, *spatial)  # of what the layer gives without its bias
+        out, kept = self.base_forward(x), gains  # of what the layer gives without its bias
+        if self.multiplier != 1:
+            gains = self.multiplier * gains
+            kept = 1 - self.multiplier + gains
+        kept = kept.to(out.dtype).view(-1, *spatial)
         if self.base.bias is None:
             return self._add_scaled(out * kept, x, gains)
         bias = self.base.bias.to(out.dtype).view(-1, *spatial)
@@ -142,9 +145,9 @@ class LowRankAdapter(ExactAlpha, AdditiveAdapter):
         """
         down, up = down.to(x.dtype), up.to(x.dtype)
         if isinstance(self.base, nn.Conv2d):
-            added = F.conv2d(self._drop(self._convolve(x, down), rank_dim=1) * strength, up)
+            added = F.conv2d(_times(self._drop(self._convolve(x, down), rank_dim=1), strength), up)
             return added if onto is None else onto + added.to(onto.dtype)
-        hidden = self._drop(F.linear(x, down), rank_dim=-1) * strength
+        hidden = _times(self._drop(F.linear(x, down), rank_dim=-1), strength)
         if onto is None:
             return F.linear(hidden, up)
         if onto.dtype != hidden.dtype:
@@ -185,6 +188,10 @@ class LowRankAdapter(ExactAlpha, AdditiveAdapter):
                 )
             state[name] = given.reshape(own.shape)
         self.load_state_dict(state)
+
+
+def _times(tensor: Tensor, factor: float) -> Tensor:
+    return tensor if factor == 1 else tensor * factor
 
 
 def without_core(tensors: Mapping[str, Tensor], core: str, a: str, b: str) -> dict[str, Tensor]:

@@ -11,18 +11,18 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-PIECE = 1024
-"""Rows of a weight in another dtype that are turned into float32 at a time."""
+PIECE = 2**24
+"""Numbers of a weight in another dtype that are turned into float32 at a time."""
 
 
 def row_squares(weight: Tensor, up: Tensor, down: Tensor) -> Tensor:
     """Squared norms [out] of the rows of weight [out, in] + up [out, r] @ down [r, in]."""
     inner = down @ down.T
     found = [
-        torch.linalg.vector_norm(rows, dim=1).square() + ((2 * (rows @ down.T) + part @ inner) * part).sum(1)
+        torch.linalg.vector_norm(rows, dim=1).square() + (torch.addmm(rows @ down.T, part, inner, beta=2) * part).sum(1)
         for rows, part in _pieces(weight, up)
     ]
-    return torch.cat(found).clamp(min=0)
+    return (found[0] if len(found) == 1 else torch.cat(found)).clamp(min=0)
 
 
 def column_squares(weight: Tensor, up: Tensor, down: Tensor) -> Tensor:
@@ -30,10 +30,11 @@ def column_squares(weight: Tensor, up: Tensor, down: Tensor) -> Tensor:
     squares, products = zip(
         *((torch.linalg.vector_norm(rows, dim=0).square(), rows.T @ part) for rows, part in _pieces(weight, up)), strict=True
     )
-    twice = 2 * torch.stack(products).sum(0) + down.T @ (up.T @ up)  # [in, r]
+    twice = torch.addmm(torch.stack(products).sum(0), down.T, up.T @ up, beta=2)  # [in, r]
     return (torch.stack(squares).sum(0) + (twice * down.T).sum(1)).clamp(min=0)
 
 
 def _pieces(weight: Tensor, up: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    for rows, part in zip(weight.split(PIECE), up.split(PIECE), strict=True):
+    step = max(PIECE // weight.shape[1], 1)
+    for rows, part in zip(weight.split(step), up.split(step), strict=True):
         yield rows.float(), part

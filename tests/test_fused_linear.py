@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
-from networks import fused_linear
+from networks import fused_linear, weight_norms
 from networks.lora import LoRA, LoRAArgs
 from networks.network_base import Layer, LayerSize
 from networks.weight_norms import column_squares, row_squares
@@ -147,8 +147,10 @@ def test_what_stands_between_layer_and_adapter_is_computed_apart(fused: list[str
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_norms_of_a_sum_are_found_without_it(dtype: torch.dtype) -> None:
-    weight, up, down = randn(2100, 7).to(dtype), randn(2100, 2, seed=1), randn(2, 7, seed=2)  # more rows than a piece has
+@pytest.mark.parametrize("piece", [100, 1000])
+def test_norms_of_a_sum_are_found_without_it(dtype: torch.dtype, piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weight_norms, "PIECE", piece)  # of 350 numbers
+    weight, up, down = randn(50, 7).to(dtype), randn(50, 2, seed=1), randn(2, 7, seed=2)
     whole = weight.float() + up @ down
     torch.testing.assert_close(row_squares(weight, up, down), whole.square().sum(1), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(column_squares(weight, up, down), whole.square().sum(0), atol=1e-5, rtol=1e-5)
