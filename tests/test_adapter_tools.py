@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import tiny
 import tiny_flux
+import tiny_lumina
 import tiny_sd3
 import tiny_sdxl
 import torch
@@ -45,6 +46,7 @@ WRITERS: dict[str, Callable[[Path], Path]] = {
     "sdxl": lambda folder: tiny_sdxl.write_checkpoint(folder / "sdxl.safetensors"),
     "flux": lambda folder: tiny_flux.write_flux_single(folder / "flux.safetensors"),
     "sd3": lambda folder: tiny_sd3.write_whole(folder / "sd3.safetensors"),
+    "lumina": lambda folder: tiny_lumina.write_single(folder / "lumina.safetensors"),
     "flux folder": lambda folder: tiny_flux.write_flux_folder(folder / "flux"),
 }
 
@@ -72,6 +74,7 @@ def some_layers(model: ModelOnDisk) -> list[str]:
         "img_attn_qkv",
         "linear1",
         "1_x_block_attn_qkv",
+        "layers_0_attention_qkv",
         "layers_1_self_attn_q_proj",
         "layers_0_mlp_fc1",
         "SelfAttention_v",

@@ -271,6 +271,19 @@ BAD = [
         ("no T5 in the model", "--t5xxl"),
         family="sd3",
     ),
+    Bad(
+        "an SD3 given to Lumina",
+        lambda f, w: [f"--pretrained_model_name_or_path={tiny_sd3.write_files(f)}"],
+        ("Stable Diffusion 3/3.5", "needs Lumina-Image-2.0", "sd3_train_network.py"),
+        family="lumina",
+    ),
+    Bad("Lumina without Gemma", lambda f, w: ["--no-gemma2"], ("does not hold all parts", "--gemma2"), family="lumina"),
+    Bad(
+        "a system prompt with its mark",
+        lambda f, w: ["--system_prompt=You are. <Prompt Start> "],
+        ("--system_prompt", "<Prompt Start>", "Remove it"),
+        family="lumina",
+    ),
     Bad("SD3 with the flag of another", lambda f, w: ["--v2"], ("--v2", "this model is a flow"), family="sd3"),
     Bad(
         "more blocks than there are",
