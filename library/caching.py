@@ -42,6 +42,7 @@ from library.cache_upkeep import prune_readings, remove_leftovers
 from library.dataset import TrainData, load_fitted, pixels_to_tensor
 from library.errors import UserError
 from library.family_base import LatentSpec, ModelBundle
+from library.file_index import in_turn
 from library.image_io import choose_crop, content_seed, listed
 from library.quarantine import BadFile
 from library.records import Record
@@ -56,7 +57,7 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-_THREADS = 4  # decode pictures or read cache files, beside the encoding
+_THREADS = 4  # decode pictures, beside the encoding
 _AHEAD = 2  # batches that are decoded while one is encoded
 
 # What both caches share
@@ -134,8 +135,7 @@ def needs_making(
     if options.cache.skip_cache_check:
         return [key for key, file in files.items() if not file.path.exists()]
     keys = list(files)
-    with ThreadPoolExecutor(_THREADS) as pool:
-        verdicts = list(pool.map(lambda key: files[key].check(fingerprints[key]), keys))
+    verdicts = in_turn(lambda key: files[key].check(fingerprints[key]), keys)
     _report({files[key].path: verdict for key, verdict in zip(keys, verdicts, strict=True)}, what)
     return [key for key, verdict in zip(keys, verdicts, strict=True) if not verdict.usable]
 

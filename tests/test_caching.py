@@ -297,6 +297,23 @@ def test_a_file_is_checked_by_its_headers_and_small_arrays(tmp_path: Path) -> No
     assert describe_npz(path) is None
 
 
+def test_small_arrays_are_described_as_numpy_reads_them(tmp_path: Path) -> None:
+    arrays = {
+        "text": np.array("a caption, é"),
+        "number": np.array(7),
+        "columns": np.asfortranarray(np.arange(6.0).reshape(2, 3)),
+        "empty": np.zeros((0, 4), np.float16),
+        "flags": np.array([True, False]),
+    }
+    write_npz(tmp_path / "x.npz", arrays)
+    described = describe_npz(tmp_path / "x.npz")
+    assert described is not None and described.keys() == arrays.keys()
+    for name, array in arrays.items():
+        assert described[name].dtype == array.dtype and np.array_equal(described[name], array)
+    np.savez(tmp_path / "y.npz", pickled=np.array([{}]))
+    assert describe_npz(tmp_path / "y.npz") is None
+
+
 def test_a_damaged_file_is_made_again(case: Case, caplog: pytest.LogCaptureFixture) -> None:
     case.latents(case.data(cache_latents_to_disk=True))
     path = case.folder / "img" / "p0_0064x0064_sd.npz"
