@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from library.dit_layers import Denoiser
+from library.dit_parts import DitLayout
 from library.dit_saving import DitCheckpoint
 from library.family_base import LatentSpec, ModelBundle, ModelFamily
 from library.model_loading import ModelOnDisk, lazy_bundle
-from library.model_parts import SaveSettings, enable_encoder_checkpointing
+from library.model_parts import Component, SaveSettings, enable_encoder_checkpointing
 from library.objectives import RectifiedFlow, range_and_huber
 from library.offload_plan import SwapDivision
 from library.quantized_layers import Quantizer
@@ -54,6 +55,8 @@ class DitFamily(ModelFamily):
         "model_prediction_type", "discrete_flow_shift",
     )  # fmt: skip
     """Options that saved networks are told as `ss_...`."""
+
+    layout: ClassVar[DitLayout]
 
     # ---- what a family says ------------------------------------------------------------------------------------------
 
@@ -107,6 +110,12 @@ class DitFamily(ModelFamily):
         model = self.describe(options)
         facts = {"tokenizers": self.tokenizers(options), "learning": frozenset(learning or ()), "saving": self.saving(options)}
         return lazy_bundle(model, options, device=device, dtype=dtype, learning=learning, quantizers=quantizers, facts=facts)
+
+    def open_denoiser(self, path: Path) -> Component:
+        return self.layout.open_denoiser(path)
+
+    def open_parts(self, path: Path, others: Mapping[str, Path]) -> Mapping[str, Component]:
+        return self.layout.open_parts(path, others)
 
     def enable_gradient_checkpointing(self, part: str, module: nn.Module) -> None:
         if isinstance(module, Denoiser):

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+from torch import nn
 
 from library.errors import UserError
-from library.key_layout import KeyMap
-from library.model_io import TensorSource, find_model, open_checkpoint, open_component
+from library.key_layout import IDENTITY, KeyMap
+from library.model_io import Shapes, TensorSource, empty_module, find_model, open_checkpoint, open_component
 from library.model_parts import Component
 from library.model_signatures import detect_family, detect_folder, require_family
 from library.vae_parts import VAE_PREFIX, open_vae
@@ -49,9 +52,17 @@ class DitLayout:
     """A tensor that every transformer of the family has, by its original name."""
     folder_names: Callable[[TensorSource], KeyMap]
     """The transformer of a diffusers folder -> original names <-> those there."""
+    network: Callable[[Any], nn.Module]
+    """Sizes -> the network."""
+    sizes: Callable[[Shapes], Any]
+    """Shapes of tensors under original names -> sizes."""
+    text_parts: Callable[[Any], Mapping[str, TextPart]]
+    """Sizes -> the text encoders, by part."""
     vae_scale: float
     vae_shift: float
     """Of latents, where no configuration says it."""
+    unused: tuple[str, ...] = field(default=(), kw_only=True)
+    """Patterns of the transformer's tensors that may be there without being used."""
     vae_flag: str = field(default="ae", kw_only=True)
     """What a file with the autoencoder is given as."""
     hub_files: tuple[str, ...] = field(default=(), kw_only=True)
@@ -83,6 +94,28 @@ class DitLayout:
                 return source, whole
         raise UserError(f"{path} lacks {self.first_key}: it is not a whole {self.title} transformer. Download it again.")
 
+    def transformer(self, source: TensorSource) -> Component:
+        """Of tensors under original names; its configuration is {"params": its sizes}."""
+        return Component(source, IDENTITY, {"params": self.sizes(source.shapes())}, self.make, optional=self.unused)
+
+    def make(self, config: Mapping[str, Any]) -> nn.Module:
+        """The network without weights."""
+        return empty_module(lambda: self.network(config["params"]))
+
+    def open_denoiser(self, path: Path) -> Component:
+        """The transformer of a file or a diffusers folder."""
+        return self.transformer(self.open_transformer(path)[0])
+
+    def open_parts(self, path: Path, others: Mapping[str, Path]) -> dict[str, Component]:
+        """The transformer, and the text encoders that are in the same file or folder or in the files `others`."""
+        source, whole = self.open_transformer(path)
+        denoiser = self.transformer(source)
+        known = self.text_parts(denoiser.config["params"])
+        found, _ = self.text_encoders(path, whole, others, known)
+        if unknown := others.keys() - found.keys():
+            raise UserError(f"{path} has no part {min(unknown)}. Its text encoders: {', '.join(known)}.")
+        return {"denoiser": denoiser, **found}
+
     def text_encoders(
         self, path: Path, whole: TensorSource | None, given: Mapping[str, Path], parts: Mapping[str, TextPart]
     ) -> tuple[dict[str, Component], list[str]]:
@@ -100,7 +133,13 @@ class DitLayout:
                 missing.append(f"--{name}")
         return found, missing
 
-    def other_parts(
+    def all_parts(self, path: Path, given: Mapping[str, Path]) -> tuple[dict[str, Component], TensorSource | None]:
+        """(the transformer and all other parts, the whole file or None for a folder). given: see `text_encoders`."""
+        source, whole = self.open_transformer(path)
+        denoiser = self.transformer(source)
+        return {"denoiser": denoiser, **self._others(path, whole, given, self.text_parts(denoiser.config["params"]))}, whole
+
+    def _others(
         self, path: Path, whole: TensorSource | None, given: Mapping[str, Path], parts: Mapping[str, TextPart]
     ) -> dict[str, Component]:
         """Text encoders and autoencoder: from their own files, else from the model's. One `UserError` lists all that lack."""

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from library.clip_tokenizer import load_clip_tokenizer
 from library.dit_family import DitFamily
 from library.dit_layers import image_ids
+from library.dit_parts import DitLayout
 from library.dit_text import find_tokenizers
 from library.family_base import SampleRequest
 from library.flux_models import Flux, pack, unpack
 from library.flux_saving import FluxCheckpoint
-from library.flux_utils import FLUX_LAYERS, TITLE, FluxModel, describe, open_denoiser, open_parts, text_parts
-from library.model_parts import Component
+from library.flux_utils import FLUX_LAYERS, LAYOUT, TITLE, FluxModel, describe
 from library.objectives import resolution_shift
 from library.quantization import LayerTable
 from library.sampling import flow_levels, guided_pair, sample_flow
@@ -55,6 +55,7 @@ class FluxFamily(DitFamily):
     title: ClassVar[str] = TITLE
     scripts: ClassVar[Mapping[str, str]] = {"network": "flux_train_network.py", "full": "flux_train.py"}
     arch: ClassVar[NetworkArch] = ARCH
+    layout: ClassVar[DitLayout] = LAYOUT
     quantized_layers: ClassVar[LayerTable] = FLUX_LAYERS
     flow_keys: ClassVar[tuple[str, ...]] = (*DitFamily.flow_keys, "guidance_scale")
 
@@ -65,7 +66,7 @@ class FluxFamily(DitFamily):
 
     def tokenizers(self, options: TrainOptions) -> dict[str, Path]:
         model = describe(options)
-        return find_tokenizers(options, model.path, text_parts(model.kind))
+        return find_tokenizers(options, model.path, LAYOUT.text_parts(model.params))
 
     def checkpoint(self, **contents: Any) -> FluxCheckpoint:
         return FluxCheckpoint(**contents)
@@ -100,12 +101,6 @@ class FluxFamily(DitFamily):
         }
 
     # ---- the model ---------------------------------------------------------------------------------------------------
-
-    def open_denoiser(self, path: Path) -> Component:
-        return open_denoiser(path)
-
-    def open_parts(self, path: Path, others: Mapping[str, Path]) -> Mapping[str, Component]:
-        return open_parts(path, others)
 
     def strategies(self, options: TrainOptions) -> Strategies:
         model = describe(options)

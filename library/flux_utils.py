@@ -6,17 +6,13 @@ import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
-
-from torch import nn
+from typing import TYPE_CHECKING, Literal
 
 from library.dit_parts import DitLayout, TextPart, check_channels, check_width, format_of, given_files, latent_scale
 from library.dit_text import clip_part, t5_part
 from library.errors import UserError
 from library.flux_models import Flux, FluxParams
 from library.flux_names import FLUX_DIFFUSERS
-from library.key_layout import IDENTITY
-from library.model_io import TensorSource, empty_module
 from library.model_parts import Component, stamp
 from library.quantization import LayerTable
 from library.strategy_dit import CLIP_L, T5XXL
@@ -41,12 +37,22 @@ VAE_SCALE, VAE_SHIFT = 0.3611, 0.1159
 
 Kind = Literal["dev", "schnell", "chroma"]
 
+
+def _text_parts(params: FluxParams) -> dict[str, TextPart]:
+    if params.approximator is not None:
+        return {T5XXL: t5_part("text_encoder")}
+    return {CLIP_L: clip_part(CLIP_L, "text_encoder"), T5XXL: t5_part("text_encoder_2")}
+
+
 LAYOUT = DitLayout(
     title=TITLE,
     script=SCRIPT,
     families=("flux", "chroma"),
     first_key="img_in.weight",
     folder_names=lambda source: FLUX_DIFFUSERS,
+    network=Flux,
+    sizes=FluxParams.of,
+    text_parts=_text_parts,
     vae_scale=VAE_SCALE,
     vae_shift=VAE_SHIFT,
     hub_files=(
@@ -94,48 +100,16 @@ def describe(options: TrainOptions) -> FluxModel:
 
 @functools.lru_cache(maxsize=4)
 def _describe(path: Path, given: tuple[tuple[str, Path], ...], state: object) -> FluxModel:
-    source, whole = LAYOUT.open_transformer(path)
-    denoiser = _transformer(source)
-    params: FluxParams = denoiser.config["params"]
+    parts, _ = LAYOUT.all_parts(path, dict(given))
+    params: FluxParams = parts["denoiser"].config["params"]
     if params.in_channels != params.out_channels:
         raise UserError(
             f"{path} takes {params.in_channels} channels and gives {params.out_channels}: a fill, depth or canny model, which "
             f"needs a picture beside the caption. {SCRIPT} trains text-to-image models."
         )
     kind: Kind = "chroma" if params.approximator else "dev" if params.guidance_embed else "schnell"
-    parts = {"denoiser": denoiser, **LAYOUT.other_parts(path, whole, dict(given), text_parts(kind))}
     _check_sizes(path, params, parts)
     return FluxModel(path=path, format=format_of(path), kind=kind, params=params, parts=parts)
-
-
-def open_denoiser(path: Path) -> Component:
-    """The transformer of a file or a diffusers folder."""
-    return _transformer(LAYOUT.open_transformer(path)[0])
-
-
-def _transformer(source: TensorSource) -> Component:
-    return Component(source, IDENTITY, {"params": FluxParams.of(source.shapes())}, _make_flux)
-
-
-def _make_flux(config: Mapping[str, Any]) -> nn.Module:
-    return empty_module(lambda: Flux(config["params"]))
-
-
-def text_parts(kind: Kind) -> dict[str, TextPart]:
-    if kind == "chroma":
-        return {T5XXL: t5_part("text_encoder")}
-    return {CLIP_L: clip_part(CLIP_L, "text_encoder"), T5XXL: t5_part("text_encoder_2")}
-
-
-def open_parts(path: Path, others: Mapping[str, Path]) -> dict[str, Component]:
-    """The transformer, and the text encoders that are in the same file or folder or in the files `others`."""
-    source, whole = LAYOUT.open_transformer(path)
-    denoiser = _transformer(source)
-    params: FluxParams = denoiser.config["params"]
-    found, _ = LAYOUT.text_encoders(path, whole, others, text_parts("chroma" if params.approximator else "dev"))
-    if unknown := others.keys() - found.keys():
-        raise UserError(f"{path} has no part {min(unknown)}. Its text encoders: {CLIP_L}, {T5XXL}; Chroma has {T5XXL} alone.")
-    return {"denoiser": denoiser, **found}
 
 
 def _check_sizes(path: Path, params: FluxParams, parts: Mapping[str, Component]) -> None:

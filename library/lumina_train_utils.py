@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from library.clip_tokenizer import find_tokenizer
 from library.dit_family import DitFamily
+from library.dit_parts import DitLayout
 from library.family_base import SampleRequest
 from library.gemma2_parts import GEMMA2_KIND, GEMMA2_TOKENIZER, GEMMA2_TOKENIZER_FOLDER, load_gemma2_tokenizer
 from library.lumina_models import Lumina
 from library.lumina_saving import LuminaCheckpoint
-from library.lumina_utils import GEMMA2, LUMINA_LAYERS, TITLE, LuminaModel, describe, open_denoiser, open_parts
-from library.model_parts import Component
+from library.lumina_utils import GEMMA2, LAYOUT, LUMINA_LAYERS, TITLE, LuminaModel, describe
 from library.quantization import LayerTable
 from library.sampling import Predict, flow_levels, sample_flow
 from library.strategy_base import Strategies
@@ -48,6 +48,7 @@ class LuminaFamily(DitFamily):
     title: ClassVar[str] = TITLE
     scripts: ClassVar[Mapping[str, str]] = {"network": "lumina_train_network.py", "full": "lumina_train.py"}
     arch: ClassVar[NetworkArch] = ARCH
+    layout: ClassVar[DitLayout] = LAYOUT
     quantized_layers: ClassVar[LayerTable] = LUMINA_LAYERS
 
     # ---- facts -------------------------------------------------------------------------------------------------------
@@ -83,12 +84,6 @@ class LuminaFamily(DitFamily):
         return 4.0
 
     # ---- the model ---------------------------------------------------------------------------------------------------
-
-    def open_denoiser(self, path: Path) -> Component:
-        return open_denoiser(path)
-
-    def open_parts(self, path: Path, others: Mapping[str, Path]) -> Mapping[str, Component]:
-        return open_parts(path, others)
 
     def strategies(self, options: TrainOptions) -> Strategies:
         model = describe(options)

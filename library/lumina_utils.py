@@ -6,17 +6,14 @@ import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from torch import nn
+from typing import TYPE_CHECKING
 
 from library.dit_parts import DitLayout, TextPart, check_channels, check_width, format_of, given_files, latent_scale
-from library.errors import UserError
 from library.gemma2_parts import WHOLE_PREFIX, open_gemma2
-from library.key_layout import IDENTITY, KeyMap
+from library.key_layout import KeyMap
 from library.lumina_models import Lumina, LuminaParams
 from library.lumina_names import lumina_key_map
-from library.model_io import TensorSource, empty_module
+from library.model_io import TensorSource
 from library.model_parts import Component, stamp
 from library.quantization import LayerTable
 
@@ -44,19 +41,24 @@ def _folder_names(source: TensorSource) -> KeyMap:
     return lumina_key_map(shapes["layers.0.attn.to_q.weight"][0] // shapes["layers.0.attn.to_k.weight"][0])
 
 
+_TEXT = {GEMMA2: TextPart(open_gemma2, "text_encoder", WHOLE_PREFIX)}
+
 LAYOUT = DitLayout(
     title=TITLE,
     script="lumina_train_network.py",
     families=("lumina",),
     first_key="x_embedder.weight",
     folder_names=_folder_names,
+    network=Lumina,
+    sizes=LuminaParams.of,
+    text_parts=lambda params: _TEXT,
+    unused=UNUSED,
     vae_scale=VAE_SCALE,
     vae_shift=VAE_SHIFT,
     hub_files=(
         "*.json", "*/*.json", "*/*.model", "transformer/*.safetensors", "vae/*.safetensors", "text_encoder/*.safetensors",
     ),
 )  # fmt: skip
-_TEXT = {GEMMA2: TextPart(open_gemma2, "text_encoder", WHOLE_PREFIX)}
 
 
 @dataclass(frozen=True)
@@ -85,34 +87,10 @@ def describe(options: TrainOptions) -> LuminaModel:
 
 @functools.lru_cache(maxsize=4)
 def _describe(path: Path, given: tuple[tuple[str, Path], ...], state: object) -> LuminaModel:
-    source, whole = LAYOUT.open_transformer(path)
-    denoiser = _transformer(source)
-    params: LuminaParams = denoiser.config["params"]
-    parts = {"denoiser": denoiser, **LAYOUT.other_parts(path, whole, dict(given), _TEXT)}
+    parts, _ = LAYOUT.all_parts(path, dict(given))
+    params: LuminaParams = parts["denoiser"].config["params"]
     _check_sizes(path, params, parts)
     return LuminaModel(path, format_of(path), params, parts)
-
-
-def open_denoiser(path: Path) -> Component:
-    """The transformer of a file or a diffusers folder."""
-    return _transformer(LAYOUT.open_transformer(path)[0])
-
-
-def open_parts(path: Path, others: Mapping[str, Path]) -> dict[str, Component]:
-    """The transformer, and the text encoder that is in the same file or folder or in the file of `others`."""
-    source, whole = LAYOUT.open_transformer(path)
-    found, _ = LAYOUT.text_encoders(path, whole, others, _TEXT)
-    if unknown := others.keys() - found.keys():
-        raise UserError(f"{path} has no part {min(unknown)}. Its text encoder is {GEMMA2}.")
-    return {"denoiser": _transformer(source), **found}
-
-
-def _transformer(source: TensorSource) -> Component:
-    return Component(source, IDENTITY, {"params": LuminaParams.of(source.shapes())}, _make_lumina, optional=UNUSED)
-
-
-def _make_lumina(config: Mapping[str, Any]) -> nn.Module:
-    return empty_module(lambda: Lumina(config["params"]))
 
 
 def _check_sizes(path: Path, params: LuminaParams, parts: Mapping[str, Component]) -> None:

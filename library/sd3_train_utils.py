@@ -15,17 +15,17 @@ from torch import Tensor, nn
 from library.clip_text import ClipCaptions
 from library.clip_tokenizer import load_clip_tokenizer
 from library.dit_family import DitFamily
+from library.dit_parts import DitLayout
 from library.dit_text import find_tokenizers
 from library.errors import UserError
 from library.family_base import LatentSpec, SampleRequest
-from library.model_parts import Component
 from library.objectives import RectifiedFlow, range_and_huber
 from library.quantization import LayerTable
 from library.run_plan import plan_of
 from library.sampling import guided_pair, sample_flow, shifted_levels
 from library.sd3_models import Sd3
 from library.sd3_saving import Sd3Checkpoint
-from library.sd3_utils import SD3_LAYERS, TEXT_PARTS, TITLE, Sd3Model, describe, open_denoiser, open_parts
+from library.sd3_utils import LAYOUT, SD3_LAYERS, TITLE, Sd3Model, describe
 from library.strategy_base import Strategies
 from library.strategy_dit import CLIP_G, CLIP_L, T5XXL
 from library.strategy_sd3 import (
@@ -60,6 +60,7 @@ class Sd3Family(DitFamily):
     title: ClassVar[str] = TITLE
     scripts: ClassVar[Mapping[str, str]] = {"network": "sd3_train_network.py", "full": "sd3_train.py"}
     arch: ClassVar[NetworkArch] = ARCH
+    layout: ClassVar[DitLayout] = LAYOUT
     quantized_layers: ClassVar[LayerTable] = SD3_LAYERS
     flow_keys: ClassVar[tuple[str, ...]] = (
         "weighting_scheme", "logit_mean", "logit_std", "mode_scale", "training_shift", "apply_lg_attn_mask",
@@ -78,7 +79,9 @@ class Sd3Family(DitFamily):
 
     def tokenizers(self, options: TrainOptions) -> dict[str, Path]:
         model = describe(options)
-        return find_tokenizers(options, model.path, {n: part for n, part in TEXT_PARTS.items() if n in model.parts})
+        return find_tokenizers(
+            options, model.path, {n: part for n, part in LAYOUT.text_parts(model.params).items() if n in model.parts}
+        )
 
     def checkpoint(self, **contents: Any) -> Sd3Checkpoint:
         return Sd3Checkpoint(**contents)
@@ -117,12 +120,6 @@ class Sd3Family(DitFamily):
         return 1.0 if model.is_turbo else _GUIDANCE[model.kind]
 
     # ---- the model ---------------------------------------------------------------------------------------------------
-
-    def open_denoiser(self, path: Path) -> Component:
-        return open_denoiser(path)
-
-    def open_parts(self, path: Path, others: Mapping[str, Path]) -> Mapping[str, Component]:
-        return open_parts(path, others)
 
     def strategies(self, options: TrainOptions) -> Strategies:
         model, folders = describe(options), self.tokenizers(options)

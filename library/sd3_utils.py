@@ -6,15 +6,13 @@ import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from torch import nn
+from typing import TYPE_CHECKING
 
 from library.dit_parts import DitLayout, TextPart, check_channels, check_width, format_of, given_files, latent_scale
 from library.dit_text import clip_part, t5_part
 from library.errors import UserError
-from library.key_layout import IDENTITY, KeyMap
-from library.model_io import TensorSource, count_indices, empty_module, find_model
+from library.key_layout import KeyMap
+from library.model_io import TensorSource, count_indices, find_model
 from library.model_parts import Component, stamp
 from library.quantization import LayerTable
 from library.sd3_models import Kind, Sd3, Sd3Params
@@ -48,6 +46,9 @@ LAYOUT = DitLayout(
     families=("sd3",),
     first_key="x_embedder.proj.weight",
     folder_names=_folder_names,
+    network=Sd3,
+    sizes=Sd3Params.of,
+    text_parts=lambda params: TEXT_PARTS,
     vae_scale=VAE_SCALE,
     vae_shift=VAE_SHIFT,
     vae_flag="vae",
@@ -97,34 +98,10 @@ def describe(options: TrainOptions) -> Sd3Model:
 
 @functools.lru_cache(maxsize=4)
 def _describe(path: Path, given: tuple[tuple[str, Path], ...], state: object) -> Sd3Model:
-    source, whole = LAYOUT.open_transformer(path)
-    denoiser = _transformer(source)
-    params: Sd3Params = denoiser.config["params"]
-    parts = {"denoiser": denoiser, **LAYOUT.other_parts(path, whole, dict(given), TEXT_PARTS)}
+    parts, whole = LAYOUT.all_parts(path, dict(given))
+    params: Sd3Params = parts["denoiser"].config["params"]
     _check_sizes(path, params, parts)
     return Sd3Model(path, format_of(path), params, parts, whole)
-
-
-def open_denoiser(path: Path) -> Component:
-    """The transformer of a file or a diffusers folder."""
-    return _transformer(LAYOUT.open_transformer(path)[0])
-
-
-def open_parts(path: Path, others: Mapping[str, Path]) -> dict[str, Component]:
-    """The transformer, and the text encoders that are in the same file or folder or in the files `others`."""
-    source, whole = LAYOUT.open_transformer(path)
-    found, _ = LAYOUT.text_encoders(path, whole, others, TEXT_PARTS)
-    if unknown := others.keys() - found.keys():
-        raise UserError(f"{path} has no part {min(unknown)}. Its text encoders: {', '.join(TEXT_PARTS)}.")
-    return {"denoiser": _transformer(source), **found}
-
-
-def _transformer(source: TensorSource) -> Component:
-    return Component(source, IDENTITY, {"params": Sd3Params.of(source.shapes())}, _make_sd3)
-
-
-def _make_sd3(config: Mapping[str, Any]) -> nn.Module:
-    return empty_module(lambda: Sd3(config["params"]))
 
 
 def _check_sizes(path: Path, params: Sd3Params, parts: Mapping[str, Component]) -> None:
