@@ -103,6 +103,20 @@ class ModelBundle:
 
 
 @dataclass(frozen=True)
+class SampleStart:
+    """Pictures that sampling begins from."""
+
+    latents: Tensor
+    """Normalized, [B, C, h, w]."""
+    strength: float
+    """Share of the steps that are made, more than 0: they are noised as much as the first of these begins at. 1: all."""
+
+    def skipped(self, steps: int) -> int:
+        """How many of `steps` are left out; one at least is made."""
+        return steps - max(1, int(steps * self.strength))
+
+
+@dataclass(frozen=True)
 class SampleRequest:
     """Pictures of one size, made together: their encoded prompts, a row for each, and what all of them share."""
 
@@ -117,6 +131,8 @@ class SampleRequest:
     """Of each picture: its noise is that of its seed, whatever pictures are made with it."""
     extra: Mapping[str, Any] = field(default_factory=dict)
     """The prompt line's family options (`flow_shift`, `renorm_cfg`, ...)."""
+    start: SampleStart | None = None
+    """None: noise alone."""
 
     @property
     def count(self) -> int:

@@ -161,6 +161,7 @@ class FluxFamily(DitFamily):
             (request.count, spec.channels, height, width),
             seed=request.seeds,
             device=device,
+            start=request.start,
         )
 
 

@@ -13,13 +13,16 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from PIL.Image import Image
 
 from library.checkpoint import check_output
 from library.compiling import ComputePlan
 from library.errors import UserError
-from library.family_base import ModelBundle, ModelFamily, family_class
+from library.family_base import ModelBundle, ModelFamily, SampleRequest, family_class
 from library.generation_options import GenerateOptions, PictureLine, model_options
+from library.image_io import decode, read_size
 from library.memory_policy import MemoryPlan
 from library.picture_files import PictureFiles, SheetPlan
 from library.picture_maker import PictureMaker
@@ -38,6 +41,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 ALL_NETWORKS = "all networks"
+_SOURCE_STEP = 64
+"""Sides of a picture that is started from are cut to multiples of it where no size is given, as in sd-scripts."""
 
 
 @dataclass(frozen=True)
@@ -194,6 +199,7 @@ class PictureRun:
         """By number."""
         request = self.maker.request(self.bundle, [one.line for one in batch], [one.seed for one in batch])
         try:
+            request, small = self._started(batch, request)
             made = self.maker.make(self.bundle, self.bundle.denoiser, request)
         except torch.OutOfMemoryError as error:
             raise UserError(
@@ -201,6 +207,8 @@ class PictureRun:
                 "Lower --batch_size or their size, or add --bf16, --quantize_base or --blocks_to_swap. "
                 f"({str(error).splitlines()[0]})"
             ) from error
+        for one, picture in zip(batch, small, strict=False):
+            self.files.write_small(picture, one.number, one.seed)
         uses = [[*self.networks.merged_uses, *map(_at_strength, self.networks.live_uses, one.strengths)] for one in batch]
         return {
             one.number: self.files.write(
@@ -208,6 +216,23 @@ class PictureRun:
             )
             for picture, one, networks in zip(made, batch, uses, strict=True)
         }
+
+    def _started(self, batch: Sequence[Picture], request: SampleRequest) -> tuple[SampleRequest, list[Image]]:
+        """With the picture to start from, and with a small picture of --highres_fix_scale that was made from it, or from noise,
+        for the start; small pictures that are to be saved."""
+        line, asked = batch[0].line, self.options.pictures
+
+        def begin(request: SampleRequest, pixels: Sequence[np.ndarray]) -> SampleRequest:
+            return self.maker.begin_from(self.bundle, pixels, request, line.strength)
+
+        source = [] if line.image_path is None else [decode(Path(line.image_path))[0]] * len(batch)
+        if asked.highres_fix_scale is None:
+            return begin(request, source) if source else request, []
+        step = self.maker.side_step
+        width, height = (max(step, int(side * asked.highres_fix_scale) // step * step) for side in (line.width, line.height))
+        smaller = replace(request, width=width, height=height, steps=asked.highres_fix_steps)
+        small = self.maker.make(self.bundle, self.bundle.denoiser, begin(smaller, source) if source else smaller)
+        return begin(request, [np.asarray(one) for one in small]), small if asked.highres_fix_save_1st else []
 
     def _typed(self) -> Iterator[list[PictureLine]]:
         """Prompts as they are typed in; what is wrong with one is told, and the next asked for."""
@@ -268,6 +293,10 @@ def _wrong(line: PictureLine, maker: PictureMaker, networks: int) -> Iterator[st
         yield f"--am has {len(line.network_mul or ())} strengths for {networks} networks that are not merged."
     if min([*(line.seeds or ()), line.seed or 0]) < 0:
         yield "a seed is at least 0."
+    if not 0 < line.strength <= 1:
+        yield f"strength {line.strength:g}: the share of the steps, more than 0 and at most 1."
+    if line.image_path is not None and not Path(line.image_path).is_file():
+        yield f"{line.image_path}: no such picture to start from."
     try:
         check_sampler(line.sample_sampler or "")
     except UserError as error:
@@ -275,12 +304,16 @@ def _wrong(line: PictureLine, maker: PictureMaker, networks: int) -> Iterator[st
 
 
 def _base_line(options: GenerateOptions, family: ModelFamily) -> PictureLine:
-    asked = options.pictures
+    asked, width, height = options.pictures, family.usual_side, family.usual_side
+    if asked.image_path is not None and Path(asked.image_path).is_file() and not (asked.W or asked.H):
+        width, height = (max(side // _SOURCE_STEP, 1) * _SOURCE_STEP for side in read_size(Path(asked.image_path)))
     return PictureLine(
         "",
         negative_prompt=asked.negative_prompt,
-        width=asked.W or family.usual_side,
-        height=asked.H or family.usual_side,
+        width=asked.W or width,
+        height=asked.H or height,
+        image_path=asked.image_path,
+        strength=asked.strength,
         sample_steps=asked.steps,
         scale=asked.scale,
         guidance_scale=asked.guidance,

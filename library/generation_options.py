@@ -65,6 +65,10 @@ class PictureLine(PromptLine):
     seeds: tuple[int, ...] | None = line_option("d", whole_numbers)
     network_mul: tuple[float, ...] | None = line_option("am", numbers)
     """Strengths of the networks that are not merged, in their order."""
+    image_path: str | None = line_option("i", str)
+    """A picture to start from."""
+    strength: float = line_option("t", float, 0.8)
+    """How far from it: the share of the steps that are made. Of --highres_fix_scale as well."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,6 +159,11 @@ class PictureOptions:
     n_iter: int = opt(1, "rounds over all prompts", minimum=1)
     iter_same_seed: bool = opt(False, "the same seeds for all prompts", inert="they have the same seeds in any case")
     batch_size: int = opt(1, "pictures that are made together", minimum=1)
+    image_path: str | None = opt(None, "picture to start from; its size is used unless --W and --H are given")
+    strength: float = opt(0.8, "how far from it, or from the small picture of --highres_fix_scale: share of the steps")
+    highres_fix_scale: float | None = opt(None, "make the picture at this share of its size first (0.5), and start from that")
+    highres_fix_steps: int = opt(28, "steps of the small picture", minimum=1)
+    highres_fix_save_1st: bool = opt(False, "save the small picture as well")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,7 +173,7 @@ class PictureFileOptions:
     outdir: str = opt("outputs", "folder for the pictures", aliases=("output_dir",))
     sequential_file_name: bool = opt(False, "number the files instead of naming them by time and seed")
     use_original_file_name: bool = opt(
-        False, "begin names with that of the source picture", inert="there are no source pictures"
+        False, "begin names with that of the source picture", inert="they are made of time and seed, or of numbers"
     )
     no_preview: bool = opt(False, "show no pictures in a window", inert="none are shown")
     grid: bool = opt(False, "also write all pictures in one, a row for each prompt, a column for each seed")
@@ -209,10 +218,13 @@ class PlannedPictureOptions:
     ae_dtype: str | None = opt(None, "format of the autoencoder", planned=True, instead="Use --no_half_vae for float32.")
     flux_dtype: str | None = opt(None, "format of the transformer", planned=True, instead=_PLANNED_FORMAT)
     from_module: str | None = opt(None, "module that makes the prompts", planned=True, instead="Write them to a --from_file.")
-    image_path: str | None = opt(None, "picture to start from", planned=True, instead=_PLANNED_PICTURE)
     mask_path: str | None = opt(None, "what of it is made anew", planned=True, instead=_PLANNED_PICTURE)
-    strength: float | None = opt(None, "how far from it", planned=True, instead=_PLANNED_PICTURE)
-    highres_fix_scale: float | None = opt(None, "begin smaller", planned=True, instead=_PLANNED_PICTURE)
+    highres_fix_latents_upscaling: bool = opt(
+        False, "enlarge latents instead of the picture", planned=True, instead="The small picture is enlarged. Remove it."
+    )
+    highres_fix_upscaler: str | None = opt(
+        None, "module that enlarges", planned=True, instead="Pictures are enlarged by Lanczos' filter. Remove it."
+    )
     guide_image_path: tuple[str, ...] | None = opt(None, "pictures for ControlNets", planned=True, instead=_PLANNED_PICTURE)
     control_net_models: tuple[str, ...] | None = opt(None, "ControlNets", planned=True, instead=_PLANNED_PICTURE)
     control_net_lllite_models: tuple[str, ...] | None = opt(None, "LLLites", planned=True, instead=_PLANNED_PICTURE)
@@ -335,6 +347,14 @@ RULES: tuple[Rule, ...] = (
         lambda o: not o.family.bounds_guidance and (o.pictures.cfg_trunc_ratio, o.pictures.renorm_cfg) != (None, None),
         "--cfg_trunc_ratio and --renorm_cfg have no effect: this model's guidance has no such bounds.",
         warning=True,
+    ),
+    Rule(
+        lambda o: o.pictures.highres_fix_scale is not None and not 0 < o.pictures.highres_fix_scale < 1,
+        "--highres_fix_scale {highres_fix_scale}: the share of the size at which the small picture is made, between 0 and 1.",
+    ),
+    Rule(
+        lambda o: o.pictures.highres_fix_scale is None and bool({"highres_fix_steps", "highres_fix_save_1st"} & o.explicit),
+        "--highres_fix_steps and --highres_fix_save_1st have no meaning without --highres_fix_scale.",
     ),
     Rule(lambda o: Path(o.files.outdir).is_file(), "--outdir {outdir}: is a file. Name a folder."),
 )

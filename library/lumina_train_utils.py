@@ -133,6 +133,7 @@ class LuminaFamily(DitFamily):
             (request.count, spec.channels, request.height // spec.stride, request.width // spec.stride),
             seed=request.seeds,
             device=device,
+            start=request.start,
         )
 
 

@@ -74,6 +74,11 @@ class PictureFiles:
             self._on_sheet[place] = picture
         return path
 
+    def write_small(self, picture: Image, number: int, seed: int) -> None:
+        """What a picture was started from, beside it."""
+        path = self.folder / f"{Path(self._name(number, seed)).stem}_1st.png"
+        atomic_write(path, lambda temporary: picture.save(temporary, format="PNG"))
+
     def write_sheet(self, plan: SheetPlan) -> Path:
         rows = [
             (label, [self._on_sheet[row, column] for column in range(len(plan.columns))]) for row, label in enumerate(plan.rows)
@@ -92,6 +97,7 @@ class PictureFiles:
             "Distilled CFG Scale": request.extra.get("guidance_scale"),
             "Seed": seed,
             "Size": f"{request.width}x{request.height}",
+            "Denoising strength": None if request.start is None else float(request.start.strength),
             **self._facts,
         }
 

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from library.family_base import ModelBundle, ModelFamily, SampleRequest
+from library.buckets import Placement, Size, cover
+from library.family_base import ModelBundle, ModelFamily, SampleRequest, SampleStart
+from library.image_io import choose_crop, fit
 from library.prompts import PromptLine, Side
 from library.strategy_base import Conditioning, Strategies
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from library.option_groups import TrainOptions
 
 
@@ -86,6 +90,19 @@ class PictureMaker:
             latents = self.family.sample(denoiser, request, self.options, self.device)
         return [to_picture(self.family.decode(bundle.vae, row, self.options)[0]) for row in latents.split(1)]
 
+    def begin_from(
+        self, bundle: ModelBundle, pictures: Sequence[np.ndarray], request: SampleRequest, strength: float
+    ) -> SampleRequest:
+        """The request with `pictures` (uint8 [h, w, 3], one for each of its own) for a start, at its size."""
+        spec = self.family.latent(self.options)
+        images = torch.stack([_resized(picture, (request.width, request.height)) for picture in pictures])
+        with torch.no_grad(), self.autocast():
+            rows = [
+                self.strategies.latents_caching.encode(bundle.vae, image, [seed])
+                for image, seed in zip(images.to(self.device).split(1), request.seeds, strict=True)
+            ]
+        return replace(request, start=SampleStart(spec.normalize(torch.cat(rows).to(self.device)), strength))
+
     def _encode(self, bundle: ModelBundle, side: Side, only: frozenset[str]) -> Conditioning:
         tokenizer = self.strategies.tokenize.for_negatives() if side.negative else self.strategies.tokenize
         tokens = {name: ids.to(self.device) for name, ids in tokenizer.tokenize([side.text]).items()}
@@ -102,6 +119,13 @@ class PictureMaker:
             return kept.to(self.device)
         live = self._encode(bundle, side, missing)
         return live if kept is None else kept.to(self.device).merged(live)
+
+
+def _resized(pixels: np.ndarray, size: Size) -> Tensor:
+    """uint8 [h, w, 3] of any size -> [3, H, W] in [-1, 1]; what is too wide or too high is cut off evenly."""
+    placement = Placement(size, cover((pixels.shape[1], pixels.shape[0]), size))
+    cut = fit(pixels, placement, choose_crop(placement), None)
+    return torch.from_numpy(cut.copy()).permute(2, 0, 1).float() / 127.5 - 1
 
 
 def to_picture(image: Tensor) -> Any:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from library.checkpoint import atomic_write
 from library.errors import UserError, suggest
-from library.family_base import ModelBundle, ModelFamily, SampleRequest
+from library.family_base import ModelBundle, ModelFamily, SampleRequest, SampleStart
 from library.lean_imports import diffusers_class
 from library.objectives import shift_time
 from library.picture_maker import PictureMaker, evaluation_mode
@@ -144,19 +144,39 @@ def _first_noise(shape: tuple[int, ...], generators: Sequence[torch.Generator]) 
 
 @torch.no_grad()
 def sample_diffusion(
-    predict: Predict, scheduler: Any, shape: tuple[int, ...], *, steps: int, seed: Seed, device: torch.device | str
+    predict: Predict,
+    scheduler: Any,
+    shape: tuple[int, ...],
+    *,
+    steps: int,
+    seed: Seed,
+    device: torch.device | str,
+    start: SampleStart | None = None,
 ) -> Tensor:
-    """Latents of `shape`, float32 on `device`, sampled in `steps` steps with `scheduler` (see `make_scheduler`)."""
+    """Latents of `shape`, float32 on `device`, sampled in `steps` steps with `scheduler` (see `make_scheduler`), or in those of
+    them that `start` leaves."""
     generators = _generators(seed)
-    latents = _first_noise(shape, generators).to(device)
+    noise = _first_noise(shape, generators).to(device)
     generator = generators[0] if len(generators) == 1 else generators
     scheduler.set_timesteps(steps, device=device)
-    latents = latents * scheduler.init_noise_sigma
+    latents, timesteps = _begin(scheduler, noise, steps, start)
     extra = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
-    for t in scheduler.timesteps:
+    for t in timesteps:
         prediction = predict(scheduler.scale_model_input(latents, t), t.expand(shape[0]))
         latents = scheduler.step(prediction.float(), t, latents, **extra).prev_sample
     return latents
+
+
+def _begin(scheduler: Any, noise: Tensor, steps: int, start: SampleStart | None) -> tuple[Tensor, Tensor]:
+    """The first latents, and the times that are left."""
+    if start is None:
+        return noise * scheduler.init_noise_sigma, scheduler.timesteps
+    first = start.skipped(steps) * scheduler.order  # some samplers have two times a step
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(first)
+    timesteps: Tensor = scheduler.timesteps[first:]
+    latents: Tensor = scheduler.add_noise(start.latents.to(noise), noise, timesteps[:1].expand(len(noise)))
+    return latents, timesteps
 
 
 def flow_levels(steps: int, shift: float) -> Tensor:
@@ -171,9 +191,21 @@ def shifted_levels(steps: int, shift: float) -> Tensor:
 
 
 @torch.no_grad()
-def sample_flow(velocity: Predict, levels: Tensor, shape: tuple[int, ...], *, seed: Seed, device: torch.device | str) -> Tensor:
-    """Latents of `shape`, float32 on `device`: Euler steps along the flow `velocity` (noise - data) through `levels`."""
+def sample_flow(
+    velocity: Predict,
+    levels: Tensor,
+    shape: tuple[int, ...],
+    *,
+    seed: Seed,
+    device: torch.device | str,
+    start: SampleStart | None = None,
+) -> Tensor:
+    """Latents of `shape`, float32 on `device`: Euler steps along the flow `velocity` (noise - data) through `levels`, or
+    through those of them that `start` leaves."""
     latents = _first_noise(shape, _generators(seed)).to(device)
+    if start is not None:
+        levels = levels[start.skipped(len(levels) - 1) :]
+        latents = torch.lerp(start.latents.to(latents), latents, float(levels[0]))
     for now, following in zip(levels.tolist(), levels[1:].tolist(), strict=False):
         t = torch.full((shape[0],), now, device=device)
         latents = latents + (following - now) * velocity(latents, t).float()

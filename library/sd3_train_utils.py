@@ -219,6 +219,7 @@ class Sd3Family(DitFamily):
             (request.count, spec.channels, request.height // spec.stride, request.width // spec.stride),
             seed=request.seeds,
             device=device,
+            start=request.start,
         )
 
 

@@ -159,6 +159,7 @@ class UnetFamily(ModelFamily):
             steps=request.steps,
             seed=request.seeds,
             device=device,
+            start=request.start,
         )
 
     def decode(self, vae: nn.Module, latents: Tensor, options: TrainOptions) -> Tensor:

@@ -108,6 +108,38 @@ def base(workspaces: Callable[[str], Workspace], tmp_path_factory: pytest.TempPa
     return get
 
 
+# ---- starting from a picture -------------------------------------------------------------------------------------------
+
+
+def test_a_picture_to_start_from_gives_its_size_and_is_told(
+    workspaces: Callable[[str], Workspace], base: Callable[[str], Path], tmp_path: Path
+) -> None:
+    workspace, source = workspaces("chroma"), tmp_path / "source.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (70, 130, 3), np.uint8)).save(source)
+    prompt = "--prompt=a red circle --s 4 --d 5 --l 3"
+    made = {}
+    for strength in ("0.25", "0.75"):
+        [made[strength]] = make(workspace, tmp_path / strength, prompt, f"--image_path={source}", f"--strength={strength}")
+    assert Image.open(made["0.25"]).size == (128, 64)
+    assert "Denoising strength: 0.25" in Image.open(made["0.25"]).text["parameters"]
+    assert farthest(*made.values()) > 0
+    [whole] = make(workspace, tmp_path / "whole", f"--prompt={PROMPT} --i {source} --t 1")
+    assert farthest(whole, base("chroma")) == 0  # at strength 1 a flow begins with noise alone
+
+
+def test_a_picture_is_made_small_first(workspaces: Callable[[str], Workspace], tmp_path: Path) -> None:
+    fix = ("--highres_fix_scale=0.5", "--highres_fix_steps=2", "--highres_fix_save_1st", "--sequential_file_name")
+    [path] = make(workspaces("sd"), tmp_path / "out", "--prompt=a circle --w 64 --h 128 --s 3 --d 5 --t 0.5", *fix)
+    small = path.with_name(f"{path.stem}_1st.png")
+    assert Image.open(path).size == (64, 128) and Image.open(small).size == (32, 64)
+    flags = ("--prompt=a circle --w 32 --h 64 --s 2 --d 5", "--sequential_file_name")
+    [alone] = make(workspaces("sd"), tmp_path / "alone", *flags)
+    assert farthest(alone, small) == 0
+    again = f"--prompt=a circle --w 64 --h 128 --s 3 --d 5 --t 0.5 --i {small}"
+    [second] = make(workspaces("sd"), tmp_path / "second", again)
+    assert farthest(second, path) == 0
+
+
 # ---- the same pictures as previews -----------------------------------------------------------------------------------
 
 
@@ -342,16 +374,16 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "an unknown sampler": (["--prompt=a --ss eulr"], "prompt 1: unknown sampler 'eulr'.*Did you mean 'euler'"),
     "a seed that is none": (["--prompt=a --d 1,x"], r"--d is '1,x', expected whole numbers separated by commas"),
     "a ControlNet": (["--prompt=a --cn x.png"], "no ControlNets here yet"),
+    "nothing to start from": (["--prompt=a --i absent.png"], "absent.png: no such picture to start from"),
+    "too strong": (["--prompt=a --t 1.5"], "strength 1.5: the share of the steps, more than 0 and at most 1"),
+    "a larger first picture": (["--prompt=a", "--highres_fix_scale=2"], "--highres_fix_scale 2.0: the share of the size"),
     "strengths without networks": (["--prompt=a --am 1"], "--am has 1 strengths for 0 networks"),
     "more strengths than networks": (["--prompt=a", "--network_mul=1"], "--network_mul has more values than there are"),
     "a network that is not there": (["--prompt=a", "--network_weights=missing.safetensors"], "does not exist"),
     "a strength that is none": (["--prompt=a", "--lora_weights=x.safetensors;y"], "expected file;strength"),
     "grid of nothing": (["--prompt=a", "--grid_networks"], "compares networks. Give some"),
     "two formats": (["--prompt=a", "--fp16", "--dtype=bf16"], "say the same. Keep one"),
-    "a source picture": (
-        ["--prompt=a", "--image_path=a.png"],
-        "not implemented here yet. Pictures are made from a prompt alone",
-    ),
+    "a mask": (["--prompt=a", "--mask_path=a.png"], "not implemented here yet. Pictures are made from a prompt alone"),
     "another family": (
         ["--prompt=a", "--family=flux"],
         "is Stable Diffusion 1.x, and this is to be a model of the family flux",

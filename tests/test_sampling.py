@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from library.errors import UserError
-from library.family_base import ModelBundle, family_class
+from library.family_base import ModelBundle, SampleStart, family_class
 from library.objectives import DiscreteDDPM
 from library.option_groups import ModelOptions, NetworkTrainOptions, OutputOptions, SamplingOptions, TrainingOptions
 from library.picture_maker import evaluation_mode
@@ -23,11 +23,13 @@ from library.prompts import PromptLine, parse_line, parse_prompts
 from library.sampling import (
     SCHEDULERS,
     PreviewWriter,
+    flow_levels,
     guided,
     guided_pair,
     make_scheduler,
     preview_due,
     sample_diffusion,
+    sample_flow,
 )
 
 # ---- prompts ---------------------------------------------------------------------------------------------------------
@@ -164,6 +166,40 @@ def test_every_sampler_reaches_the_picture_a_perfect_model_knows(name, zero_term
     latents = sample_diffusion(perfect_model(objective, x0), scheduler, (1, 1, 8, 8), steps=20, seed=3, device="cpu")
     assert latents.dtype == torch.float32
     assert (latents - x0).abs().max() < 0.12, (latents - x0).abs().max()
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_a_picture_to_start_from_is_noised_as_much_as_the_steps_that_are_left_begin_at(name):
+    needs(name)
+    objective, shape = DiscreteDDPM(), (1, 1, 8, 8)
+    x0 = torch.linspace(-2, 2, 64, dtype=torch.float64).view(shape)
+    model, seen = perfect_model(objective, x0), []
+
+    def predict(x: Tensor, t: Tensor) -> Tensor:
+        seen.append(model(x, t))
+        return seen[-1]
+
+    scheduler = make_scheduler(name, objective)
+    start = SampleStart(x0.float(), 0.3)
+    latents = sample_diffusion(predict, scheduler, shape, steps=20, seed=3, device="cpu", start=start)
+    torch.testing.assert_close(seen[0], torch.randn(shape, generator=torch.Generator().manual_seed(3)), atol=0.05, rtol=0.05)
+    assert 6 <= len(seen) <= 6 * scheduler.order + 1  # PNDM has one of its times twice
+    assert (latents - x0).abs().max() < 0.12
+
+
+def test_a_flow_goes_on_from_a_picture():
+    x0, seen = torch.linspace(-2, 2, 64).view(1, 1, 8, 8), []
+
+    def velocity(x: Tensor, t: Tensor) -> Tensor:
+        seen.append((x - (1 - t) * x0) / t)
+        return (x - x0) / t
+
+    levels = flow_levels(10, 3.0)
+    latents = sample_flow(velocity, levels, (1, 1, 8, 8), seed=3, device="cpu", start=SampleStart(x0, 0.4))
+    noise = torch.randn((1, 1, 8, 8), generator=torch.Generator().manual_seed(3))
+    assert len(seen) == 4
+    torch.testing.assert_close(seen[0], noise, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(latents, x0, atol=1e-5, rtol=1e-5)
 
 
 def test_k_names_are_the_same_samplers_and_unknown_ones_get_a_suggestion():
