@@ -27,9 +27,9 @@ def is_frozen_linear(layer: nn.Module, forward: Callable[..., Any] | None) -> bo
 
 
 def computed_dtype(x: Tensor) -> torch.dtype:
-    """What a Linear computes in for this input: autocast's dtype where it is on."""
+    """What a Linear computes in for this input: autocast's dtype where it is on. The meta device has none."""
     kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    return x.dtype if x.is_meta or not torch.is_autocast_enabled(kind) else torch.get_autocast_dtype(kind)
 
 
 def linear_with_low_rank(layer: nn.Linear, x: Tensor, down: Tensor, up: Tensor, strength: float, rows: Sequence[int]) -> Tensor:
