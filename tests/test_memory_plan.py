@@ -341,7 +341,9 @@ def test_checkpointing_comes_first_and_then_the_fewest_blocks(
 def test_quantising_comes_last_and_is_named(
     workspaces: dict[str, Workspace], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    arguments = [*LARGE_STEP, "--gradient_checkpointing", "--blocks_to_swap=2", "--no-cpu_offload_checkpointing"]
+    """Three pictures a batch: of more, what a quantised layer adds to the activations is more than its weights were."""
+    arguments = [*LARGE_STEP, "--train_batch_size=3"]
+    arguments += ["--gradient_checkpointing", "--blocks_to_swap=2", "--no-cpu_offload_checkpointing"]
     run = workspaces["deep"].prepared("network", tmp_path, *arguments, ROOMY)
     limit = needed(run, forecast(run)) - 1
     with caplog.at_level(logging.INFO):
