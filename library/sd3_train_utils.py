@@ -97,16 +97,24 @@ class Sd3Family(DitFamily):
             if getattr(flags, flag) and model.kind != "5-medium":
                 raise UserError(
                     f"--{flag} is for SD3.5 medium, whose table of positions was trained in all its parts, and {model.path} is "
-                    f"another model. Remove it."
+                    "another model. Remove it."
                 )
         frozen = getattr(flags, "num_last_block_to_freeze", None) or 0
         if frozen >= model.params.num_blocks:
             raise UserError(f"--num_last_block_to_freeze {frozen}: the model has {model.params.num_blocks} blocks.")
         if T5XXL not in model.parts:
-            learning = plan_of(options, "full" if hasattr(options, "full") else "network").learning_parts(self)
-            if T5XXL in learning:
-                raise UserError("train_t5xxl: there is no T5 in the model. Give one as --t5xxl, or remove it.")
-            logger.info("%s has no T5 and --t5xxl is not given: its part of the text is zeros", model.path)
+            self._check_without_t5(model, options)
+
+    def _check_without_t5(self, model: Sd3Model, options: TrainOptions) -> None:
+        if T5XXL in plan_of(options, "full" if hasattr(options, "full") else "network").learning_parts(self):
+            raise UserError(
+                "text encoders learn, T5 among them (train_t5xxl, or a foreign network), and there is no T5 in the model. Give "
+                "one as --t5xxl, or leave it out; --network_train_unet_only leaves out all."
+            )
+        logger.info("%s has no T5 and --t5xxl is not given: its part of the text is zeros", model.path)
+        for flag in ("t5_dropout_rate", "apply_t5_attn_mask"):
+            if getattr(options.family, flag):
+                logger.warning("--%s has no effect: there is no T5.", flag)
 
     def base_model_version(self, options: TrainOptions) -> str:
         return describe(options).kind

@@ -268,7 +268,7 @@ BAD = [
     Bad(
         "T5 that learns and is not there",
         lambda f, w: ["--no-t5xxl", "--network_args", "train_t5xxl=true"],
-        ("no T5 in the model", "--t5xxl"),
+        ("no T5 in the model", "--t5xxl", "train_t5xxl"),
         family="sd3",
     ),
     Bad(

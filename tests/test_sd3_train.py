@@ -182,14 +182,18 @@ def without_t5(workspace: Workspace) -> Workspace:
     return replace(workspace, case=replace(workspace.case, arguments=lambda folder: arguments))
 
 
-def test_a_model_without_t5_trains_as_with_zeros(workspace: Workspace, tmp_path: Path) -> None:
+def test_a_model_without_t5_trains_as_with_zeros(
+    workspace: Workspace, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     bare = without_t5(workspace)
-    trainer = bare.trainer("network", tmp_path / "bare", "--cache_text_encoder_outputs", "--network_train_unet_only")
+    flags = ("--cache_text_encoder_outputs", "--network_train_unet_only", "--apply_t5_attn_mask")
+    trainer = bare.trainer("network", tmp_path / "bare", *flags)
+    assert "--apply_t5_attn_mask has no effect: there is no T5" in caplog.text
     dropped = workspace.trainer("network", tmp_path / "zeros", "--network_train_unet_only", "--t5_dropout_rate=1")
     assert trainer.strategies.text_caching.conditioning is Sd3ClipConditioning
     with torch.no_grad():
         torch.testing.assert_close(trainer.loss(trainer.data.train[(0, 0)]), dropped.loss(dropped.data.train[(0, 0)]))
-    with pytest.raises(UserError, match="there is no T5 in the model. Give one as --t5xxl"):
+    with pytest.raises(UserError, match="there is no T5 in the model. Give one as --t5xxl, or leave"):
         bare.trainer("network", tmp_path / "x", "--network_module=networks.lora_sd3", "--network_args", "train_t5xxl=true")
 
 
