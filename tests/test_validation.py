@@ -147,8 +147,8 @@ def test_an_average_is_that_of_the_weights_after_each_step(mode: runs.Mode, work
         torch.testing.assert_close(value.double(), expected[name].double(), atol=1e-6, rtol=1e-5)
     raw = load_file(output / "tiny.safetensors")
     assert any(not torch.equal(value, averages[name]) for name, value in raw.items())
-    said = [open_checkpoint(output / f"{stem}.safetensors").metadata.get("ss_ema_decay") for stem in ("tiny", "tiny-ema")]
-    assert said == [None, "0.6"]
+    said = [open_checkpoint(output / f"{stem}.safetensors").metadata for stem in ("tiny", "tiny-ema")]
+    assert [(one.get("ss_ema_decay"), one["ss_steps"]) for one in said] == [(None, "3"), ("0.6", "3")]
 
 
 def test_averages_go_on_exactly_and_do_not_change_what_is_learned(workspace: Workspace, tmp_path: Path) -> None:
