@@ -1,10 +1,12 @@
-"""How much memory merging an adapter into a checkpoint takes, one JSON row.
+"""How much memory merging an adapter into a checkpoint takes, or taking one out of two checkpoints: one JSON row.
 
     python benchmarks/merge_memory.py [--double 2] [--single 4] [--rank 16] [--save_precision bf16]
+    python benchmarks/merge_memory.py --tool extract
 
 A FLUX.1 transformer of the published widths with a few blocks, in bf16, and a LoRA on every layer of them are written;
-`tools/merge_lora.py` runs in a fresh process that has its libraries imported already. `ratio` is the rise of the process's peak
-memory over the largest tensor in float32 plus the adapter; `share` is the rise over the model file.
+`tools/merge_lora.py`, or then `tools/extract_lora_from_models.py` on the model and the merged one, runs in a fresh process that
+has its libraries imported already. `ratio` is the rise of the process's peak memory over the largest tensor in float32 (of
+extraction: two of them, before and after) plus the adapter; `share` is the rise over the model file.
 """
 
 from __future__ import annotations
@@ -24,6 +26,8 @@ import facts  # noqa: E402
 from load_memory import clear_peak, peak_bytes  # noqa: E402
 
 LIMIT = 2.0
+FLOAT32_WEIGHTS = {"merge": 1, "extract": 2}
+"""Of the largest layer at the same time."""
 
 
 def write_files(folder: Path, double: int, single: int, rank: int) -> None:
@@ -66,17 +70,21 @@ def write_files(folder: Path, double: int, single: int, rank: int) -> None:
     save_file(adapter, folder / "lora.safetensors")
 
 
-def measure(folder: Path, save_precision: str | None) -> None:
+def measure(folder: Path, tool: str, rank: int, save_precision: str | None) -> None:
     """In the fresh process: prints bytes and seconds."""
     from library.model_layers import open_model
-    from tools import merge_lora
+    from tools import extract_lora_from_models, merge_lora
 
-    open_model(folder / "model.safetensors")  # what it imports
+    model, merged, lora = (str(folder / f"{name}.safetensors") for name in ("model", "merged", "lora"))
+    open_model(Path(model))  # what it imports
     clear_peak()
     before, start = peak_bytes(), time.perf_counter()
-    files = ["--model", str(folder / "model.safetensors"), "--models", str(folder / "lora.safetensors")]
     flags = ["--save_precision", save_precision] if save_precision else []
-    merge_lora.main([*files, "--save_to", str(folder / "merged.safetensors"), *flags])
+    if tool == "merge":
+        merge_lora.main(["--model", model, "--models", lora, "--save_to", merged, *flags])
+    else:
+        files = ["--model_org", model, "--model_tuned", merged, "--save_to", str(folder / "again.safetensors")]
+        extract_lora_from_models.main([*files, "--dim", str(rank), *flags])
     print(json.dumps({"rise": peak_bytes() - before, "seconds": round(time.perf_counter() - start, 1)}))
 
 
@@ -86,18 +94,20 @@ def main() -> None:
     parser.add_argument("--single", type=int, default=4, help="single blocks")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--save_precision")
+    parser.add_argument("--tool", choices=FLOAT32_WEIGHTS, default="merge")
     parser.add_argument("--inside", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.inside is not None:
-        measure(given.inside, given.save_precision)
+        measure(given.inside, given.tool, given.rank, given.save_precision)
         return
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_files(folder, given.double, given.single, given.rank)
-        command = [sys.executable, __file__, "--inside", name]
-        command += ["--save_precision", given.save_precision] if given.save_precision else []
-        printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-        found = json.loads(printed.splitlines()[-1])
+        for tool in ("merge", "extract")[: 1 + (given.tool == "extract")]:  # what is taken out has to be merged first
+            command = [sys.executable, __file__, "--inside", name, "--tool", tool, "--rank", str(given.rank)]
+            command += ["--save_precision", given.save_precision] if given.save_precision else []
+            printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+            found = json.loads(printed.splitlines()[-1])
         from library.model_io import open_checkpoint
 
         entries = open_checkpoint(folder / "model.safetensors").entries.values()
@@ -106,9 +116,9 @@ def main() -> None:
     row = {
         "commit": facts.commit(),
         "machine": facts.machine(),
-        "scenario": "merge_memory",
+        "scenario": f"{given.tool}_memory",
         "model": f"flux, {given.double}+{given.single} blocks, rank {given.rank}, written in {given.save_precision or 'bf16'}",
-        "ratio": round(found["rise"] / (largest + adapter), 3),
+        "ratio": round(found["rise"] / (largest * FLOAT32_WEIGHTS[given.tool] + adapter), 3),
         "limit": LIMIT,
         "share": round(found["rise"] / model, 3),
         "rise_mb": round(found["rise"] / 1e6),

@@ -69,7 +69,7 @@ def main(arguments: list[str] | None = None) -> None:
     for layer in _layers(original, tuned, given.conv_dim):
         change = _change(original, tuned, layer, torch.device(given.device))
         parts[layer.key] = layer.part
-        largest[layer.part] = max(largest.get(layer.part, 0.0), float(change.abs().max()))
+        largest[layer.part] = max(largest.get(layer.part, 0.0), float(torch.linalg.vector_norm(change, torch.inf)))
         found = extracted(change, rules[layer.is_spatial], layer.key, exact=given.exact)
         made[layer.key] = (clamped(found, given.clamp_quantile) if given.clamp_quantile < 1 else found).tensors()
     differ = {part for part, most in largest.items() if most > (0.0 if part == DENOISER else given.min_diff)}
@@ -98,7 +98,8 @@ def _change(original: ModelOnDisk, tuned: ModelOnDisk, layer: Layer, device: tor
     if before.numel() != after.numel():
         shapes = f"{tuple(before.shape)} in {original.path} and {tuple(after.shape)} in {tuned.path}"
         raise UserError(f"{layer.key} is {shapes}: another model.")
-    return (after.view(before.shape) - before).view(layer.module.weight.shape)
+    # in place: the tuned weight is read once, and a third one of this size would not be "a tensor at a time"
+    return after.view(before.shape).sub_(before).view(layer.module.weight.shape)
 
 
 if __name__ == "__main__":
