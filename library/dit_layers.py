@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -108,20 +109,31 @@ def image_ids(height: int, width: int, device: torch.device | str) -> Tensor:
 
 def rotate(x: Tensor, rotation: Rotation) -> Tensor:
     """Turn neighbouring pairs of x [B, H, L, K], computed in float32."""
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # [B, H, L, K / 2]
+    pairs = x.float().unflatten(-1, (-1, 2))
     cos, sin = rotation
-    turned = torch.addcmul(even * cos, odd, sin, value=-1), torch.addcmul(even * sin, odd, cos)
-    return torch.stack(turned, dim=-1).flatten(-2).to(x.dtype)
+    if torch.compiler.is_compiling() or x.device.type == "mps":  # complex numbers are not fused, or not there
+        even, odd = pairs.unbind(-1)  # [B, H, L, K / 2]
+        turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
+    else:  # one pass instead of five
+        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.complex(cos, sin))
+    return turned.flatten(-2).to(x.dtype)
 
 
 # ---- norms and modulation --------------------------------------------------------------------------------------------
 
 
+def _for_norms(x: Tensor) -> tuple[Tensor, AbstractContextManager[object]]:
+    """x as norms take it, and what they run under. On a GPU they compute in float32 and round once by themselves: autocast
+    would have them read, write and keep float32 copies, which takes several times as long. Elsewhere they sum up gradients in
+    the dtype of x, so that it has to be float32."""
+    return (x, torch.autocast("cuda", enabled=False)) if x.is_cuda else (x.float(), nullcontext())
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension, computed in float32."""
-    exact = x.float()
-    normed = exact * torch.rsqrt(exact.square().mean(-1, keepdim=True) + eps)
-    return (normed * weight.float()).to(x.dtype)
+    taken, context = _for_norms(x)
+    with context:
+        return F.rms_norm(taken, weight.shape, weight.to(taken.dtype), eps).to(x.dtype)
 
 
 class RMSNorm(nn.Module):
@@ -165,9 +177,17 @@ def layer_norm(width: int) -> nn.LayerNorm:
     return nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """x * (1 + scale) + shift in one pass. x [B, L, D]; shift and scale [B, 1, D]."""
-    return torch.addcmul(shift, x, 1 + scale)
+def modulated(norm: nn.LayerNorm, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """norm(x) * (1 + scale) + shift in one pass, computed in float32: each sample has them for the weights of the norm, which
+    has none of its own. x [B, L, D]; shift and scale [B, 1, D]."""
+    taken, context = _for_norms(x)
+    weights, biases = (1 + scale).to(taken.dtype), shift.to(taken.dtype)
+    with context:
+        samples = [
+            F.layer_norm(sample, norm.normalized_shape, weight[0], bias[0], norm.eps)
+            for sample, weight, bias in zip(taken, weights, biases, strict=True)
+        ]
+    return (torch.stack(samples) if len(samples) > 1 else samples[0].unsqueeze(0)).to(x.dtype)
 
 
 def gated(x: Tensor, gate: Tensor, change: Tensor) -> Tensor:

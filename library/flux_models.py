@@ -22,7 +22,7 @@ from library.dit_layers import (
     Rotation,
     gated,
     layer_norm,
-    modulate,
+    modulated,
     rotary_embedding,
     rotate,
     split_heads,
@@ -151,15 +151,15 @@ class DoubleStreamBlock(nn.Module):
     def forward(self, img: Tensor, txt: Tensor, vec: Tensor, rotation: Rotation, attend: Attention) -> tuple[Tensor, Tensor]:
         """img [B, L, D], txt [B, M, D]; vec: FLUX's embedding [B, D], or Chroma's vectors [B, 12, D]."""
         i, j = (vectors.split(1, dim=1) for vectors in self._vectors(vec))  # shift, scale, gate, twice; each [B, 1, D]
-        img_heads = self.img_attn.heads(modulate(self.img_norm1(img), i[0], i[1]))
-        txt_heads = self.txt_attn.heads(modulate(self.txt_norm1(txt), j[0], j[1]))
+        img_heads = self.img_attn.heads(modulated(self.img_norm1, img, i[0], i[1]))
+        txt_heads = self.txt_attn.heads(modulated(self.txt_norm1, txt, j[0], j[1]))
         q, k, v = (torch.cat(pair, dim=2) for pair in zip(txt_heads, img_heads, strict=True))  # [B, H, M+L, K]
         out = attend(rotate(q, rotation), rotate(k, rotation), v)
         txt_out, img_out = out.split([txt.shape[1], img.shape[1]], dim=1)
         img = gated(img, i[2], self.img_attn.proj(img_out))
-        img = gated(img, i[5], self.img_mlp(modulate(self.img_norm2(img), i[3], i[4])))
+        img = gated(img, i[5], self.img_mlp(modulated(self.img_norm2, img, i[3], i[4])))
         txt = gated(txt, j[2], self.txt_attn.proj(txt_out))
-        txt = gated(txt, j[5], self.txt_mlp(modulate(self.txt_norm2(txt), j[3], j[4])))
+        txt = gated(txt, j[5], self.txt_mlp(modulated(self.txt_norm2, txt, j[3], j[4])))
         return img, txt
 
     def _vectors(self, vec: Tensor) -> Sequence[Tensor]:
@@ -186,7 +186,7 @@ class SingleStreamBlock(nn.Module):
     def forward(self, x: Tensor, vec: Tensor, rotation: Rotation, attend: Attention) -> Tensor:
         """x [B, M+L, D]; vec: FLUX's embedding [B, D], or Chroma's vectors [B, 3, D]."""
         shift, scale, gate = (vec if self.modulation is None else self.modulation(vec)).split(1, dim=1)
-        qkv, hidden = self.linear1(modulate(self.pre_norm(x), shift, scale)).split(self.widths, dim=-1)
+        qkv, hidden = self.linear1(modulated(self.pre_norm, x, shift, scale)).split(self.widths, dim=-1)
         q, k, v = split_heads(qkv, self.num_heads)
         q, k = self.norm(q, k)
         out = attend(rotate(q, rotation), rotate(k, rotation), v)
@@ -206,7 +206,7 @@ class LastLayer(nn.Module):
         """x [B, L, D]; vec: FLUX's embedding [B, D], or Chroma's vectors [B, 2, D]."""
         vectors = self.adaLN_modulation(vec).unflatten(-1, (2, -1)) if hasattr(self, "adaLN_modulation") else vec
         shift, scale = vectors.split(1, dim=1)
-        out: Tensor = self.linear(modulate(self.norm_final(x), shift, scale))
+        out: Tensor = self.linear(modulated(self.norm_final, x, shift, scale))
         return out
 
 

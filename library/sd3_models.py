@@ -20,7 +20,7 @@ from library.dit_layers import (
     WeightRMSNorm,
     gated,
     layer_norm,
-    modulate,
+    modulated,
     split_heads,
     timestep_embedding,
 )
@@ -150,7 +150,7 @@ class SingleDiTBlock(nn.Module):
         x = gated(x, vectors[2], self.attn.proj(attended))
         if self.attn2 is not None and second is not None:
             x = gated(x, vectors[8], self.attn2.proj(second))
-        return gated(x, vectors[5], self.mlp(modulate(self.norm2(x), vectors[3], vectors[4])))
+        return gated(x, vectors[5], self.mlp(modulated(self.norm2, x, vectors[3], vectors[4])))
 
 
 class JointBlock(nn.Module):
@@ -165,12 +165,11 @@ class JointBlock(nn.Module):
         """x [B, L, D], context [B, M, D], vec [B, D]. The last block leaves the context as it is: nothing follows it."""
         image, text = self.x_block, self.context_block
         i, j = image.vectors(vec), text.vectors(vec)
-        normed = image.norm1(x)
-        x_heads = image.attn.heads(modulate(normed, i[0], i[1]))
-        context_heads = text.attn.heads(modulate(text.norm1(context), j[0], j[1]))
+        x_heads = image.attn.heads(modulated(image.norm1, x, i[0], i[1]))
+        context_heads = text.attn.heads(modulated(text.norm1, context, j[0], j[1]))
         q, k, v = (torch.cat(pair, dim=2) for pair in zip(context_heads, x_heads, strict=True))  # [B, H, M+L, K]
         context_out, x_out = attend(q, k, v).split([context.shape[1], x.shape[1]], dim=1)
-        second = None if image.attn2 is None else attend(*image.attn2.heads(modulate(normed, i[6], i[7])))
+        second = None if image.attn2 is None else attend(*image.attn2.heads(modulated(image.norm1, x, i[6], i[7])))
         x = image.after(x, x_out, i, second)
         return x, context if text.mlp is None else text.after(context, context_out, j)
 
@@ -197,7 +196,7 @@ class LastLayer(nn.Module):
     def forward(self, x: Tensor, vec: Tensor) -> Tensor:
         """x [B, L, D], vec [B, D]."""
         shift, scale = self.adaLN_modulation(vec).unflatten(-1, (2, -1)).split(1, dim=1)
-        out: Tensor = self.linear(modulate(self.norm_final(x), shift, scale))
+        out: Tensor = self.linear(modulated(self.norm_final, x, shift, scale))
         return out
 
 
