@@ -84,7 +84,9 @@ def train_and_resume(workspace: Workspace, mode: Mode, folder: Path, *flags: str
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize(("family", "workers"), [("sd", 0), ("sd", 2), ("sdxl", 0), ("flux", 2), ("chroma", 0), ("sd3", 2), ("lumina", 0)])
+@pytest.mark.parametrize(
+    ("family", "workers"), [("sd", 0), ("sd", 2), ("sdxl", 0), ("flux", 2), ("chroma", 0), ("sd3", 2), ("lumina", 0)]
+)
 def test_six_steps_and_four_more_are_ten(
     family: str, mode: Mode, workers: int, workspaces: dict[str, Workspace], tmp_path: Path
 ) -> None:
