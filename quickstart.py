@@ -222,9 +222,12 @@ def make_environment(environment: Environment) -> None:
 def install(environment: Environment, requirements: str) -> None:
     """pip install -r `requirements`. Everything pip says goes to the log; a failure becomes one line.
 
-    Most of what is installed is never imported, so that compiling it all would take longer than all the rest.
+    Most of what is installed is never imported, so that compiling it all would take longer than all the rest. What is imported
+    is compiled then, once, unless this is forbidden.
     """
-    command = [str(environment.python), "-m", "pip", "install", "--disable-pip-version-check", "--no-input", "--no-compile"]
+    command = [str(environment.python), "-m", "pip", "install", "--disable-pip-version-check", "--no-input"]
+    if not sys.dont_write_bytecode:
+        command.append("--no-compile")
     if supports_raw_progress(environment.python):
         command.append("--progress-bar=raw")
     command += ["-r", requirements]

@@ -162,7 +162,7 @@ def test_gradient_checkpointing_changes_nothing(
 MEMORY: dict[str, tuple[list[str], list[str]]] = {
     "swap": ([], ["--blocks_to_swap=2"]),
     "recomputing": (["--gradient_checkpointing"], ["--blocks_to_swap=2"]),
-    "bf16": (["--gradient_checkpointing", "--mixed_precision=bf16"], ["--blocks_to_swap=2"]),
+    "bf16": (["--gradient_checkpointing", "--mixed_precision=bf16", "--no_half_vae"], ["--blocks_to_swap=2"]),
     "offloading": (["--gradient_checkpointing"], ["--blocks_to_swap=2", "--cpu_offload_checkpointing"]),
     "fused": (["--gradient_checkpointing", "--fused_backward_pass"], ["--blocks_to_swap=2"]),
 }

@@ -250,7 +250,7 @@ OPTIMIZERS = {
     "AdamWScheduleFree": ["--optimizer_args", "warmup_steps=3"],
     "Lion8bit": [],
 }
-BF16 = ["--mixed_precision=bf16", "--full_bf16"]
+BF16 = ["--mixed_precision=bf16", "--full_bf16", "--no_half_vae"]
 UNCLIPPED = "--max_grad_norm=0"
 
 

@@ -77,7 +77,7 @@ def test_our_module_is_found_by_name() -> None:
     [
         (
             "networks.lore",
-            "there is no network module 'networks.lore'. Known: networks.lora, networks.lora_flux, networks.lora_fa",
+            "there is no network module 'networks.lore'. Known: networks.lora, networks.lora_flux, networks.lora_",
         ),
         ("nosuchpackage.kohya", "the package 'nosuchpackage' is not installed. Install it with: pip install nosuchpackage"),
         ("json", "'json' is not a network module: it has no create_network"),

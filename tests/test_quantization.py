@@ -416,7 +416,7 @@ def unquantised(workspaces: dict[str, Workspace], tmp_path_factory: pytest.TempP
     ("flags", "bound"),
     [
         (("--fp8_base",), 0.03),
-        (("--quantize_base=fp8_raw", "--mixed_precision=bf16", "--gradient_checkpointing"), 0.04),
+        (("--quantize_base=fp8_raw", "--mixed_precision=bf16", "--no_half_vae", "--gradient_checkpointing"), 0.04),
         (("--quantize_base=int8", "--quantized_compute=8bit"), 0.03),
         (("--quantize_base=nf4",), 0.1),
     ],

@@ -118,13 +118,13 @@ def test_six_steps_and_four_more_are_ten(
 @pytest.mark.parametrize(
     ("mode", "flags"),
     [
-        ("network", ["--mixed_precision=bf16", "--full_bf16", "--gradient_checkpointing"]),
+        ("network", ["--mixed_precision=bf16", "--no_half_vae", "--full_bf16", "--gradient_checkpointing"]),
         ("network", ["--network_args", "module_dropout=0.3", "rank_dropout=0.3", "--scale_weight_norms=0.01"]),
         ("network", ["--network_args", "ggpo_sigma=0.03", "ggpo_beta=0.01", "--gradient_checkpointing"]),
         ("full", ["--stop_text_encoder_training=2"]),
-        ("full", ["--mixed_precision=bf16", "--full_bf16"]),
-        ("full", ["--mixed_precision=bf16", "--full_bf16", "--bf16_update=kahan", "--fused_backward_pass"]),
-        ("full", ["--mixed_precision=bf16", "--full_bf16", "--optimizer_type=Adafactor"]),
+        ("full", ["--mixed_precision=bf16", "--no_half_vae", "--full_bf16"]),
+        ("full", ["--mixed_precision=bf16", "--no_half_vae", "--full_bf16", "--bf16_update=kahan", "--fused_backward_pass"]),
+        ("full", ["--mixed_precision=bf16", "--no_half_vae", "--full_bf16", "--optimizer_type=Adafactor"]),
         ("full", ["--fused_backward_pass", "--stop_text_encoder_training=2", "--gradient_accumulation_steps=2"]),
     ],
     ids=[
