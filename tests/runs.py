@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from library.family_base import family_class
+from library.unet_parts import make_unet
 
 if TYPE_CHECKING:
     from library.train_util import PreparedRun, Trainer
@@ -103,12 +104,9 @@ SHALLOW_SDXL = {
 
 def write_shallow(folder: Path, write_folder: Callable[[Path], Path], config: dict[str, Any]) -> Path:
     """A diffusers folder whose UNet has two levels, one of them with attention: few layers, of every kind."""
-    from diffusers import UNet2DConditionModel
-
     write_folder(folder / "model")
-    UNet2DConditionModel.from_config(config | {"block_out_channels": [32, 64], "layers_per_block": 1}).save_pretrained(
-        folder / "model" / "unet"
-    )
+    unet: Any = tiny.randomised(make_unet(config | {"block_out_channels": [32, 64], "layers_per_block": 1}), "shallow")
+    unet.save_pretrained(folder / "model" / "unet")
     return folder / "model"
 
 
