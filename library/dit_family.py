@@ -42,10 +42,6 @@ class DitModel(ModelOnDisk, Protocol):
     @property
     def params(self) -> DitParams: ...
 
-    @property
-    def latent_scale(self) -> tuple[float, float]:
-        """(scale, shift) of the autoencoder's latents."""
-
 
 class DitFamily(ModelFamily):
     """A transformer that predicts the velocity of a flow."""
@@ -83,6 +79,10 @@ class DitFamily(ModelFamily):
         return LatentSpec(
             channels=config.get("latent_channels", 16), stride=2 ** (len(config["block_out_channels"]) - 1), patch=2
         )
+
+    def latent_scale(self, options: TrainOptions) -> tuple[float, float]:
+        """(scale, shift) of the autoencoder's latents."""
+        return self.layout.latent_scale(self.describe(options).parts["vae"])
 
     def source_format(self, options: TrainOptions) -> str:
         return self.describe(options).format
@@ -143,7 +143,7 @@ class DitFamily(ModelFamily):
         )
 
     def decode(self, vae: nn.Module, latents: Tensor, options: TrainOptions) -> Tensor:
-        scale, shift = self.describe(options).latent_scale
+        scale, shift = self.latent_scale(options)
         return decode_latents(vae, latents / scale + shift)
 
     # ---- saving ------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from torch import nn
 from library.errors import UserError
 from library.key_layout import IDENTITY, KeyMap
 from library.model_io import Shapes, TensorSource, empty_module, find_model, open_checkpoint, open_component
-from library.model_parts import Component
+from library.model_parts import Component, stamp
 from library.model_signatures import detect_family, detect_folder, require_family
 from library.vae_parts import VAE_PREFIX, open_vae
 
@@ -116,6 +116,11 @@ class DitLayout:
             raise UserError(f"{path} has no part {min(unknown)}. Its text encoders: {', '.join(known)}.")
         return {"denoiser": denoiser, **found}
 
+    def latent_scale(self, vae: Component) -> tuple[float, float]:
+        """(scale, shift) of an autoencoder's latents; the family's where its configuration says none."""
+        own = vae.config.get("shift_factor")
+        return vae.config.get("scaling_factor", self.vae_scale), self.vae_shift if own is None else own
+
     def text_encoders(
         self, path: Path, whole: TensorSource | None, given: Mapping[str, Path], parts: Mapping[str, TextPart]
     ) -> tuple[dict[str, Component], list[str]]:
@@ -171,10 +176,9 @@ def format_of(path: Path) -> str:
     return "diffusers_safetensors" if path.is_dir() else "safetensors" if path.suffix == ".safetensors" else "ckpt"
 
 
-def latent_scale(vae: Component, scale: float, shift: float) -> tuple[float, float]:
-    """(scale, shift) of an autoencoder's latents; those given where its configuration says none."""
-    own = vae.config.get("shift_factor")
-    return vae.config.get("scaling_factor", scale), shift if own is None else own
+def files_now(path: Path, given: Mapping[str, Path]) -> tuple[Path, tuple[tuple[str, Path], ...], object]:
+    """What a description of the model is cached under: its files, and what is another as soon as one of them has changed."""
+    return path, tuple(given.items()), tuple(stamp(file) for file in (path, *given.values()))
 
 
 def text_tensors(path: Path, prefix: str) -> TensorSource:

@@ -108,7 +108,7 @@ class FluxFamily(DitFamily):
         folders = self.tokenizers(options)
         length = flags.t5xxl_max_token_length or (256 if model.kind == "schnell" else 512)
         conditioning: type[ChromaConditioning] = ChromaConditioning if model.kind == "chroma" else FluxConditioning
-        scale, shift = model.latent_scale
+        scale, shift = self.latent_scale(options)
         masked = _masks_text(model, flags)
         return Strategies(
             tokenize=FluxTokenizeStrategy(

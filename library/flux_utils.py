@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from library.dit_parts import DitLayout, TextPart, check_channels, check_width, format_of, given_files, latent_scale
+from library.dit_parts import DitLayout, TextPart, check_channels, check_width, files_now, format_of, given_files
 from library.dit_text import clip_part, t5_part
 from library.errors import UserError
 from library.flux_models import Flux, FluxParams
 from library.flux_names import FLUX_DIFFUSERS
-from library.model_parts import Component, stamp
+from library.model_parts import Component
 from library.quantization import LayerTable
 from library.strategy_dit import CLIP_L, T5XXL
 
@@ -79,17 +79,13 @@ class FluxModel:
         """Tokens of padding that are attended to where padding is hidden: Chroma was trained with one."""
         return 1 if self.kind == "chroma" else 0
 
-    @property
-    def latent_scale(self) -> tuple[float, float]:
-        return latent_scale(self.parts["vae"], VAE_SCALE, VAE_SHIFT)
-
 
 def describe(options: TrainOptions) -> FluxModel:
     """The model that `options` name, from headers and configuration files alone. Cached while the files are unchanged."""
     path = LAYOUT.find(options.model.pretrained_model_name_or_path)
     flags: FluxOptions = options.family
     given = given_files(flags, (CLIP_L, T5XXL, "ae"))
-    model = _describe(path, tuple(given.items()), tuple(stamp(file) for file in (path, *given.values())))
+    model = _describe(*files_now(path, given))
     if flags.model_type is not None and (flags.model_type == "chroma") != (model.kind == "chroma"):
         raise UserError(
             f"{path} is {'Chroma' if model.kind == 'chroma' else 'FLUX.1 ' + model.kind}, and --model_type says "

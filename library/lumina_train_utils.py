@@ -88,7 +88,7 @@ class LuminaFamily(DitFamily):
     def strategies(self, options: TrainOptions) -> Strategies:
         model = describe(options)
         flags: LuminaModelOptions = options.family
-        length, (scale, shift) = flags.token_length, model.latent_scale
+        length, (scale, shift) = flags.token_length, self.latent_scale(options)
         shapes = {"context": (length, model.parts[GEMMA2].config["hidden_size"]), "mask": (length,)}
         tokenizer = load_gemma2_tokenizer(self.tokenizers(options)[GEMMA2])
         return Strategies(

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from library.dit_parts import DitLayout, TextPart, check_channels, check_width, format_of, given_files, latent_scale
+from library.dit_parts import DitLayout, TextPart, check_channels, check_width, files_now, format_of, given_files
 from library.gemma2_parts import WHOLE_PREFIX, open_gemma2
 from library.key_layout import KeyMap
 from library.lumina_models import Lumina, LuminaParams
 from library.lumina_names import lumina_key_map
 from library.model_io import TensorSource
-from library.model_parts import Component, stamp
+from library.model_parts import Component
 from library.quantization import LayerTable
 
 if TYPE_CHECKING:
@@ -72,17 +72,13 @@ class LuminaModel:
     parts: Mapping[str, Component]
     """denoiser, gemma2, vae."""
 
-    @property
-    def latent_scale(self) -> tuple[float, float]:
-        return latent_scale(self.parts["vae"], VAE_SCALE, VAE_SHIFT)
-
 
 def describe(options: TrainOptions) -> LuminaModel:
     """The model that `options` name, from headers and configuration files alone. Cached while the files are unchanged."""
     path = LAYOUT.find(options.model.pretrained_model_name_or_path)
     flags: LuminaOptions = options.family
     given = given_files(flags, (GEMMA2, "ae"))
-    return _describe(path, tuple(given.items()), tuple(stamp(file) for file in (path, *given.values())))
+    return _describe(*files_now(path, given))
 
 
 @functools.lru_cache(maxsize=4)

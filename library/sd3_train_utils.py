@@ -74,7 +74,7 @@ class Sd3Family(DitFamily):
 
     def latent(self, options: TrainOptions) -> LatentSpec:
         """Stored latents are the VAE's own, as sd-scripts stores them."""
-        scale, shift = describe(options).latent_scale
+        scale, shift = self.latent_scale(options)
         return replace(super().latent(options), scale=scale, shift=shift, patch=describe(options).params.patch)
 
     def tokenizers(self, options: TrainOptions) -> dict[str, Path]:

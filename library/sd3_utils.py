@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from library.dit_parts import DitLayout, TextPart, check_channels, check_width, format_of, given_files, latent_scale
+from library.dit_parts import DitLayout, TextPart, check_channels, check_width, files_now, format_of, given_files
 from library.dit_text import clip_part, t5_part
 from library.errors import UserError
 from library.key_layout import KeyMap
 from library.model_io import TensorSource, count_indices, find_model
-from library.model_parts import Component, stamp
+from library.model_parts import Component
 from library.quantization import LayerTable
 from library.sd3_models import Kind, Sd3, Sd3Params
 from library.sd3_names import sd3_key_map
@@ -82,10 +82,6 @@ class Sd3Model:
         said = {} if self.whole is None else self.whole.metadata
         return any("turbo" in said.get(f"modelspec.{key}", "").lower() for key in ("title", "architecture"))
 
-    @property
-    def latent_scale(self) -> tuple[float, float]:
-        return latent_scale(self.parts["vae"], VAE_SCALE, VAE_SHIFT)
-
 
 def describe(options: TrainOptions) -> Sd3Model:
     """The model that `options` name, from headers and configuration files alone. Cached while the files are unchanged."""
@@ -93,7 +89,7 @@ def describe(options: TrainOptions) -> Sd3Model:
     given = given_files(options.family, tuple(TEXT_PARTS))
     if options.model.vae is not None:
         given["vae"] = find_model(options.model.vae, "--vae")
-    return _describe(path, tuple(given.items()), tuple(stamp(file) for file in (path, *given.values())))
+    return _describe(*files_now(path, given))
 
 
 @functools.lru_cache(maxsize=4)

@@ -169,13 +169,7 @@ def test_flux_trains_with_swapped_blocks_in_a_process_of_its_own(
 ) -> None:
     case = replace(CASES["flux"], write_model=CASES["flux"].write_swappable)
     flux = runs.make_workspace(case, tmp_path_factory.mktemp("flux"))
-    flags = [
-        "--max_train_steps=2",
-        "--mixed_precision=bf16",
-        "--no_half_vae",
-        "--blocks_to_swap=2",
-        "--cpu_offload_checkpointing",
-    ]
+    flags = ["--max_train_steps=2", *HALF, "--blocks_to_swap=2", "--cpu_offload_checkpointing"]
     result = run("flux_train.py", *flux.arguments("full", tmp_path / "out", *flags))
     assert result.returncode == 0, result.stderr[-3000:]
     assert "1 of 3 double blocks and 2 of 4 single blocks" in result.stderr
