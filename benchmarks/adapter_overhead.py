@@ -7,7 +7,9 @@ The layer is a frozen Linear whose input needs a gradient, as inside a model. Ev
 turns; `added` is the fastest time of a side less that of the bare layer, as a share of the bare layer's, and `cpu_added` the
 same of the processor's time. `ratio` is our LoRA's over peft's. On a GPU the calls are replayed from a CUDA graph, too, which
 leaves the GPU's own time (`gpu_added`). Adapters are in float32, as they are trained everywhere, and the layer computes in
---dtype, under autocast. --all: every algorithm of ours as well.
+--dtype, under autocast. --all: every algorithm of ours as well. --base: the layer is kept, and with `_8bit` multiplied, in few
+bits. `moved_mb`: what operators other than matrix products read and write in a pass, counted without computing: of a CPU or
+of a GPU without triton.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -41,6 +43,7 @@ OURS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 UNCAPTURED = {"oft", "boft"}
 """What solves equations, which a CUDA graph does not take."""
+BASES = ("fp8", "fp8_raw", "int8", "nf4", "fp8_8bit", "int8_8bit")
 PASSES = {"cpu": 1, "cuda": 10}
 """Forward and backward passes that are timed together."""
 
@@ -53,9 +56,20 @@ class Side(NamedTuple):
 
 
 def frozen(args: argparse.Namespace) -> nn.Linear:
+    from library.quantization import LayerTable
+    from library.quantized_layers import Quantizer, quantize
+
+    dtype = getattr(torch, args.dtype)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return nn.Linear(args.width, args.width).requires_grad_(False).to(args.device, getattr(torch, args.dtype))
+        layer = nn.Linear(args.width, args.width).requires_grad_(False).to(args.device, dtype)
+    if args.base is None:
+        return layer
+    shell, weight = nn.Sequential(layer), layer.weight
+    quantizer = Quantizer(args.base.removesuffix("_8bit"), LayerTable((r".*",)), eight_bit=args.base.endswith("_8bit"))
+    [(made, scheme)] = quantizer.replace_layers(shell, dtype).values()
+    made.fill(quantize(weight.detach(), scheme, "weight"), lambda: weight)
+    return cast(nn.Linear, made)
 
 
 def ours(name: str, args: argparse.Namespace) -> Side:
@@ -122,6 +136,27 @@ class Pass:
         return time.perf_counter() - start, time.process_time() - cpu
 
 
+def moved_mb(args: argparse.Namespace) -> dict[str, float]:
+    """Of a pass through the layer, bare and with our LoRA, from the shapes alone."""
+    from library.memory_tracker import MemoryTracker, simulated
+
+    found = {}
+    with simulated():
+        for name, side in (("bare", Side(frozen(args))), ("lora", ours("lora", args))):
+            one = Pass(side, *inputs(args))
+            with MemoryTracker() as tracker:
+                one.run()
+            found[name] = round(tracker.work.moved_bytes / 1e6, 1)
+    return found
+
+
+def inputs(args: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor]:
+    """One that needs a gradient, and a gradient of the output."""
+    shape, dtype = (1, args.tokens, args.width), getattr(torch, args.dtype)
+    x = torch.randn(shape, device=args.device, dtype=dtype, requires_grad=True)
+    return x, torch.randn(shape, device=args.device, dtype=dtype)
+
+
 Times = dict[str, list[float]]
 
 
@@ -135,9 +170,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     sides = {"bare": Side(frozen(args)), "peft": peft_lora(args), **{name: ours(name, args) for name in names}}
     if args.all:
         sides["peft_dora"] = peft_lora(args, use_dora=True)
-    dtype = getattr(torch, args.dtype)
-    x = torch.randn(1, args.tokens, args.width, device=args.device, dtype=dtype, requires_grad=True)
-    gradient = torch.randn(1, args.tokens, args.width, device=args.device, dtype=dtype)
+    x, gradient = inputs(args)
     passes = {name: Pass(side, x, gradient) for name, side in sides.items()}
     times: dict[str, Times] = {kind: {name: [] for name in sides} for kind in ("", "cpu_", "gpu_")}
     order = list(sides)
@@ -155,7 +188,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     found = {kind: added(kept) for kind, kept in times.items() if kept["bare"]}
     return {
         "benchmark": "adapter_overhead",
-        **{name: getattr(args, name) for name in ("width", "tokens", "rank", "rounds", "threads", "dtype")},
+        **{name: getattr(args, name) for name in ("base", "width", "tokens", "rank", "rounds", "threads", "dtype")},
+        "moved_mb": moved_mb(args),
         "bare_ms": round(min(times[""]["bare"][1:]) * 1000 / PASSES[args.device], 3),
         **{f"{kind}added": shares for kind, shares in found.items()},
         **{f"{kind}ratio": round(shares["lora"] / shares["peft"], 3) for kind, shares in found.items()},
@@ -168,9 +202,16 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--device", choices=PASSES, default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    parser.add_argument("--base", choices=BASES, help="how the layer is kept")
+    parser.add_argument("--count", action="store_true", help="time nothing: moved_mb of every base")
     parser.add_argument("--all", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    if args.count:
+        counts = {base or "plain": moved_mb(argparse.Namespace(**{**vars(args), "base": base})) for base in (None, *BASES)}
+        sizes = {name: getattr(args, name) for name in ("width", "tokens", "rank", "dtype")}
+        print(json.dumps({"benchmark": "adapter_overhead", **sizes, "moved_mb": counts, "commit": facts.commit()}))
+        return
     print(json.dumps({**measure(args), "commit": facts.commit(), "device": facts.machine()}))
 
 

@@ -32,6 +32,7 @@ import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 from library.compiling import ComputePlan  # noqa: E402
+from library.eight_bit import check_eight_bit  # noqa: E402
 from library.errors import UserError  # noqa: E402
 from library.family_base import ModelBundle  # noqa: E402
 from library.flux_models import Flux, FluxParams  # noqa: E402
@@ -41,7 +42,7 @@ from library.memory_policy import MemoryPlan, MemoryPolicy  # noqa: E402
 from library.model_io import TensorEntry, TensorSource, empty_module  # noqa: E402
 from library.model_parts import Component  # noqa: E402
 from library.optimizers import LearningRates  # noqa: E402
-from library.quantized_layers import Quantizer, check_eight_bit  # noqa: E402
+from library.quantized_layers import Quantizer  # noqa: E402
 from library.rng import keyed_generator  # noqa: E402
 from library.strategy_flux import FluxConditioning  # noqa: E402
 from networks import lora_flux  # noqa: E402

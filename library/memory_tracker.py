@@ -29,6 +29,8 @@ CUDA_ROUNDING = 512
 TEMPORARY = "activations"
 """What nobody has given another kind: activations, autograd's graph, and what operators hand to each other."""
 
+_MOVE_NOTHING = (torch.ops.prim.device.default, torch.ops.aten._unsafe_view.default)
+"""Beside views."""
 _READ_OUT = torch.ops.aten._local_scalar_dense.default
 _CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _CPU_ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -159,7 +161,7 @@ class MemoryTracker(TorchDispatchMode):
             backward = packet is _CPU_ATTENTION_BACKWARD
             q, k, v = args[1:4] if backward else args[:3]
             self.work.flops += attention_flops(q, k, v, products=5 if backward else 2)
-        elif not func.is_view:
+        elif not func.is_view and func not in _MOVE_NOTHING:
             read = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
             self.work.moved_bytes += sum(tensor.nbytes for tensor in (*read, *results))
 

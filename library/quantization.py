@@ -76,7 +76,7 @@ def quantize_grid(weight: Tensor, dtype: torch.dtype, grid: tuple[int, int]) -> 
     for tiles in weight.unflatten(0, (down, per_tile)).split(step):
         blocks = tiles.float().unflatten(2, (across, columns // across))  # [tiles, rows of one, across, columns of one]
         largest = blocks.abs().amax(dim=(1, 3))
-        scale = _power_of_two(largest / E4M3_MAX) if dtype == E4M3 else _or_one(largest / INT8_MAX)
+        scale = power_of_two_scale(largest)[0] if dtype == E4M3 else _or_one(largest / INT8_MAX)
         parts.append(StoredWeight(_round(blocks / scale[:, None, :, None], dtype).flatten(2), scale))
     return StoredWeight(torch.cat([part.stored for part in parts]).flatten(0, 1), torch.cat([part.scale for part in parts]))
 
@@ -91,11 +91,16 @@ def _or_one(scale: Tensor) -> Tensor:
     return torch.where(scale == 0, 1.0, scale)
 
 
-def _power_of_two(least: Tensor) -> Tensor:
-    """The smallest power of two that is not below `least`; 1 for 0; inf and NaN as they are."""
-    mantissa, exponent = torch.frexp(least)  # mantissa in [0.5, 1)
-    found = _or_one(torch.ldexp((mantissa != 0).float(), exponent - (mantissa == 0.5).int()))
-    return torch.where(least.isfinite(), found, least)  # frexp gives inf and NaN an exponent all the same
+def power_of_two_scale(largest: Tensor) -> tuple[Tensor, Tensor]:
+    """The least power of two that is not below largest / 448, and its inverse, both float32; inf and NaN have themselves for a
+    scale. largest: float32, at least 0; what is below 2^-117 counts as that.
+
+    Found from the bits, which every kernel gives alike: 448 is 1.75 * 2^8, so that it is the exponent of `largest` less 8, or
+    less 7 where the mantissa is above 1.75.
+    """
+    exponent = ((largest.view(torch.int32) + (0x7FFFFF - 0x600000)) >> 23).clamp(min=10) - 8  # as it is stored, 127 too high
+    scale, inverse = ((bits << 23).view(torch.float32) for bits in (exponent, 254 - exponent))
+    return torch.where(largest.isfinite(), scale, largest), inverse
 
 
 def as_grid(scale: Tensor, rows: int, columns: int) -> Tensor | None:

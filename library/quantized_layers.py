@@ -1,8 +1,7 @@
 """Linear and Conv2d layers whose frozen weight is kept in 8 or 4 bits, and their gradients.
 
 The weight is dequantised for each use, in the dtype that is computed in, and again in the backward pass: what autograd keeps is
-what is stored. With 8-bit compute a Linear multiplies in int8 or fp8 instead: inputs, and gradients in the backward pass, get a
-scale for each row (Dettmers et al. 2022, arXiv 2208.07339), and the scales of the weight's rows go into the gradient first.
+what is stored. With 8-bit compute a Linear multiplies in int8 or fp8 instead (`eight_bit`).
 """
 
 from __future__ import annotations
@@ -18,31 +17,25 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.nn.grad import conv2d_input
 
+from library.eight_bit import EightBit, is_multiplied
 from library.errors import UserError
-from library.quantization import E4M3, SCHEMES, LayerTable, StoredWeight, dequantize, requantize
-
-LEAST_ROWS = 17
-"""Fewer rows of input than this are not multiplied in 8 bits: cuBLAS does not."""
-WIDTH_STEP = {torch.int8: 8, E4M3: 16}
-"""What the sides of a matrix have to be multiples of to be multiplied in 8 bits."""
-
+from library.frozen_products import FrozenWeight, KeptLinear, Product, computed_dtype
+from library.quantization import SCHEMES, LayerTable, StoredWeight, dequantize, requantize
 
 # ---- dequantised products --------------------------------------------------------------------------------------------
 
 
-class _Linear(Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, stored: Tensor, scale: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
-        ctx.save_for_backward(stored, scale)
-        ctx.weight_shape = (out_features, x.shape[-1])
-        return F.linear(x, dequantize(StoredWeight(stored, scale), ctx.weight_shape, x.dtype), bias)
+@dataclass(frozen=True)
+class Dequantized(Product):
+    """The weight is made for each product, in the dtype of the input or the gradient, and never kept."""
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None, None]:
-        (gradient,) = gradients
-        weight = dequantize(StoredWeight(*ctx.saved_tensors), ctx.weight_shape, gradient.dtype)
-        return gradient @ weight, None, None, None, None
+    weight_shape: tuple[int, ...]
+
+    def forward(self, x: Tensor, bias: Tensor | None, *kept: Tensor) -> Tensor:
+        return F.linear(x, dequantize(StoredWeight(*kept), self.weight_shape, x.dtype), bias)
+
+    def of_input(self, gradient: Tensor, *kept: Tensor) -> Tensor:
+        return gradient @ dequantize(StoredWeight(*kept), self.weight_shape, gradient.dtype)
 
 
 @dataclass(frozen=True)
@@ -73,64 +66,6 @@ class _Conv2d(Function):
             ctx.input_shape, weight, gradient, kind.stride, kind.padding, kind.dilation, kind.groups
         )
         return of_input, None, None, None, None
-
-
-# ---- 8-bit products --------------------------------------------------------------------------------------------------
-
-
-def quantize_rows(x: Tensor, dtype: torch.dtype) -> StoredWeight:
-    """x [N, K] in int8 or e4m3, row after row in memory, and the scale of each row [N, 1]."""
-    # asked of torch, as a compiler takes numbers of a module for variables
-    limit = torch.finfo(dtype).max if dtype.is_floating_point else torch.iinfo(dtype).max
-    # a row of zeros: not the smallest number there is, whose scale compiled kernels would take for 0
-    largest = x.float().abs().amax(dim=1, keepdim=True).clamp(min=2**-100)
-    scale = largest / limit
-    scaled = x.float() / scale
-    rounded = scaled if dtype.is_floating_point else scaled.round()
-    return StoredWeight(rounded.clamp(-limit, limit).to(dtype, memory_format=torch.contiguous_format), scale)
-
-
-def _product(x: StoredWeight, matrix: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """[N, K] times [K, M], whose columns have the scales [1, M] -> [N, M]. matrix: column by column in memory, for cuBLAS."""
-    if matrix.dtype == torch.int8:
-        return (torch._int_mm(x.stored, matrix).float() * x.scale * scale).to(dtype)
-    out: Tensor = torch._scaled_mm(x.stored, matrix, scale_a=x.scale, scale_b=scale, out_dtype=torch.bfloat16)
-    return out.to(dtype)
-
-
-class _EightBitLinear(Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, stored: Tensor, scale: Tensor) -> Tensor:
-        """x [N, I], stored [O, I], scale [O, 1] -> [N, O]."""
-        ctx.save_for_backward(stored, scale)
-        return _product(quantize_rows(x, stored.dtype), stored.t(), scale.t().contiguous(), x.dtype)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        (gradient,), (stored, scale) = gradients, ctx.saved_tensors
-        rows = quantize_rows(gradient.float() * scale.t(), stored.dtype)
-        by_column = stored.t().contiguous().t()
-        ones = torch.ones(1, stored.shape[1], device=stored.device)
-        return _product(rows, by_column, ones, gradient.dtype), None, None
-
-
-def check_eight_bit(scheme: str, device: torch.device) -> None:
-    """Raise `UserError` where `device` cannot multiply what `scheme` stores.
-
-    Tried on a small matrix, as torch does not tell: its builds for Windows have no fp8 products with a scale for each row.
-    """
-    dtype, least = (E4M3, "8.9") if scheme.startswith("fp8") else (torch.int8, "8.0")
-    try:
-        ones = quantize_rows(torch.ones(32, 32, device=device), dtype)
-        _product(ones, ones.stored.t(), ones.scale.t().contiguous(), torch.bfloat16)
-    except RuntimeError as error:
-        found = torch.cuda.get_device_name(device) if device.type == "cuda" else f"'{device.type}'"
-        said, _, _ = str(error).partition(". ")
-        raise UserError(
-            f"--quantized_compute 8bit: {scheme} is multiplied by GPUs of compute capability {least} and later (fp8 not on "
-            f"Windows). This run uses {found}, and torch says: {said}. Leave --quantized_compute out."
-        ) from error
 
 
 # ---- layers ----------------------------------------------------------------------------------------------------------
@@ -169,10 +104,6 @@ class QuantizedLayer(nn.Module):
     def _stored_weight(self) -> StoredWeight:
         return StoredWeight(self.stored, self.scale)
 
-    def _input_dtype(self, x: Tensor) -> torch.dtype:
-        kind = x.device.type
-        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-
     @torch.no_grad()
     def change_weight(self, change: Callable[[Tensor], Tensor]) -> None:
         """Put change(weight), both float32 of the weight's shape, in the weight's place for good. It is computed from the
@@ -197,7 +128,7 @@ def end_merging(module: nn.Module) -> None:
             layer.exact = None
 
 
-class QuantizedLinear(QuantizedLayer, nn.Linear):  # type: ignore[override]
+class QuantizedLinear(QuantizedLayer, KeptLinear):  # type: ignore[override]
     """A frozen Linear."""
 
     def __init__(self, base: nn.Linear, dtype: torch.dtype, *, eight_bit: bool = False) -> None:
@@ -205,22 +136,10 @@ class QuantizedLinear(QuantizedLayer, nn.Linear):  # type: ignore[override]
         self.in_features, self.out_features = base.in_features, base.out_features
         self.eight_bit = eight_bit
 
-    def forward(self, input: Tensor) -> Tensor:
-        x = input.to(self._input_dtype(input))
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        if self.eight_bit and self._multiplies(x):
-            scale = self.scale.expand(self.out_features, 1)
-            rows = cast(Tensor, _EightBitLinear.apply(x.reshape(-1, self.in_features), self.stored, scale))
-            out = rows.view(*x.shape[:-1], self.out_features)
-            return out if bias is None else out + bias
-        return cast(Tensor, _Linear.apply(x, self.stored, self.scale, bias, self.out_features))
-
-    def _multiplies(self, x: Tensor) -> bool:
-        """Whether this layer and this many rows are ones that are multiplied in 8 bits."""
-        step = WIDTH_STEP.get(self.stored.dtype)
-        if step is None or self.scale.shape not in ((1, 1), (self.out_features, 1)):
-            return False
-        return x.numel() >= LEAST_ROWS * self.in_features and self.in_features % step == self.out_features % step == 0
+    def frozen_weight(self, rows: int) -> FrozenWeight:
+        kept = self._stored_weight
+        multiplied = self.eight_bit and is_multiplied(kept, rows)
+        return FrozenWeight(EightBit() if multiplied else Dequantized((self.out_features, self.in_features)), kept)
 
 
 class QuantizedConv2d(QuantizedLayer, nn.Conv2d):  # type: ignore[override]
@@ -241,7 +160,7 @@ class QuantizedConv2d(QuantizedLayer, nn.Conv2d):  # type: ignore[override]
             setattr(self, name, getattr(base, name))
 
     def forward(self, input: Tensor) -> Tensor:
-        x = input.to(self._input_dtype(input))
+        x = input.to(computed_dtype(input))
         bias = None if self.bias is None else self.bias.to(x.dtype)
         kind = _Convolution(self.weight_shape, self.stride, self.padding, self.dilation, self.groups)
         return cast(Tensor, _Conv2d.apply(x, self.stored, self.scale, bias, kind))

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Literal, cast
 
 import torch
 
+from library.eight_bit import check_eight_bit
 from library.errors import UserError
 from library.family_base import ModelBundle, ModelFamily
 from library.optimizers import LearningRates
 from library.quantization import TEXT_LAYERS
-from library.quantized_layers import Quantizer, check_eight_bit
+from library.quantized_layers import Quantizer
 from library.run_setup import compute_dtype, learning_dtype
 from library.trainable import (
     DENOISER,

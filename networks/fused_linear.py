@@ -1,4 +1,4 @@
-"""A frozen Linear and a low-rank weight beside it as one operation, forward and backward.
+"""A frozen Linear, quantised or not, and a low-rank weight beside it as one operation, forward and backward.
 
 Both products go into one output, y = x W^T + b and then y += (s x A^T) B^T in place, and so do both gradients of the input. By
 themselves they would each be a tensor of the output's or the input's size, written, read and added up again. What backward
@@ -16,20 +16,19 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from library.frozen_products import KeptLinear, Product, computed_dtype, frozen_weight
+
 COMPUTED = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def is_frozen_linear(layer: nn.Module, forward: Callable[..., Any] | None) -> bool:
-    """Whether `forward`, of `layer`, is torch's own, of a weight that does not learn."""
-    if getattr(forward, "__func__", None) is not nn.Linear.forward or not isinstance(layer, nn.Linear):
+    """Whether `forward`, of `layer`, is a Linear's own, of a weight that does not learn."""
+    if not isinstance(layer, nn.Linear):
         return False
-    return not layer.weight.requires_grad and (layer.bias is None or not layer.bias.requires_grad)
-
-
-def computed_dtype(x: Tensor) -> torch.dtype:
-    """What a Linear computes in for this input: autocast's dtype where it is on. The meta device has none."""
-    kind = x.device.type
-    return x.dtype if x.is_meta or not torch.is_autocast_enabled(kind) else torch.get_autocast_dtype(kind)
+    known = KeptLinear if isinstance(layer, KeptLinear) else nn.Linear
+    if getattr(forward, "__func__", None) is not known.forward or (layer.bias is not None and layer.bias.requires_grad):
+        return False
+    return known is KeptLinear or not layer.weight.requires_grad
 
 
 def linear_with_low_rank(layer: nn.Linear, x: Tensor, down: Tensor, up: Tensor, strength: float, rows: Sequence[int]) -> Tensor:
@@ -38,7 +37,9 @@ def linear_with_low_rank(layer: nn.Linear, x: Tensor, down: Tensor, up: Tensor, 
     down [parts * r, in], up [out, r]; where there are `rows` [parts] of `up`, each part has a rank-sized space for itself.
     """
     dtype = computed_dtype(x)
-    return cast(Tensor, _LinearWithLowRank.apply(x, layer.weight, layer.bias, down, up, strength, tuple(rows), dtype))
+    bias = None if layer.bias is None else layer.bias.to(dtype)
+    product, kept = frozen_weight(layer, x.numel() // x.shape[-1], dtype)
+    return cast(Tensor, _LinearWithLowRank.apply(x, bias, down, up, strength, tuple(rows), dtype, product, *kept))
 
 
 def _parts(rows: Sequence[int], rank: int) -> Iterator[tuple[slice, slice]]:
@@ -61,20 +62,21 @@ class _LinearWithLowRank(Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        weight: Tensor,
         bias: Tensor | None,
         down: Tensor,
         up: Tensor,
         strength: float,
         rows: tuple[int, ...],
         dtype: torch.dtype,
+        product: Product,
+        *kept: Tensor,
     ) -> Tensor:
-        needs_x, _, _, needs_down, needs_up, *_ = ctx.needs_input_grad
-        ctx.strength, ctx.rows, ctx.shape = strength, rows, x.shape
+        needs_x, _, needs_down, needs_up, *_ = ctx.needs_input_grad
+        ctx.strength, ctx.rows, ctx.shape, ctx.product = strength, rows, x.shape, product
         ctx.dtypes = x.dtype, down.dtype, up.dtype
         flat = x.to(dtype).reshape(-1, x.shape[-1])  # [N, in]
-        weight, down, up = weight.to(dtype), down.to(dtype), up.to(dtype)
-        out = F.linear(flat, weight, None if bias is None else bias.to(dtype))
+        down, up = down.to(dtype), up.to(dtype)
+        out = product.forward(flat, bias, *kept)
         hidden = F.linear(flat, down)  # [N, parts * r]
         if strength != 1:
             hidden *= strength
@@ -84,10 +86,10 @@ class _LinearWithLowRank(Function):
             out[:, outputs].addmm_(hidden[:, ranks], up[outputs].t())
         ctx.save_for_backward(
             flat if needs_down else None,
-            weight if needs_x else None,
             down if needs_x else None,
             up if needs_x or needs_down else None,
             hidden if needs_up else None,
+            *(tensor if needs_x else None for tensor in kept),
         )
         # a view would not let who comes next change it in place
         return cast(Tensor, torch.ops.aten._unsafe_view(out, (*x.shape[:-1], out.shape[-1])))
@@ -95,7 +97,7 @@ class _LinearWithLowRank(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        flat, weight, down, up, hidden = ctx.saved_tensors
+        flat, down, up, hidden, *kept = ctx.saved_tensors
         gradient = gradients[0].reshape(-1, gradients[0].shape[-1])  # [N, out]
         of_x = of_down = of_up = None
         if hidden is not None:
@@ -113,6 +115,6 @@ class _LinearWithLowRank(Function):
                 inner *= ctx.strength
             if flat is not None:
                 of_down = (inner.t() @ flat).to(ctx.dtypes[1])
-            if weight is not None:
-                of_x = (gradient @ weight).addmm_(inner, down).view(ctx.shape).to(ctx.dtypes[0])
-        return of_x, None, None, of_down, of_up, None, None, None
+            if down is not None:
+                of_x = ctx.product.of_input(gradient, *kept).addmm_(inner, down).view(ctx.shape).to(ctx.dtypes[0])
+        return of_x, None, of_down, of_up, *(None for _ in range(4 + len(kept)))

@@ -127,8 +127,8 @@ class LoRA(LowRankAdapter):
         return own + disturbance(self.base, x, self.deviations)
 
     def adapted(self, x: Tensor) -> Tensor:
-        """In one operation with the layer where nothing stands between: no dropout, no other adapter, no quantised weight. What
-        is compiled is fused by the compiler."""
+        """In one operation with the layer where nothing stands between: no dropout, no other adapter. What is compiled is fused
+        by the compiler."""
         if (
             self.dora_scale is not None
             or not self._is_plain

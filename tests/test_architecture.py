@@ -39,6 +39,7 @@ NETWORKS_MAY_USE = {
     "library.errors",
     "library.rng",
     "library.optimizers",
+    "library.frozen_products",  # a frozen layer's product, however its weight is kept: imports torch alone
     "library.key_layout",
     "library.flux_names",
     "library.lumina_names",

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
+from library.quantization import LayerTable
+from library.quantized_layers import QuantizedLinear, Quantizer, quantize
 from networks import fused_linear, weight_norms
 from networks.lora import LoRA, LoRAArgs
 from networks.network_base import Layer, LayerSize
@@ -30,14 +32,17 @@ def adapted_layer(*, rows: tuple[int, ...] = (), bias: bool = True, dtype: torch
     with torch.no_grad():
         for seed, parameter in enumerate(layer.parameters()):
             parameter.copy_(randn(*parameter.shape, seed=seed))
-    layer.requires_grad_(False).to(dtype)
+    return layer, attached(layer.requires_grad_(False).to(dtype), rows)
+
+
+def attached(layer: nn.Linear, rows: tuple[int, ...] = ()) -> LoRA:
     adapter = LoRA(Layer("x", "denoiser", layer, rows), LayerSize(RANK, 2.0), LoRAArgs(), torch.Generator().manual_seed(1))
     with torch.no_grad():
         for seed, parameter in enumerate(adapter.parameters()):
             parameter.copy_(randn(*parameter.shape, seed=seed + 5))
     adapter.multiplier = 0.7
     adapter.attach()
-    return layer, adapter
+    return adapter
 
 
 @pytest.fixture
@@ -154,3 +159,80 @@ def test_norms_of_a_sum_are_found_without_it(dtype: torch.dtype, piece: int, mon
     whole = weight.float() + up @ down
     torch.testing.assert_close(row_squares(weight, up, down), whole.square().sum(1), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(column_squares(weight, up, down), whole.square().sum(0), atol=1e-5, rtol=1e-5)
+
+
+# ---- on a quantised layer --------------------------------------------------------------------------------------------
+
+BITS = {
+    "fp8": ("fp8", False),
+    "fp8_raw": ("fp8_raw", False),
+    "int8": ("int8", False),
+    "nf4": ("nf4", False),
+    "fp8 products": ("fp8", True),
+    "int8 products": ("int8", True),
+}
+SIDE, TOKENS = 64, 20
+
+
+def quantized_pair(kind: str, *, rows: tuple[int, ...] = (), bias: bool = True) -> tuple[QuantizedLinear, LoRA]:
+    """A layer of random weights in few bits, whose rows differ in size, and its adapter."""
+    scheme, eight_bit = BITS[kind]
+    shell = nn.Sequential(nn.Linear(SIDE, SIDE, bias=bias).requires_grad_(False))
+    quantizer = Quantizer(scheme, LayerTable(quantized=(r".*",)), eight_bit=eight_bit)
+    [(layer, stored)] = quantizer.replace_layers(shell, torch.float32).values()
+    weight = randn(SIDE, SIDE) * torch.logspace(-2, 0, SIDE)[:, None]
+    layer.fill(quantize(weight, stored, "weight"), lambda: weight)
+    assert isinstance(layer, QuantizedLinear)
+    return layer, attached(layer, rows)
+
+
+@pytest.mark.parametrize("kind", BITS)
+@pytest.mark.parametrize("precision", ["float32", "autocast"])
+def test_with_a_quantised_layer_it_is_the_layer_and_the_adapter(
+    kind: str, precision: str, fused: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The output and the gradients of the factors to the bit: the very same products are made. The gradient of the input is the
+    same sum, rounded once where it was rounded twice."""
+    layer, adapter = quantized_pair(kind, rows=(16, 48) if precision == "float32" else ())
+    x = randn(2, TOKENS, SIDE)
+
+    def run(x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
+            return layer(x)  # type: ignore[no-any-return]
+
+    found = gradients(layer, adapter, x, run)
+    assert len(fused) == 1
+    monkeypatch.setattr("networks.lora.is_frozen_linear", lambda *_: False)
+    expected = gradients(layer, adapter, x, run)
+    assert len(fused) == 1 and len(found) == len(expected) == 4
+    out, of_x, *of_factors = zip(found, expected, strict=True)
+    exact = [out, *of_factors] if precision == "autocast" else of_factors[1:]
+    assert all(torch.equal(one, other) for one, other in exact)
+    for one, other in (out, of_x, *of_factors):
+        assert one.dtype == other.dtype
+        scale = float(other.float().abs().max())
+        torch.testing.assert_close(one, other, rtol=0, atol=scale * (2**-7 if precision == "autocast" else 1e-6))
+
+
+@pytest.mark.parametrize("kind", BITS)
+def test_a_quantised_layer_keeps_no_more_of_its_input_than_a_plain_one(kind: str) -> None:
+    def kept(layer: nn.Module, weights: list[Tensor]) -> int:
+        """Bytes kept for backward that are not of the layer's weight in its own form."""
+        found: dict[int, int] = {}
+
+        def note(tensor: Tensor) -> Tensor:
+            found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        x = randn(2, TOKENS, SIDE).bfloat16().requires_grad_()
+        with saved_tensors_hooks(note, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16):
+            layer(x)
+        own = {weight.untyped_storage().data_ptr() for weight in weights}
+        assert own <= found.keys(), "for the gradient of the input"
+        return sum(size for place, size in found.items() if place not in own)
+
+    quantized, _ = quantized_pair(kind)
+    plain = nn.Linear(SIDE, SIDE, dtype=torch.bfloat16).requires_grad_(False)
+    attached(plain)
+    expected = 2 * 2 * TOKENS * (SIDE + RANK) + 2 * 2 * RANK * SIDE  # the input, x A^T, and the factors in bfloat16
+    assert kept(plain, [plain.weight]) == kept(quantized, [quantized.stored, quantized.scale]) == expected

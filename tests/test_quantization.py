@@ -36,15 +36,7 @@ from library.quantization import (
     requantize,
     tile_grid,
 )
-from library.quantized_layers import (
-    QuantizedConv2d,
-    QuantizedLayer,
-    QuantizedLinear,
-    Quantizer,
-    check_eight_bit,
-    quantize,
-    quantize_rows,
-)
+from library.quantized_layers import QuantizedConv2d, QuantizedLayer, QuantizedLinear, Quantizer, quantize
 from networks.lora import LoRA
 
 EVERY_LAYER = LayerTable(quantized=(r".*",))
@@ -262,22 +254,6 @@ def test_a_compiled_block_gives_the_same_at_every_size_without_a_graph_break(kin
         for one, other in zip(results(compiled, x), results(block, x), strict=True):
             torch.testing.assert_close(one, other)
     torch._dynamo.reset()
-
-
-@pytest.mark.parametrize("scheme", ["int8", "fp8"])
-def test_a_device_that_cannot_multiply_8_bits_is_told_from_one_that_can(scheme: str) -> None:
-    check_eight_bit(scheme, torch.device("cpu"))
-    with pytest.raises(UserError, match=f"8bit: {scheme} is multiplied by GPUs .* This run uses 'mps', and torch says: "):
-        check_eight_bit(scheme, torch.device("mps"))
-
-
-def test_rows_are_row_after_row_in_memory_whatever_they_are_made_from() -> None:
-    """As cuBLAS wants them, also of a gradient that comes transposed."""
-    x = torch.randn(64, 32).t()
-    for dtype in (torch.int8, E4M3):
-        rows, scale = quantize_rows(x, dtype)
-        assert rows.is_contiguous() and scale.shape == (32, 1) and scale.is_contiguous()
-        assert torch.equal(rows.float(), quantize_rows(x.contiguous(), dtype).stored.float())
 
 
 def test_merging_quantises_the_sum_once() -> None:
