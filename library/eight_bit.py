@@ -21,7 +21,7 @@ import importlib.util
 import logging
 from collections.abc import Callable
 from subprocess import CalledProcessError
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -81,7 +81,7 @@ Function = TypeVar("Function", bound=Callable[..., object])
 @functools.cache
 def _compiled(function: Function) -> Function:
     """For every size. Dtypes, autocast and gradients on or off are a graph each: above torch's limit it is called as it is."""
-    return torch.compile(function, dynamic=True)
+    return cast(Function, torch.compile(function, dynamic=True))
 
 
 @functools.cache
