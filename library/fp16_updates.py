@@ -22,6 +22,7 @@ from library.optimizers import UpdateRule
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+    from library.number_check import NumberCheck
     from library.separate_steps import SeparateSteps
 
 _SIGN = -(2**15)  # of an int16, the highest bit
@@ -85,13 +86,21 @@ class _Whole:
 class Fp16Update(UpdateRule):
     """The ordinary update of fp16 weights: skipped, and the scale halved, where a gradient overflowed."""
 
-    def __init__(self, steps: SeparateSteps, rounding: Fp16Rounding, max_grad_norm: float, accelerator: Accelerator) -> None:
+    def __init__(
+        self,
+        steps: SeparateSteps,
+        rounding: Fp16Rounding,
+        max_grad_norm: float,
+        accelerator: Accelerator,
+        numbers: NumberCheck,
+    ) -> None:
         """rounding: that of `steps`."""
         self.optimizer = steps.optimizer
         self.steps = steps
         self.rounding = rounding
         self.max_grad_norm = max_grad_norm
         self.accelerator = accelerator
+        self.numbers = numbers
         self.norm: Tensor | None = None
 
     def watch(self, on_gradients: Callable[[], None]) -> None:
@@ -106,7 +115,9 @@ class Fp16Update(UpdateRule):
     def logs(self) -> dict[str, Tensor]:
         return {} if self.norm is None else {"norm/gradient": self.norm}
 
-    def step(self, parameters: Sequence[nn.Parameter]) -> bool:
+    def step(self, parameters: Sequence[nn.Parameter], loss: Tensor) -> bool:
+        self.numbers.ask(loss, None)
+        self.numbers.settle()
         scaler, whole = self.accelerator.scaler, _Whole(self.steps)
         scale: Tensor | float = 1.0
         if scaler is not None:

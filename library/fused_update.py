@@ -6,6 +6,8 @@ Gradients of all weights are then never held together. What that means:
   does; with `all` the batch is computed twice, and the first time only its gradients' norms are kept.
 - With accumulation, weights are stepped in the last backward pass of an update. Until then gradients add up, and are all held:
   so to clip the norm of all is the ordinary update, which takes no more memory.
+- A loss that is no number is found before the pass begins, for which a GPU is waited for. A gradient that is none though its
+  loss is finite is found when weights have been stepped with it, unless `--fused_clip all` looks at them first.
 - Between processes, gradients are averaged one by one, in an order that all processes keep to, whatever their order of arrival.
 """
 
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from accelerate.optimizer import AcceleratedOptimizer
 
+    from library.number_check import NumberCheck
     from library.option_groups import TrainOptions
 
 
@@ -43,14 +46,18 @@ def check_update(options: TrainOptions) -> None:
 
 
 def make_update(
-    options: TrainOptions, optimizer: AcceleratedOptimizer, accelerator: Accelerator, processes: Processes
+    options: TrainOptions,
+    optimizer: AcceleratedOptimizer,
+    accelerator: Accelerator,
+    processes: Processes,
+    numbers: NumberCheck,
 ) -> UpdateRule:
     """How the options want the weights of `optimizer` to be stepped."""
     inner: Optimizer = optimizer.optimizer
     parameters: list[nn.Parameter] = [parameter for group in inner.param_groups for parameter in group["params"]]
     if options.precision.full_fp16:
         fp16 = Fp16Rounding(options.training.seed or 0, kahan=False)
-        return Fp16Update(SeparateSteps(inner, fp16), fp16, options.optimizer.max_grad_norm, accelerator)
+        return Fp16Update(SeparateSteps(inner, fp16), fp16, options.optimizer.max_grad_norm, accelerator, numbers)
     rounding = None
     if options.precision.bf16_update != "nearest" and any(p.dtype == torch.bfloat16 for p in parameters):
         rounding = Bf16Rounding(options.training.seed or 0, kahan=options.precision.bf16_update == "kahan")
@@ -63,8 +70,8 @@ def make_update(
                 "--fused_clip all on several processes cannot be used with --blocks_to_swap: gradients leave the device before "
                 "they are averaged. Use --fused_clip each or --max_grad_norm 0, or leave out one of the others."
             )
-        return FusedBackwardUpdate(steps, parameters, max_grad_norm, processes, options.optimizer.fused_clip)
-    return StandardUpdate(optimizer, max_grad_norm, accelerator, None if rounding is None else steps)
+        return FusedBackwardUpdate(steps, parameters, max_grad_norm, processes, numbers, options.optimizer.fused_clip)
+    return StandardUpdate(optimizer, max_grad_norm, accelerator, numbers, None if rounding is None else steps)
 
 
 class FusedBackwardUpdate(UpdateRule):
@@ -76,6 +83,7 @@ class FusedBackwardUpdate(UpdateRule):
         parameters: Sequence[nn.Parameter],
         max_grad_norm: float,
         processes: Processes,
+        numbers: NumberCheck,
         clip: str = "each",
     ) -> None:
         """max_grad_norm: 0 does not clip. clip: what it is the limit of, `each` gradient or `all` together."""
@@ -85,9 +93,11 @@ class FusedBackwardUpdate(UpdateRule):
         self.max_grad_norm = max_grad_norm
         self.clips_all = max_grad_norm > 0 and clip == "all"
         self.processes = processes
+        self.numbers = numbers
         self.norm: Tensor | None = None
-        """Of all gradients of the last step before clipping, where they are clipped together."""
+        """Of all gradients of the last step before clipping."""
         self._norms: dict[int, Tensor] = {}
+        """Of the gradients that were there so far in this pass."""
         self._order = list(reversed(parameters))
         """In which the processes average gradients. From the second update on, that in which the first process gets them."""
         self._arrived: dict[int, nn.Parameter] = {}
@@ -96,6 +106,7 @@ class FusedBackwardUpdate(UpdateRule):
         self._take: Callable[[nn.Parameter], None] | None = None
         """What is done with a gradient that is complete; None where gradients only add up."""
         self._share: Tensor | None = None
+        self._loss = torch.zeros((), device=processes.device)
         for parameter in parameters:
             parameter.register_post_accumulate_grad_hook(self._on_gradient)
 
@@ -109,9 +120,16 @@ class FusedBackwardUpdate(UpdateRule):
             self._begin_pass(self._measure)
             backward()
             self._end_pass()
-            norms = [self._norms.pop(id(p)).to(self.processes.device) for p in self.parameters if id(p) in self._norms]
-            self.norm = torch.linalg.vector_norm(torch.stack(norms))
+            self._check_norm(untouched=True)
         self._begin_pass(self._step)
+
+    def before_backward(self, loss: Tensor) -> None:
+        self._loss = loss.detach()
+        self.numbers.settle_before_backward(loss)
+
+    def _check_norm(self, *, untouched: bool) -> None:
+        self.numbers.ask(self._loss, self.norm)
+        self.numbers.settle(untouched=untouched)
 
     def _begin_pass(self, take: Callable[[nn.Parameter], None]) -> None:
         self._arrived, self._turn, self._take = {}, 0, take
@@ -149,11 +167,14 @@ class FusedBackwardUpdate(UpdateRule):
         parameter.grad = None
 
     def _step(self, parameter: nn.Parameter) -> None:
-        if self.norm is not None:
+        assert parameter.grad is not None
+        if self.clips_all and self.norm is not None:
             norm = self.norm.to(parameter.device)
             torch.nn.utils.clip_grads_with_norm_([parameter], self.max_grad_norm, norm)
         elif self.max_grad_norm > 0:
-            torch.nn.utils.clip_grad_norm_([parameter], self.max_grad_norm)
+            self._norms[id(parameter)] = torch.nn.utils.clip_grad_norm_([parameter], self.max_grad_norm).float()
+        else:
+            self._norms[id(parameter)] = torch.linalg.vector_norm(parameter.grad, dtype=torch.float32)
         self.steps.step([parameter])
         parameter.grad = None
 
@@ -174,6 +195,9 @@ class FusedBackwardUpdate(UpdateRule):
                 self._take_averaged(parameter)
             self._agree_on_the_order()
         self._take = None
+        if self._norms:
+            norms = [self._norms.pop(id(p)).to(self.processes.device) for p in self.parameters if id(p) in self._norms]
+            self.norm = torch.linalg.vector_norm(torch.stack(norms))
 
     def _agree_on_the_order(self) -> None:
         if self._arrivals_known:
@@ -185,6 +209,8 @@ class FusedBackwardUpdate(UpdateRule):
         broadcast_object_list(agreed)
         self._order = [self.parameters[number] for number in agreed[0]]
 
-    def step(self, parameters: Sequence[nn.Parameter]) -> bool:
+    def step(self, parameters: Sequence[nn.Parameter], loss: Tensor) -> bool:
+        if not self.clips_all:
+            self._check_norm(untouched=False)
         self.steps.finish()
         return True

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,6 +40,14 @@ class ImageLoss:
         return self.ratios / self.count
 
 
+class SeenImages(NamedTuple):
+    """A micro-batch of B pictures."""
+
+    names: tuple[str, ...]
+    losses: Tensor  # [B], without weights
+    times: Tensor  # [B]
+
+
 class ImageLosses:
     """The table of one process."""
 
@@ -49,10 +58,12 @@ class ImageLosses:
         self.means: list[float | None] = [None] * NUM_BINS
         self._late: LateCopy[tuple[str, ...]] = LateCopy()
 
-    def push(self, names: tuple[str, ...], losses: Tensor, times: Tensor) -> None:
-        """names: of a batch's pictures; losses [B] of each, unweighted; times [B]."""
-        for seen, values in self._late.push(names, torch.stack([losses.detach().float(), times.detach().float()])):
-            self._take(seen, *values)
+    def push(self, batches: Sequence[SeenImages]) -> None:
+        """The micro-batches of one update."""
+        names = tuple(name for batch in batches for name in batch.names)
+        values = torch.cat([torch.stack([batch.losses.detach().float(), batch.times.float()]) for batch in batches], dim=1)
+        for seen, (losses, times) in self._late.push(names, values):
+            self._take(seen, losses, times)
 
     def flush(self) -> None:
         for seen, values in self._late.flush():
@@ -60,6 +71,8 @@ class ImageLosses:
 
     def _take(self, names: Sequence[str], losses: Sequence[float], times: Sequence[float]) -> None:
         for name, loss, time in zip(names, losses, times, strict=True):
+            if not math.isfinite(loss):  # of a step that fp16's loss scaling skipped
+                continue
             place = min(int(time / self.latest_time * NUM_BINS), NUM_BINS - 1)
             mean = self.means[place]
             image = self.images.setdefault(name, ImageLoss())

@@ -457,7 +457,7 @@ class _Simulation:
         for parameter in trainer.parameters:
             parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
         trainer.update_rule.after_backward(trainer.parameters)
-        trainer.update_rule.step(trainer.parameters)
+        trainer.update_rule.step(trainer.parameters, torch.zeros((), device=self.device))
         self.tracker.mark(OPTIMIZER, _state(trainer))
 
     def _update(self, trainer: Trainer) -> None:

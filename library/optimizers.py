@@ -21,6 +21,7 @@ from library.errors import UserError, suggest
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+    from library.number_check import NumberCheck
     from library.option_groups import OptimizerOptions
     from library.separate_steps import SeparateSteps
 
@@ -294,6 +295,10 @@ class UpdateRule(ABC):
         process in this update; `backward`: computes the batch's gradients as they will be, to look at them beforehand."""
         return
 
+    def before_backward(self, loss: torch.Tensor) -> None:
+        """Called with the loss of every micro-batch. Raises `NotFinite` where its backward pass would step weights."""
+        return
+
     def after_backward(self, parameters: Sequence[nn.Parameter]) -> Sequence[nn.Parameter]:
         """Those of `parameters` whose gradients the processes have to average before `step`. Some weights may be stepped here:
         like `step`, it is called where weights and gradients are together (`BlockSwap.updating`)."""
@@ -311,8 +316,11 @@ class UpdateRule(ABC):
         )
 
     @abstractmethod
-    def step(self, parameters: Sequence[nn.Parameter]) -> bool:
-        """Make the update and clear the gradients. False when fp16 overflowed and nothing was stepped."""
+    def step(self, parameters: Sequence[nn.Parameter], loss: torch.Tensor) -> bool:
+        """Make the update, whose loss is `loss`, and clear the gradients. False when fp16 overflowed and nothing was stepped.
+
+        Raises `NotFinite`, with weights and optimizer as they were unless that says otherwise.
+        """
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -342,10 +350,11 @@ class StandardUpdate(UpdateRule):
     max_grad_norm: float
     """0: no clipping."""
     accelerator: Accelerator
+    numbers: NumberCheck
     steps: SeparateSteps | None = None
     """For weights in bf16 that are stepped in float32, a portion at a time."""
     norm: torch.Tensor | None = None
-    """Of the last step's gradients before clipping, on the device; None without clipping."""
+    """Of the last step's gradients before clipping, on the device."""
     on_gradients: Callable[[], None] | None = None
 
     def watch(self, on_gradients: Callable[[], None]) -> None:
@@ -358,16 +367,29 @@ class StandardUpdate(UpdateRule):
         if self.steps is not None:
             self.steps.begin(step)
 
-    def step(self, parameters: Sequence[nn.Parameter]) -> bool:
+    def step(self, parameters: Sequence[nn.Parameter], loss: torch.Tensor) -> bool:
         if self.max_grad_norm > 0:
             self.norm = self.accelerator.clip_grad_norm_(parameters, self.max_grad_norm)
-        elif self.on_gradients is not None:
+        else:
             self.accelerator.unscale_gradients()  # as clipping does
+            self.norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        bad = self.numbers.ask(loss, self.norm)
+        inner: Any = getattr(self.optimizer, "optimizer", self.optimizer)
+        if self._obeys(inner):
+            inner.found_inf = bad
+        else:
+            self.numbers.settle()
         if self.on_gradients is not None:
             self.on_gradients()
         if self.steps is None:
             self.optimizer.step()
         else:
             self.steps.step_all()
+        self.numbers.settle()
         self.optimizer.zero_grad()
         return not self.accelerator.optimizer_step_was_skipped
+
+    def _obeys(self, inner: Any) -> bool:
+        """Whether this optimizer leaves weights and state as they are where a number on the device says so."""
+        alone = self.steps is None and self.on_gradients is None and self.accelerator.scaler is None
+        return alone and type(inner) in FUSABLE and all(group["fused"] for group in inner.param_groups)

@@ -21,6 +21,7 @@ from library.checkpoint import (
 from library.image_losses import FILE as IMAGE_LOSSES
 from library.image_losses import merged, worst, write_table
 from library.metadata import BaseHashes, RunFacts, at_save, average_metadata, modelspec_metadata, network_metadata
+from library.number_check import NotFinite
 from library.optimizers import describe_optimizer
 from library.run_requests import SAMPLE, SAVE
 from library.run_setup import save_dtype
@@ -98,6 +99,7 @@ class RunWriter:
         self.policy = CheckpointPolicy.of(options.output, options.state, trainer.length.num_epochs)
         self.files = CheckpointWriter(self.folder, self.policy, trainer.trainable.suffix)
         self.metadata = FileMetadata(trainer)
+        self.first_step = trainer.state.step
         self.previews = trainer.previews
         self.validation = Validation.of(trainer)
         self.watchdog = Watchdog(trainer.device)
@@ -111,7 +113,6 @@ class RunWriter:
             name=options.log_name,
             config=result_options(options),
             enabled=self.is_main,
-            patience=1 if accelerator.scaler is None else 20,
         )
 
     # ---- when ------------------------------------------------------------------------------------------------------
@@ -130,12 +131,12 @@ class RunWriter:
             self._preview(epoch=None)
 
     def after_update(
-        self, logs: Mapping[str, Tensor | float], rates: Mapping[str, float], names: Sequence[str], *, epoch_done: bool
+        self, logs: Mapping[str, Tensor | float], rates: Mapping[str, float], images: int, *, epoch_done: bool
     ) -> None:
-        """names: of the pictures of the update, on this process."""
+        """images: of the update, on this process."""
         state = self.trainer.state
-        pace = self.watchdog.lap(len(names) * self.trainer.processes.count)
-        self.tracker.push(state.step, state.epoch, {**logs, **pace}, rates, names)
+        pace = self.watchdog.lap(images * self.trainer.processes.count)
+        self.tracker.push(state.step, state.epoch, {**logs, **pace}, rates)
         epoch = state.epoch if epoch_done else None
         if epoch is not None:
             self.tracker.end_epoch(state.step, epoch)
@@ -171,13 +172,31 @@ class RunWriter:
 
     def interrupted(self) -> str:
         """Save the state, whatever was asked for, and say how to go on."""
-        step = self.trainer.state.step
-        losses = self._image_loss_states()
-        folder = self._save_state(self.policy.step_name(step), losses)
+        folder = self._leave(with_state=True)
+        return (
+            f"stopped after step {self.trainer.state.step}. Its state is saved. To go on, run the same command with "
+            f"--resume {folder}"
+        )
+
+    def stopped(self, problem: NotFinite) -> str:
+        """Save the state before the step that `problem` was found in, and say how to go on."""
+        made = self.trainer.state.step - self.first_step
+        folder = self._leave(with_state=problem.untouched and made > 0)
+        if not problem.untouched:
+            return "Go on from what was saved before."
+        if not made:
+            return "No step of this run came before it, so nothing is saved."
+        return f"The state after step {self.trainer.state.step} is saved; to go on from it, --resume {folder}"
+
+    def _leave(self, *, with_state: bool) -> Path:
+        """The end of a run that is not complete; gives the folder of its state."""
+        stem, losses = self.policy.step_name(self.trainer.state.step), self._image_loss_states()
+        if with_state:
+            self._save_state(stem, losses)
         self._write_image_losses(losses)
         self.tracker.close()
         self._settle_uploads()
-        return f"stopped after step {step}. Its state is saved. To go on, run the same command with --resume {folder}"
+        return self.folder / state_name(stem)
 
     # ---- what ------------------------------------------------------------------------------------------------------
 

@@ -157,16 +157,6 @@ def check_trackers(options: LoggingOptions) -> list[str]:
     return names
 
 
-def not_finite(loss: float, step: int, names: Sequence[str]) -> UserError:
-    """The error that ends a run whose loss is no number at update `step`, which showed the pictures `names`."""
-    shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-    return UserError(
-        f"the loss is {loss} at step {step}: training stopped, and what was saved before is untouched. "
-        "Lower the learning rate, train in bf16 instead of fp16, or add --no_half_vae if latents overflow. "
-        f"The step's pictures: {shown}."
-    )
-
-
 @dataclass
 class Tracker:
     """Everything a run logs, through one door. Only the main process logs; the others' trackers do nothing."""
@@ -185,8 +175,6 @@ class Tracker:
     config: Mapping[str, Any] = field(default_factory=dict)
     """Options to send to the trackers, where `--log_config` asks for it."""
     enabled: bool = True
-    patience: int = 1
-    """Losses in a row that may not be finite before the run is stopped; more than one where loss scaling skips such steps."""
 
     def __post_init__(self) -> None:
         self.log = LossLog()
@@ -195,9 +183,6 @@ class Tracker:
         self.tensorboard: Any = None
         self.wandb: Any = None
         self.bar: Any = None
-        self.num_not_finite = 0
-        self._names: dict[int, Sequence[str]] = {}
-        """Pictures of the updates whose rows are still on their way."""
         if not self.enabled:
             return
         self.metrics = MetricsFile(self.folder / METRICS_FILE, resume_step=self.resume_step)
@@ -215,13 +200,10 @@ class Tracker:
         epoch: int,
         logs: Mapping[str, Tensor | float],
         rates: Mapping[str, float | None],
-        names: Sequence[str] = (),
     ) -> None:
-        """Log update `step`. `logs` has "loss" and further tags; `rates` the learning rate of each parameter group by name;
-        names: of its pictures."""
+        """Log update `step`. `logs` has "loss" and further tags; `rates` the learning rate of each parameter group by name."""
         if not self.enabled:
             return
-        self._names[step] = names
         values: dict[str, Tensor | float] = {CURRENT if name == "loss" else name: value for name, value in logs.items()}
         for name, rate in rates.items():
             if rate is not None:
@@ -281,17 +263,10 @@ class Tracker:
         if CURRENT in values:
             values = {CURRENT: values.pop(CURRENT), AVERAGE: self.average.add(row.values[CURRENT]), **values}
         self._write(Row(row.step, row.epoch, values), at=row.step)
-        self._check_finite(row)
         rate = next((value for name, value in values.items() if name.startswith("lr/")), None)
         if self.bar is not None and AVERAGE in values:
             shown = {"avr_loss": f"{values[AVERAGE]:.4f}"} | ({"lr": f"{rate:.2e}"} if rate is not None else {})
             self.bar.set_postfix(shown, refresh=False)
-
-    def _check_finite(self, row: Row) -> None:
-        loss, names = row.values.get(CURRENT, 0.0), self._names.pop(row.step, ())
-        self.num_not_finite = 0 if math.isfinite(loss) else self.num_not_finite + 1
-        if self.num_not_finite >= self.patience:
-            raise not_finite(loss, row.step, names)
 
     def _write(self, row: Row, *, at: int) -> None:
         """`at`: the position on TensorBoard's axis, which counts epochs for their averages, as in sd-scripts."""

@@ -27,10 +27,11 @@ from library.errors import Interrupted, UserError
 from library.family_base import ModelBundle, ModelFamily
 from library.fused_update import check_update, make_update
 from library.hub import HubUploads
-from library.image_losses import ImageLosses
+from library.image_losses import ImageLosses, SeenImages
 from library.losses import element_loss, image_means
 from library.memory_policy import MemoryPlan
 from library.noise import make_noise, perturb
+from library.number_check import SCALED_PATIENCE, NotFinite, NumberCheck
 from library.objectives import Noised
 from library.optimizers import LearningRates, create_optimizer, describe_optimizer, group_rates
 from library.processes import Processes
@@ -54,7 +55,7 @@ from library.saved_state import SavedState
 from library.schedulers import create_scheduler
 from library.stored_priors import store_priors, with_stored_noise
 from library.strategy_base import Conditioning, Strategies
-from library.tracking import check_trackers, not_finite
+from library.tracking import check_trackers
 from library.trainable import DENOISER, Trainable
 from library.validation import BestLoss, check_validation
 from library.weight_average import WeightAverage, check_average
@@ -128,7 +129,8 @@ class Trainer:
         optimizer = create_optimizer(options.optimizer, groups)
         self.scheduler = create_scheduler(options.schedule, optimizer, self.length.total_updates)
         self.optimizer = accelerator.prepare(optimizer)
-        self.update_rule = make_update(options, self.optimizer, accelerator, self.processes)
+        self.numbers = NumberCheck(self.processes, 1 if accelerator.scaler is None else SCALED_PATIENCE)
+        self.update_rule = make_update(options, self.optimizer, accelerator, self.processes, self.numbers)
         if trainable.on_gradients is not None:
             self.update_rule.watch(trainable.on_gradients)
         with self.memory.updating():
@@ -214,24 +216,26 @@ class Trainer:
         images."""
         images = sum(len(batch) for batch in group)
         total = torch.zeros((), device=self.device)
+        shown: list[SeenImages] = []
+        self.numbers.begin(self.state.step)
         for offset, batch in enumerate(group):
             self.rng = self.rng.at((self.state.micro_step + offset) * self.processes.count + self.processes.rank)
             backward = partial(self._backward, batch, len(batch) / images)
             if offset == len(group) - 1:
                 self.update_rule.before_last_batch(self.state.step, images, backward)
             found = backward()
-            if self.image_losses is not None:
-                self.image_losses.push(batch.names, found.of_images, found.times)
+            shown.append(SeenImages(batch.names, found.of_images, found.times))
             total += found.total
         with self.memory.updating():
             left = self.update_rule.after_backward(self.parameters)
             total = self.processes.average(left, total, images, self.requests.poll())
-            self._check_finite(total, group)
-            stepped = self.update_rule.step(self.parameters)
+            stepped = self.update_rule.step(self.parameters, total)
             if stepped and self.average is not None:
                 self.average.update(self.parameters, self.state.step + 1)
         if stepped:
             self.scheduler.step()
+        if self.image_losses is not None:
+            self.image_losses.push(shown)
         return {"loss": total, **self.update_rule.logs(), **self.trainable.after_step()}
 
     def _backward(self, batch: TrainBatch, share: float) -> BatchLoss:
@@ -239,17 +243,10 @@ class Trainer:
         seed_default_generators(self.rng.seed_of("default"), self.device)
         found = self.batch_loss(batch.to(self.device))
         loss = found.total * share
-        if self.processes.count == 1:  # of several, all have to learn of it
-            self._check_finite(loss, [batch])
+        self.numbers.seen(batch.names, loss)
+        self.update_rule.before_backward(loss)
         self.accelerator.backward(loss)
         return found._replace(total=loss.detach())
-
-    def _check_finite(self, loss: Tensor, group: Sequence[TrainBatch]) -> None:
-        """Stop before weights are stepped with what is not a number. On a GPU nothing waits for it: there the tracker finds it
-        an update later, before anything is saved."""
-        if type(loss) is Tensor and loss.device.type == "cpu" and not torch.isfinite(loss):  # `simulated` has no numbers
-            names = [name for batch in group for name in batch.names]
-            raise not_finite(float(loss), self.state.step + 1, names)
 
     def groups(self) -> Iterator[list[TrainBatch]]:
         """The micro-batches of each update, from where the run stands to its end."""
@@ -279,10 +276,12 @@ class Trainer:
             for group in self.groups():
                 rates = group_rates(self.optimizer)
                 self.trainable.before_step(self.state.step)
-                logs = self.update(group)
+                try:
+                    logs = self.update(group)
+                except NotFinite as problem:
+                    raise UserError(f"{problem} {writer.stopped(problem)}") from problem
                 epoch_done = self.state.advance(len(group), self.length)
-                names = [name for batch in group for name in batch.names]
-                writer.after_update(logs, rates, names, epoch_done=epoch_done)
+                writer.after_update(logs, rates, sum(map(len, group)), epoch_done=epoch_done)
                 if STOP in self.processes.agreed:
                     raise Interrupted(writer.interrupted())
                 if writer.learned_enough:

@@ -1,6 +1,7 @@
 """One of several processes of a real run, for test_processes.py: runs each script's own `main` and notes what it saw.
 
-accelerate launch process_run.py FOLDER. FOLDER/jobs.json holds [name, script, arguments, step to stop at] rows.
+accelerate launch process_run.py FOLDER. FOLDER/jobs.json holds [name, script, arguments, step, what happens there] rows: at
+that update the second process is asked to `stop`, or has a loss that is `nan`.
 """
 
 from __future__ import annotations
@@ -19,13 +20,13 @@ torch.set_num_threads(1)
 
 from library import train_util  # noqa: E402
 from library.batch import TrainBatch  # noqa: E402
-from library.errors import Interrupted  # noqa: E402
+from library.errors import Interrupted, UserError  # noqa: E402
 
 
 class WatchedTrainer(train_util.Trainer):
-    """Keeps what this process trained on, and asks its own process to stop after the update `stop_at`."""
+    """Keeps what this process trained on, and lets `event` happen at the update `event_at`."""
 
-    stop_at = 0
+    event, event_at = "", 0
     last: WatchedTrainer
 
     def fit(self, writer: train_util.RunWriter) -> None:
@@ -35,20 +36,22 @@ class WatchedTrainer(train_util.Trainer):
 
     def batch_loss(self, batch: TrainBatch) -> train_util.BatchLoss:
         self.keys_seen.append(batch.latent_seeds)
-        if self.stop_at and self.state.step + 1 == self.stop_at and self.accelerator.process_index == 1:
+        now = self.state.step + 1 == self.event_at and self.accelerator.process_index == 1
+        if now and self.event == "stop":
             os.kill(os.getpid(), signal.SIGINT)
-        return super().batch_loss(batch)
+        loss = super().batch_loss(batch)
+        return loss._replace(total=loss.total * float("nan")) if now and self.event == "nan" else loss
 
 
 def main(folder: Path) -> None:
     rank = int(os.environ["RANK"])
     train_util.Trainer = WatchedTrainer  # type: ignore[misc]
-    for name, script, arguments, stop_at in json.loads((folder / "jobs.json").read_text()):
-        WatchedTrainer.stop_at = stop_at
+    for name, script, arguments, event_at, event in json.loads((folder / "jobs.json").read_text()):
+        WatchedTrainer.event_at, WatchedTrainer.event = event_at, event
         said = None
         try:
             importlib.import_module(script).main(arguments)
-        except Interrupted as stopped:
+        except (Interrupted, UserError) as stopped:
             said = str(stopped)
         trainer = WatchedTrainer.last
         weights = {key: value.clone() for key, value in trainer.trainable.state_dict().items()}

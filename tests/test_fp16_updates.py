@@ -13,6 +13,8 @@ from runs import CASES, MODES, Mode, Workspace
 from torch import nn
 
 from library.fp16_updates import Fp16GradScaler, Fp16Rounding, Fp16Update, round_to_fp16
+from library.number_check import SCALED_PATIENCE, NumberCheck
+from library.processes import Processes
 from library.separate_steps import SeparateSteps
 
 
@@ -35,13 +37,14 @@ def an_update(weights: torch.Tensor, max_grad_norm: float = 0.0) -> tuple[nn.Par
     accelerator = Accelerator(cpu=True)
     accelerator.scaler = Fp16GradScaler("cpu")
     steps = SeparateSteps(torch.optim.AdamW([parameter], lr=1e-3, weight_decay=0.0), rounding)
-    return parameter, Fp16Update(steps, rounding, max_grad_norm, accelerator)
+    numbers = NumberCheck(Processes(accelerator), SCALED_PATIENCE)
+    return parameter, Fp16Update(steps, rounding, max_grad_norm, accelerator, numbers)
 
 
 def make_step(parameter: nn.Parameter, update: Fp16Update, loss: torch.Tensor, step: int) -> bool:
     update.before_last_batch(step, 1)
     update.accelerator.backward(loss)
-    return update.step([parameter])
+    return update.step([parameter], loss)
 
 
 @pytest.mark.parametrize("max_grad_norm", [0.0, 1e-7])

@@ -20,6 +20,7 @@ from torch.optim import SGD, AdamW, Optimizer
 from library.bf16_updates import COMPENSATION, Bf16Rounding, keyed_bits, round_stochastically
 from library.errors import UserError
 from library.fused_update import FusedBackwardUpdate
+from library.number_check import NumberCheck
 from library.optimizers import ParamGroup, create_optimizer, load_exactly, steps_jointly
 from library.option_groups import FullTrainOptions, OptimizerOptions
 from library.option_rules import check_rules
@@ -346,7 +347,8 @@ def test_hooks_step_wherever_the_backward_pass_runs(kind: str, device: str) -> N
         options = OptimizerOptions(learning_rate=1e-3)
         optimizer = create_optimizer(options, [ParamGroup("unet", parameters, 1e-3)])
         steps = SeparateSteps(optimizer, None if kind == "float32" else Bf16Rounding(5, kahan=kind == "kahan"))
-        rule = FusedBackwardUpdate(steps, parameters, 0, Processes(Accelerator(cpu=device == "cpu"))) if fused else None
+        processes = Processes(Accelerator(cpu=device == "cpu"))
+        rule = FusedBackwardUpdate(steps, parameters, 0, processes, NumberCheck(processes)) if fused else None
         for step in range(4):
             x = torch.randn(8, 64, generator=keyed_generator("x", step, device=device), device=device).to(parameters[0].dtype)
             (rule.before_last_batch(step, 8) if rule else steps.begin(step))
@@ -357,7 +359,7 @@ def test_hooks_step_wherever_the_backward_pass_runs(kind: str, device: str) -> N
             else:
                 assert all(parameter.grad is None for parameter in parameters)
                 rule.after_backward(parameters)
-                rule.step(parameters)
+                rule.step(parameters, torch.tensor(0.0))
         ends.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
     runs.assert_same_tensors(*ends)
 

@@ -12,8 +12,7 @@ import torch
 from runs import SHALLOW_CASES, Workspace
 
 from library import watchdog
-from library.errors import UserError
-from library.image_losses import ImageLoss, ImageLosses, merged, worst, write_table
+from library.image_losses import ImageLoss, ImageLosses, SeenImages, merged, worst, write_table
 from library.losses import image_means
 from library.watchdog import DeviceMemory, Watchdog, spill_message
 
@@ -29,7 +28,7 @@ def test_a_bad_picture_stands_out_whatever_times_it_is_seen_at() -> None:
         times = torch.rand(4, generator=rng) * 1000
         losses = 1.001 - times / 1000  # early times are hard
         losses[2] *= 1.5
-        table.push(("a", "b", "bad", "c"), losses, times)
+        table.push([SeenImages(("a", "b"), losses[:2], times[:2]), SeenImages(("bad", "c"), losses[2:], times[2:])])
     shown = worst(merged([table.state()["images"]]), 2)
     assert shown[0][0] == "bad" and shown[0][1].ratio == pytest.approx(1.35, abs=0.15)
     assert all(image.ratio == pytest.approx(0.9, abs=0.15) for name, image in table.images.items() if name != "bad")
@@ -38,12 +37,12 @@ def test_a_bad_picture_stands_out_whatever_times_it_is_seen_at() -> None:
 def test_the_table_goes_on_where_it_was() -> None:
     parts, whole = ImageLosses(1.0), ImageLosses(1.0)
     for step in range(6):
-        batch = (f"picture {step % 3}",), torch.tensor([1.0 + step]), torch.tensor([step / 6])
+        batch = SeenImages((f"picture {step % 3}",), torch.tensor([1.0 + step]), torch.tensor([step / 6]))
         if step == 3:
             saved, parts = parts.state(), ImageLosses(1.0)
             parts.restore(saved)
-        parts.push(*batch)
-        whole.push(*batch)
+        parts.push([batch])
+        whole.push([batch])
     assert parts.state() == whole.state()
 
 
@@ -71,19 +70,6 @@ def test_masked_means_can_be_over_what_the_mask_leaves() -> None:
     mask = torch.tensor([[[[1.0, 0.0], [0.0, 0.0]]], [[[0.0, 0.0], [0.0, 0.0]]]])
     assert image_means(error, mask).tolist() == [0.75, 0.0]
     assert image_means(error, mask, by_mask=True).tolist() == [3.0, 0.0]
-
-
-@pytest.mark.parametrize("flags", [[], ["--fused_backward_pass"]], ids=["ordinary", "fused"])
-def test_a_loss_that_is_no_number_stops_before_the_weights_change_and_names_its_pictures(
-    flags: list[str], workspace: Workspace, tmp_path: Path
-) -> None:
-    trainer = workspace.trainer("network", tmp_path, *flags)
-    batch = trainer.data.train[(0, 0)]
-    before = [parameter.detach().clone() for parameter in trainer.parameters]
-    batch.loss_weights.fill_(float("nan"))
-    with pytest.raises(UserError, match=batch.names[0]):
-        trainer.update([batch])
-    assert all(torch.equal(now, then) for now, then in zip(trainer.parameters, before, strict=True))
 
 
 def test_a_run_that_becomes_slow_is_told_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from library.errors import UserError
+from library.number_check import NumberCheck
 from library.optimizers import (
     OPTIMIZERS,
     ParamGroup,
@@ -20,6 +21,7 @@ from library.optimizers import (
     parse_literals,
 )
 from library.option_groups import OptimizerOptions
+from library.processes import Processes
 
 
 def groups() -> list[ParamGroup]:
@@ -161,6 +163,11 @@ def set_gradients(optimizer: torch.optim.Optimizer, seed: int) -> None:
         parameter.grad = torch.randn(parameter.shape, generator=generator)
 
 
+def an_update(optimizer: torch.optim.Optimizer, max_grad_norm: float) -> StandardUpdate:
+    accelerator = Accelerator(cpu=True)
+    return StandardUpdate(accelerator.prepare(optimizer), max_grad_norm, accelerator, NumberCheck(Processes(accelerator)))
+
+
 # ---- the step --------------------------------------------------------------------------------------------------------
 
 
@@ -169,10 +176,9 @@ def test_a_step_clips_the_norm_of_all_gradients_together():
     made = create_optimizer(
         OptimizerOptions(optimizer_type="SGD"), [ParamGroup("a", [first], 1.0), ParamGroup("b", [second], 1.0)]
     )
-    accelerator = Accelerator(cpu=True)
-    update = StandardUpdate(accelerator.prepare(made), 1.0, accelerator)
+    update = an_update(made, 1.0)
     first.grad, second.grad = torch.tensor([3.0]), torch.tensor([4.0])
-    assert update.step([first, second]) is True
+    assert update.step([first, second], torch.tensor(1.0)) is True
     assert update.norm is not None and update.norm.item() == pytest.approx(5.0)
     assert (first.item(), second.item()) == pytest.approx((-0.6, -0.8), rel=1e-5)
     assert first.grad is None and second.grad is None
@@ -181,9 +187,9 @@ def test_a_step_clips_the_norm_of_all_gradients_together():
 def test_zero_does_not_clip():
     parameter = nn.Parameter(torch.zeros(1))
     made = create_optimizer(OptimizerOptions(optimizer_type="SGD"), [ParamGroup("a", [parameter], 1.0)])
-    update = StandardUpdate(made, 0.0, Accelerator(cpu=True))
+    update = an_update(made, 0.0)
     parameter.grad = torch.tensor([30.0])
-    update.step([parameter])
+    update.step([parameter], torch.tensor(1.0))
     assert parameter.item() == -30.0
 
 
@@ -191,11 +197,10 @@ def test_schedule_free_weights_are_swapped_while_evaluating_and_put_back():
     pytest.importorskip("schedulefree")
     parameter = nn.Parameter(torch.ones(3))
     made = create_optimizer(OptimizerOptions(optimizer_type="AdamWScheduleFree"), [ParamGroup("a", [parameter], 0.1)])
-    accelerator = Accelerator(cpu=True)
-    update = StandardUpdate(accelerator.prepare(made), 0.0, accelerator)
+    update = an_update(made, 0.0)
     for value in (1.0, -2.0, 0.5):
         parameter.grad = torch.full((3,), value)
-        update.step([parameter])
+        update.step([parameter], torch.tensor(1.0))
     training = parameter.detach().clone()
     with update.evaluating():
         assert not torch.allclose(parameter, training)
@@ -206,7 +211,7 @@ def test_schedule_free_weights_are_swapped_while_evaluating_and_put_back():
 def test_evaluating_changes_nothing_for_other_optimizers():
     made = make("AdamW")
     before = [parameter.detach().clone() for group in made.param_groups for parameter in group["params"]]
-    update = StandardUpdate(made, 1.0, Accelerator(cpu=True))
+    update = an_update(made, 1.0)
     with update.evaluating():
         inside = [parameter.detach().clone() for group in made.param_groups for parameter in group["params"]]
     assert before

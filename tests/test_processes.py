@@ -42,25 +42,31 @@ CLIPPED = ["--max_train_steps=2", "--max_grad_norm=1e-3"]
 
 
 def jobs(workspace: Workspace, folder: Path) -> list[list[Any]]:
-    """[name, script, arguments, step to stop at] of every run."""
+    """A row of `process_run` for every run."""
     rows: list[list[Any]] = [
-        [f"pair-{mode}", workspace.script(mode), workspace.arguments(mode, folder / f"pair-{mode}", *PAIR), 0] for mode in MODES
+        [f"pair-{mode}", workspace.script(mode), workspace.arguments(mode, folder / f"pair-{mode}", *PAIR), 0, ""]
+        for mode in MODES
     ]
     network = workspace.script("network")
     epoch = ["--max_train_epochs=1", "--save_state", "--cache_latents_to_disk", f"--cache_dir={folder / 'cache'}"]
     epoch += [f"--save_every_n_steps={STATE_AT}", "--network_dropout=0.3"]
-    rows.append(["epoch", network, workspace.arguments("network", folder / "epoch", *epoch), 0])
+    rows.append(["epoch", network, workspace.arguments("network", folder / "epoch", *epoch), 0, ""])
     resume = f"--resume={folder / 'epoch' / f'tiny-step{STATE_AT:08d}-state'}"
-    rows.append(["resumed", network, workspace.arguments("network", folder / "resumed", *epoch, resume), 0])
+    rows.append(["resumed", network, workspace.arguments("network", folder / "resumed", *epoch, resume), 0, ""])
     few = ["--max_train_steps=2", "--max_grad_norm=0", "--gradient_accumulation_steps=2"]
     cached = ["--cache_latents", "--cache_text_encoder_outputs"]
     for name, extra in VARIANTS.items():
         arguments = workspace.arguments("full", folder / name, *few, *cached, *extra)
-        rows.append([name, workspace.script("full"), arguments, 0])
+        rows.append([name, workspace.script("full"), arguments, 0, ""])
     for name, extra in (("clipped", []), ("clipped-fused", ["--fused_backward_pass", "--fused_clip=all"])):
-        rows.append([name, workspace.script("full"), workspace.arguments("full", folder / name, *CLIPPED, *cached, *extra), 0])
+        rows.append(
+            [name, workspace.script("full"), workspace.arguments("full", folder / name, *CLIPPED, *cached, *extra), 0, ""]
+        )
+    for name in ("plain", "fused"):
+        arguments = workspace.arguments("full", folder / f"broken-{name}", *cached, *VARIANTS[name])
+        rows.append([f"broken-{name}", workspace.script("full"), arguments, STOP_AT + 1, "nan"])
     stopped = workspace.arguments("network", folder / "stopped", "--max_train_steps=50")
-    return [*rows, ["stopped", network, stopped, STOP_AT]]
+    return [*rows, ["stopped", network, stopped, STOP_AT, "stop"]]
 
 
 @pytest.fixture(scope="module")
@@ -169,3 +175,13 @@ def test_one_process_that_is_asked_to_stop_stops_all_after_the_same_step(finishe
     assert all("--resume" in process["said"] for process in processes)
     state = finished / "stopped" / f"tiny-step{STOP_AT:08d}-state"
     runs.assert_same_tensors(processes[1]["weights"], load_file(state / "trainable.safetensors"))
+
+
+@pytest.mark.parametrize("name", ["plain", "fused"])
+def test_a_loss_that_is_no_number_on_one_process_stops_all_before_they_step(name: str, finished: Path) -> None:
+    processes = facts(finished, f"broken-{name}")
+    assert [process["step"] for process in processes] == [STOP_AT, STOP_AT]
+    assert all(f"at step {STOP_AT + 1}" in process["said"] and ".png" in process["said"] for process in processes)
+    state = finished / f"broken-{name}" / f"tiny-step{STOP_AT:08d}-state"
+    for process in processes:
+        runs.assert_same_tensors(process["weights"], load_file(state / "trainable.safetensors"))

@@ -146,21 +146,6 @@ def test_a_resumed_run_goes_on_where_its_state_was_and_equals_one_that_was_not_s
     assert timeless(parts) == timeless(whole)
 
 
-def test_a_loss_that_is_not_a_number_stops_the_run(tmp_path):
-    target = tracker(tmp_path)
-    target.push(1, 0, {"loss": 1.0}, {})
-    with pytest.raises(UserError, match="nan at step 2"):
-        target.push(2, 0, {"loss": math.nan}, {})
-
-
-def test_where_loss_scaling_skips_such_steps_only_a_row_of_them_stops_the_run(tmp_path):
-    target = tracker(tmp_path, patience=3)
-    for step, loss in enumerate([math.inf, math.inf, 1.0, math.inf, math.inf], start=1):
-        target.push(step, 0, {"loss": loss}, {})
-    with pytest.raises(UserError, match="inf at step 6"):
-        target.push(6, 0, {"loss": math.inf}, {})
-
-
 def test_rows_wait_while_another_program_has_the_file_open(tmp_path, monkeypatch, caplog):
     """On Windows a spreadsheet program keeps everybody else from writing."""
     file = MetricsFile(tmp_path / "metrics.csv", resume_step=None)
