@@ -242,7 +242,19 @@ def digits(value: float) -> float:
     return float(f"{value:.4g}")
 
 
-def measure(name: str, size: Size, device: torch.device, steps: int) -> dict[str, object]:
+def kernels(work: Callable[[], object], device: torch.device) -> str:
+    """A table of what one call of `work` spends its time in."""
+    from torch.profiler import ProfilerActivity, profile
+
+    on_gpu = device.type == "cuda"
+    with profile(activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * on_gpu]) as found:
+        work()
+        wait_for(device)
+    order = "self_cuda_time_total" if on_gpu else "self_cpu_time_total"
+    return str(found.key_averages().table(sort_by=order, row_limit=60, max_name_column_width=90))
+
+
+def measure(name: str, size: Size, device: torch.device, steps: int, profile: Path | None = None) -> dict[str, object]:
     """The row of one configuration. Raises whatever makes it impossible."""
     config = CONFIGURATIONS[name]
     needed, rate = operations(size), matmul_rate(size.matmul, device)
@@ -283,6 +295,9 @@ def measure(name: str, size: Size, device: torch.device, steps: int) -> dict[str
     }
     if policy.swap is not None:
         row["late_loads"] = policy.swap.misses - misses
+    if profile is not None:
+        profile.mkdir(parents=True, exist_ok=True)
+        (profile / f"{name}.txt").write_text(kernels(step, device), encoding="utf-8")
     return row
 
 
@@ -293,6 +308,7 @@ def run_apart(name: str, arguments: argparse.Namespace) -> dict[str, object]:
     """The row of one configuration, measured in a process of its own; on failure one with `error`."""
     command = [sys.executable, __file__, "--measure", name, "--device", arguments.device, "--steps", str(arguments.steps)]
     command += ["--tiny"] * arguments.tiny
+    command += ["--profile", str(arguments.profile)] if arguments.profile else []
     try:
         result = subprocess.run(command, capture_output=True, text=True, timeout=arguments.timeout)
     except subprocess.TimeoutExpired:
@@ -339,6 +355,7 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="toy widths; as many blocks as FLUX.1 has")
     parser.add_argument("--timeout", type=int, default=1200, help="seconds for one configuration")
     parser.add_argument("--out", type=Path, default=Path("gpu_flux.jsonl"), help="rows are appended")
+    parser.add_argument("--profile", type=Path, help="folder for a table of each configuration's kernels, of one step more")
     parser.add_argument("--measure", choices=CONFIGURATIONS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.device == "cuda" and not torch.cuda.is_available():
@@ -346,7 +363,8 @@ def main() -> None:
     if arguments.measure:
         size = TINY if arguments.tiny else REAL
         try:
-            print(json.dumps(measure(arguments.measure, size, torch.device(arguments.device), arguments.steps)))
+            device = torch.device(arguments.device)
+            print(json.dumps(measure(arguments.measure, size, device, arguments.steps, arguments.profile)))
         except (UserError, torch.OutOfMemoryError) as error:
             raise SystemExit(f"{type(error).__name__}: {str(error).splitlines()[0]}") from error
         return

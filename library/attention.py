@@ -23,12 +23,24 @@ def _over_queries(mask: Tensor) -> Tensor:
     return mask[:, None, None, :]
 
 
+def split_heads(x: Tensor, num_heads: int) -> Tensor:
+    """[B, L, H * K] -> [B, L, H, K]."""
+    return x.unflatten(-1, (num_heads, -1))
+
+
+def _heads_first(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """[B, L, H, K] each -> [B, H, L, K]."""
+    return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Any) -> Tensor:
+    q, k, v = _heads_first(q, k, v)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
 
 
 def _math(q: Tensor, k: Tensor, v: Tensor, mask: Any) -> Tensor:
     """The definition, step by step: what the others are tested against."""
+    q, k, v = _heads_first(q, k, v)
     scores = (q.float() @ k.float().transpose(-1, -2)) * q.shape[-1] ** -0.5
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf)
@@ -60,7 +72,8 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, mask: Any) -> Tensor:
     from torch.nn.attention.flex_attention import flex_attention
 
     compute: Any = flex_attention if torch.compiler.is_compiling() or not q.is_cuda else _compiled_flex()
-    return compute(q, k, v, block_mask=mask).transpose(1, 2)
+    out: Tensor = compute(*_heads_first(q, k, v), block_mask=mask)
+    return out.transpose(1, 2)
 
 
 # ---- packages --------------------------------------------------------------------------------------------------------
@@ -74,8 +87,8 @@ def _xformers(q: Tensor, k: Tensor, v: Tensor, mask: Any) -> Tensor:
         # kernels want rows of the bias to begin at multiples of 16 bytes: a slice of something longer
         length = mask.shape[-1]
         additive = torch.zeros_like(F.pad(mask, (0, -length % 8)), dtype=q.dtype)[..., :length].masked_fill_(~mask, -torch.inf)
-        bias = additive.expand(-1, q.shape[1], q.shape[2], -1)
-    out: Tensor = memory_efficient_attention(*(x.transpose(1, 2) for x in (q, k, v)), attn_bias=bias)
+        bias = additive.expand(-1, q.shape[2], q.shape[1], -1)
+    out: Tensor = memory_efficient_attention(q, k, v, attn_bias=bias)
     return out
 
 
@@ -130,7 +143,6 @@ def _flash3(q: Tensor, k: Tensor, v: Tensor, mask: Any) -> Tensor:
 
 
 def _through_flash(plain: Callable[..., Any], varlen: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, mask: Any) -> Tensor:
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, L, H, K]
     return _first(plain(q, k, v)) if mask is None else attend_packed(varlen, q, k, v, mask)
 
 
@@ -139,7 +151,7 @@ def _through_flash(plain: Callable[..., Any], varlen: Callable[..., Any], q: Ten
 
 class Backend(NamedTuple):
     compute: Callable[[Tensor, Tensor, Tensor, Any], Tensor]
-    """q [B, H, L, K], k and v [B, H, S, K], a prepared mask or None -> [B, L, H, K]."""
+    """q [B, L, H, K], k and v [B, S, H, K], a prepared mask or None -> [B, L, H, K]."""
     prepare: Callable[[Tensor], Any] = _over_queries
     """mask [B, S] bool -> the form that `compute` takes."""
 
@@ -168,7 +180,7 @@ class Attention:
         return cls(mode, None if mask is None else BACKENDS[mode].prepare(mask))
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q [B, H, L, K], k and v [B, H, S, K] -> [B, L, H * K]."""
+        """q [B, L, H, K], k and v [B, S, H, K] -> [B, L, H * K]."""
         return BACKENDS[self.mode].compute(q, k, v, self.mask).flatten(2)
 
 
@@ -194,8 +206,7 @@ class UnetAttention:
             raise ValueError("attention masks of a UNet are not supported")
         context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         projected = attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context)
-        heads = (x.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for x in projected)  # [B, H, L, K]
-        out: Tensor = attn.to_out[0](self.attend(*heads))
+        out: Tensor = attn.to_out[0](self.attend(*(split_heads(x, attn.heads) for x in projected)))
         return attn.to_out[1](out)
 
 

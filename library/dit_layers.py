@@ -9,10 +9,12 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -65,24 +67,18 @@ class Denoiser(nn.Module, ABC):
         self.run_block = run_recomputing
 
 
-def split_heads(fused: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Fused q, k, v [B, L, 3D] -> three of [B, H, L, K]."""
-    q, k, v = fused.unflatten(2, (3, num_heads, -1)).permute(2, 0, 3, 1, 4)
-    return q, k, v
-
-
 # ---- rotary position embedding ---------------------------------------------------------------------------------------
 
 
 class Rotation(NamedTuple):
-    """cos and sin of every pair's angle, each [B, 1, L, K / 2] float32."""
+    """cos and sin of every pair's angle, each [B, L, 1, K / 2] float32."""
 
     cos: Tensor
     sin: Tensor
 
     def of(self, tokens: slice) -> Rotation:
         """Those of some of the L tokens."""
-        return Rotation(self.cos[:, :, tokens], self.sin[:, :, tokens])
+        return Rotation(self.cos[:, tokens], self.sin[:, tokens])
 
 
 def rotary_embedding(ids: Tensor, axes: Sequence[int], theta: float = 10_000.0) -> Rotation:
@@ -96,7 +92,7 @@ def rotary_embedding(ids: Tensor, axes: Sequence[int], theta: float = 10_000.0) 
         ids[..., axis, None].to(exact) * theta ** -(torch.arange(0, width, 2, dtype=exact, device=ids.device) / width)
         for axis, width in enumerate(axes)
     ]
-    joined = torch.cat(angles, dim=-1).unsqueeze(1)  # [B, 1, L, K / 2]
+    joined = torch.cat(angles, dim=-1).unsqueeze(2)  # [B, L, 1, K / 2]
     return Rotation(joined.cos().float(), joined.sin().float())
 
 
@@ -108,15 +104,36 @@ def image_ids(height: int, width: int, device: torch.device | str) -> Tensor:
 
 
 def rotate(x: Tensor, rotation: Rotation) -> Tensor:
-    """Turn neighbouring pairs of x [B, H, L, K], computed in float32."""
-    pairs = x.float().unflatten(-1, (-1, 2))
+    """Turn neighbouring pairs of x [B, L, H, K], computed in float32."""
     cos, sin = rotation
-    if torch.compiler.is_compiling() or x.device.type == "mps":  # complex numbers are not fused, or not there
-        even, odd = pairs.unbind(-1)  # [B, H, L, K / 2]
-        turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
-    else:  # one pass instead of five
-        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.complex(cos, sin))
+    if not torch.compiler.is_compiling() and x.device.type != "mps":  # complex numbers are not fused, or not there
+        return cast(Tensor, _Rotate.apply(x, torch.complex(cos, sin)))
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # [B, L, H, K / 2]
+    turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
     return turned.flatten(-2).to(x.dtype)
+
+
+class _Rotate(Function):
+    """Pairs as complex numbers: one pass instead of five. Gradients are turned back; autograd would copy them once more."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, turn: Tensor) -> Tensor:
+        """x [B, L, H, K], turn [B, L, 1, K / 2] complex."""
+        ctx.save_for_backward(turn)
+        return _turned(x, turn)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (turn,) = ctx.saved_tensors
+        return _turned(gradients[0], turn.conj()), None
+
+
+def _turned(x: Tensor, turn: Tensor) -> Tensor:
+    # gradients of attention come in any order; where they are rounded as well, both are put right in one pass
+    exact = x.to(torch.float32, memory_format=torch.contiguous_format).contiguous()
+    pairs = torch.view_as_complex(exact.unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * turn).flatten(-2).to(x.dtype)
 
 
 # ---- norms and modulation --------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from library.attention import Attention
+from library.attention import Attention, split_heads
 from library.dit_layers import (
     Denoiser,
     MLPEmbedder,
@@ -25,7 +25,6 @@ from library.dit_layers import (
     modulated,
     rotary_embedding,
     rotate,
-    split_heads,
     timestep_embedding,
 )
 from library.offload_plan import SwapDivision
@@ -122,8 +121,8 @@ class SelfAttention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """[B, L, D] -> q, k, v of [B, H, L, K], q and k normed."""
-        q, k, v = split_heads(self.qkv(x), self.num_heads)
+        """[B, L, D] -> q, k, v of [B, L, H, K], q and k normed."""
+        q, k, v = (split_heads(part, self.num_heads) for part in self.qkv(x).chunk(3, dim=-1))
         q, k = self.norm(q, k)
         return q, k, v
 
@@ -153,7 +152,7 @@ class DoubleStreamBlock(nn.Module):
         i, j = (vectors.split(1, dim=1) for vectors in self._vectors(vec))  # shift, scale, gate, twice; each [B, 1, D]
         img_heads = self.img_attn.heads(modulated(self.img_norm1, img, i[0], i[1]))
         txt_heads = self.txt_attn.heads(modulated(self.txt_norm1, txt, j[0], j[1]))
-        q, k, v = (torch.cat(pair, dim=2) for pair in zip(txt_heads, img_heads, strict=True))  # [B, H, M+L, K]
+        q, k, v = (torch.cat(pair, dim=1) for pair in zip(txt_heads, img_heads, strict=True))  # [B, M+L, H, K]
         out = attend(rotate(q, rotation), rotate(k, rotation), v)
         txt_out, img_out = out.split([txt.shape[1], img.shape[1]], dim=1)
         img = gated(img, i[2], self.img_attn.proj(img_out))
@@ -176,7 +175,7 @@ class SingleStreamBlock(nn.Module):
         super().__init__()
         width = params.width
         self.num_heads = params.num_heads
-        self.widths = [3 * width, params.mlp_width]
+        self.widths = [width, width, width, params.mlp_width]
         self.linear1 = nn.Linear(width, 3 * width + params.mlp_width)
         self.linear2 = nn.Linear(width + params.mlp_width, width)
         self.norm = QKNorm(params.head_width)
@@ -186,8 +185,8 @@ class SingleStreamBlock(nn.Module):
     def forward(self, x: Tensor, vec: Tensor, rotation: Rotation, attend: Attention) -> Tensor:
         """x [B, M+L, D]; vec: FLUX's embedding [B, D], or Chroma's vectors [B, 3, D]."""
         shift, scale, gate = (vec if self.modulation is None else self.modulation(vec)).split(1, dim=1)
-        qkv, hidden = self.linear1(modulated(self.pre_norm, x, shift, scale)).split(self.widths, dim=-1)
-        q, k, v = split_heads(qkv, self.num_heads)
+        *heads, hidden = self.linear1(modulated(self.pre_norm, x, shift, scale)).split(self.widths, dim=-1)
+        q, k, v = (split_heads(part, self.num_heads) for part in heads)
         q, k = self.norm(q, k)
         out = attend(rotate(q, rotation), rotate(k, rotation), v)
         return gated(x, gate, self.linear2(torch.cat([out, F.gelu(hidden, approximate="tanh")], dim=-1)))

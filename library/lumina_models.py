@@ -112,14 +112,14 @@ class GroupedAttention(nn.Module):
     def forward(self, x: Tensor, rotation: Rotation, attend: Attention) -> Tensor:
         """[B, L, D] -> [B, L, D]."""
         parts = self.qkv(x).split(self.widths, dim=-1)
-        q, k, v = (part.unflatten(-1, (-1, self.head_width)).transpose(1, 2) for part in parts)  # [B, H or G, L, K]
+        q, k, v = (part.unflatten(-1, (-1, self.head_width)) for part in parts)  # [B, L, H or G, K]
         q, k = rotate(self.q_norm(q), rotation), rotate(self.k_norm(k), rotation)
         out: Tensor = self.out(attend(q, self._for_all_heads(k), self._for_all_heads(v)))
         return out
 
     def _for_all_heads(self, x: Tensor) -> Tensor:
-        """[B, G, L, K] -> [B, H, L, K]."""
-        return x.unsqueeze(2).expand(-1, -1, self.shared_by, -1, -1).flatten(1, 2)
+        """[B, L, G, K] -> [B, L, H, K]."""
+        return x.unsqueeze(3).expand(-1, -1, -1, self.shared_by, -1).flatten(2, 3)
 
 
 class FeedForward(nn.Module):

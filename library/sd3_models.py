@@ -13,7 +13,7 @@ from typing import Literal, cast
 import torch
 from torch import Tensor, nn
 
-from library.attention import Attention
+from library.attention import Attention, split_heads
 from library.dit_layers import (
     Denoiser,
     SiluMLP,
@@ -21,7 +21,6 @@ from library.dit_layers import (
     gated,
     layer_norm,
     modulated,
-    split_heads,
     timestep_embedding,
 )
 from library.errors import UserError
@@ -105,8 +104,8 @@ class StreamAttention(nn.Module):
             self.proj = nn.Linear(params.width, params.width)
 
     def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """[B, L, D] -> q, k, v of [B, H, L, K], q and k normed where the model norms them."""
-        q, k, v = split_heads(self.qkv(x), self.num_heads)
+        """[B, L, D] -> q, k, v of [B, L, H, K], q and k normed where the model norms them."""
+        q, k, v = (split_heads(part, self.num_heads) for part in self.qkv(x).chunk(3, dim=-1))
         return self.ln_q(q), self.ln_k(k), v
 
 
@@ -167,7 +166,7 @@ class JointBlock(nn.Module):
         i, j = image.vectors(vec), text.vectors(vec)
         x_heads = image.attn.heads(modulated(image.norm1, x, i[0], i[1]))
         context_heads = text.attn.heads(modulated(text.norm1, context, j[0], j[1]))
-        q, k, v = (torch.cat(pair, dim=2) for pair in zip(context_heads, x_heads, strict=True))  # [B, H, M+L, K]
+        q, k, v = (torch.cat(pair, dim=1) for pair in zip(context_heads, x_heads, strict=True))  # [B, M+L, H, K]
         context_out, x_out = attend(q, k, v).split([context.shape[1], x.shape[1]], dim=1)
         second = None if image.attn2 is None else attend(*image.attn2.heads(modulated(image.norm1, x, i[6], i[7])))
         x = image.after(x, x_out, i, second)

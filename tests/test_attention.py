@@ -42,7 +42,7 @@ def key_mask(kind: Any, length: int) -> Tensor | None:
 
 def attended(mode: str, mask: Tensor | None, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> list[Tensor]:
     """Output and gradients of q, k, v of three rows of 17 tokens; two heads of width 16."""
-    q, k, v = (randn(3, 2, 17, 16, key=name).to(device, dtype).requires_grad_() for name in "qkv")
+    q, k, v = (randn(3, 17, 2, 16, key=name).to(device, dtype).requires_grad_() for name in "qkv")
     mask = None if mask is None else mask.to(device)
     out = Attention.of(mode, mask)(q, k, v)
     (out * randn(*out.shape, key="weight").to(device, dtype)).sum().backward()
@@ -63,7 +63,7 @@ def test_back_ends_give_what_the_definition_gives(mode: str, kind: str) -> None:
     assert found[0].shape == (3, 17, 32)
     assert_close(found, attended("math", mask), 1e-5)
     if mask is not None:
-        hidden = found[2].transpose(1, 2)[~mask]
+        hidden = found[2][~mask]
         assert len(hidden) and not hidden.any(), "a key that is hidden has a gradient"
 
 
@@ -72,7 +72,7 @@ def test_back_ends_give_what_the_definition_gives(mode: str, kind: str) -> None:
 def test_flex_attention_gives_what_the_definition_gives(kind: str) -> None:
     """Forward alone: torch has no backward pass of it for CPUs."""
     mask = key_mask(MASKS[kind], 17)
-    q, k, v = (randn(3, 2, 17, 16, key=name) for name in "qkv")
+    q, k, v = (randn(3, 17, 2, 16, key=name) for name in "qkv")
     torch.testing.assert_close(Attention.of("flex", mask)(q, k, v), Attention.of("math", mask)(q, k, v), atol=1e-5, rtol=1e-5)
 
 
@@ -97,8 +97,7 @@ def varlen_by_definition(
     for n in range(len(queries) - 1):
         q_n, k_n = slice(*queries[n : n + 2]), slice(*keys[n : n + 2])
         assert q_n.stop - q_n.start <= longest_q and k_n.stop - k_n.start <= longest_k
-        heads = [x.transpose(0, 1)[None] for x in (q[q_n], k[k_n], v[k_n])]
-        out.append(BACKENDS["math"].compute(*heads, None)[0])
+        out.append(BACKENDS["math"].compute(q[q_n][None], k[k_n][None], v[k_n][None], None)[0])
     return torch.cat(out)
 
 
@@ -106,10 +105,10 @@ def varlen_by_definition(
 def test_packed_keys_are_those_that_the_mask_lets_through(kind: str) -> None:
     mask = key_mask(MASKS[kind], 17)
     assert mask is not None
-    q, k, v = (randn(3, 2, 17, 16, key=name).requires_grad_() for name in "qkv")
+    q, k, v = (randn(3, 17, 2, 16, key=name).requires_grad_() for name in "qkv")
     packing = pack_keys(mask)
     assert packing.query_starts.dtype == packing.key_starts.dtype == torch.int32
-    out = attend_packed(varlen_by_definition, *(x.transpose(1, 2) for x in (q, k, v)), packing).flatten(2)
+    out = attend_packed(varlen_by_definition, q, k, v, packing).flatten(2)
     (out * randn(*out.shape, key="weight")).sum().backward()
     expected = attended("math", mask)
     found = [out.detach(), *(x.grad for x in (q, k, v) if x.grad is not None)]

@@ -44,14 +44,27 @@ def test_rms_norms_round_once() -> None:
     )
 
 
+def last_dimension_far_apart(x: Tensor) -> Tensor:
+    """The same values in another order of memory, which attention's gradients may have."""
+    return x.transpose(-1, 1).contiguous().transpose(-1, 1)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_pairs_are_turned_alike_with_complex_numbers_and_where_they_are_compiled(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    angle = draw("angle", 2, 1, 5, 4)
-    rotation, x = Rotation(angle.cos(), angle.sin()), draw("q", 2, 3, 5, 8).to(dtype)
-    turned = rotate(x, rotation)
-    pairs = turned.float().unflatten(-1, (-1, 2))
-    torch.testing.assert_close(pairs.norm(dim=-1), x.float().unflatten(-1, (-1, 2)).norm(dim=-1), rtol=1e-2, atol=1e-2)
+    angle = draw("angle", 2, 5, 1, 4)
+    rotation, x = Rotation(angle.cos(), angle.sin()), draw("q", 2, 5, 3, 8).to(dtype)
+
+    def turned() -> tuple[Tensor, Tensor]:
+        given = x.clone().requires_grad_()
+        out = rotate(given, rotation)
+        (gradient,) = torch.autograd.grad(out, given, last_dimension_far_apart(draw("gradient", *x.shape).to(dtype)))
+        return out.detach(), gradient
+
+    by_complex_numbers = turned()
+    for was, is_now in zip((x, draw("gradient", *x.shape)), by_complex_numbers, strict=True):
+        lengths = (value.float().unflatten(-1, (-1, 2)).norm(dim=-1) for value in (was, is_now))
+        torch.testing.assert_close(*lengths, rtol=1e-2, atol=1e-2)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    torch.testing.assert_close(turned, rotate(x, rotation))
+    torch.testing.assert_close(by_complex_numbers, turned())
