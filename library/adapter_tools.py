@@ -87,8 +87,9 @@ class AdapterFile:
 def read_adapter(path: Path, arch: NetworkArch | str | None = None) -> AdapterFile:
     """arch: the table of its family or the family's name, where it is known."""
     tensors = read_weights(path)
+    metadata = adapter_metadata(path)
     if arch is None:
-        arch = arch_of(by_layer(tensors), str(path))
+        arch = arch_of(by_layer(tensors), str(path), metadata)
     elif isinstance(arch, str):
         arch = arch_named(arch)
     sizes: dict[torch.dtype, int] = {}
@@ -97,7 +98,7 @@ def read_adapter(path: Path, arch: NetworkArch | str | None = None) -> AdapterFi
     dtype = max(sizes, key=lambda dtype: sizes[dtype])
     layers = own_layers(tensors, arch, str(path))
     refuse_unread(layers, str(path))
-    return AdapterFile(path, layers, adapter_metadata(path), arch, dtype)
+    return AdapterFile(path, layers, metadata, arch, dtype)
 
 
 def adapter_metadata(path: Path) -> dict[str, str]:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import importlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -235,8 +235,9 @@ def mended(layers: LayerTensors, weak: Mapping[str, int]) -> LayerTensors:
     return {key: {**layer, ALPHA: alphas[key]} if key in alphas else layer for key, layer in layers.items()}
 
 
-def arch_of(layers: LayerTensors, source: str) -> NetworkArch:
-    """The family's table that knows the most layers of a file. Raises `UserError` where none does, or two do alike."""
+def arch_of(layers: LayerTensors, source: str, metadata: Mapping[str, str] | None = None) -> NetworkArch:
+    """The family's table that knows the most layers of a file. Of several that know as many, the one that the file's metadata
+    names, or whose published models have layers of this width. Raises `UserError` where nothing tells."""
     found = {name: arch_named(name) for name in KNOWN_ARCHS}
     known = {name: [(key, *_kohya_key(key, arch)) for key in layers] for name, arch in found.items()}
     counts = {  # names that a family's files have count more than those it understands
@@ -247,9 +248,24 @@ def arch_of(layers: LayerTensors, source: str) -> NetworkArch:
     names = [name for name, count in counts.items() if count == best]
     if not best[0]:
         raise UserError(f"{source} is an adapter of no family that is known here. It has {shorten(layers)}.")
-    if len(names) > 1:
-        raise UserError(f"{source} may be for {' or '.join(names)}: its names fit both. Say it with --family.")
-    return found[names[0]]
+    candidates = [found[name] for name in names]
+    told = _described(candidates, metadata or {}) or _of_own_width(candidates, layers) or candidates
+    if len(told) > 1:
+        raise UserError(
+            f"{source} may be for {' or '.join(names)}: its names fit both, its metadata tell neither, and its layers are as wide "
+            "as those of no published model. Say it with --family."
+        )
+    return told[0]
+
+
+def _described(candidates: Sequence[NetworkArch], metadata: Mapping[str, str]) -> list[NetworkArch]:
+    said = [metadata.get("ss_base_model_version", ""), metadata.get("modelspec.architecture", "").removesuffix("/lora")]
+    return [arch for arch in candidates if any(arch.described.fullmatch(text) for text in said)]
+
+
+def _of_own_width(candidates: Sequence[NetworkArch], layers: LayerTensors) -> list[NetworkArch]:
+    inputs = {layer[DOWN].shape[1] for layer in layers.values() if DOWN in layer}
+    return [arch for arch in candidates if arch.own_widths & inputs]
 
 
 def arch_named(name: str) -> NetworkArch:

@@ -72,6 +72,8 @@ def fused_rows(layer: Layer) -> tuple[int, ...]:
 
 ARCH = NetworkArch(
     name="flux",
+    described=re.compile(r"flux.*|chroma.*", re.IGNORECASE),
+    own_widths=frozenset({3072, 12288}),
     groups=(
         TargetGroup(
             "denoiser",

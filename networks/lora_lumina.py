@@ -74,6 +74,7 @@ GEMMA2_LAYERS = KeyMap(
 
 ARCH = NetworkArch(
     name="lumina",
+    described=re.compile(r"lumina.*", re.IGNORECASE),
     groups=(
         TargetGroup(
             "denoiser",

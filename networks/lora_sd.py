@@ -28,6 +28,8 @@ WITH_ATTENTION = (1, 2, 4, 5, 7, 8, 12, *range(16, 25))
 
 ARCH = NetworkArch(
     name="sd",
+    described=re.compile(r"sd_v.*|stable-diffusion-v.*", re.IGNORECASE),
+    own_widths=frozenset({768, 1024}),
     groups=(
         unet_targets(PartNames(SD_UNET_LAYERS, "unet", "diffusion_model", spells_diffusers=True)),
         # ComfyUI's own names differ between 1.x and 2.x, sd-scripts' do not

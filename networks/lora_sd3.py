@@ -53,6 +53,8 @@ def block_number(key: str) -> int | None:
 
 ARCH = NetworkArch(
     name="sd3",
+    described=re.compile(r"m|5-.*|sd3.*|stable-diffusion-3.*", re.IGNORECASE),
+    own_widths=frozenset({1536, 6144, 2432, 9728}),
     groups=(
         TargetGroup("denoiser", "lora_unet", ("JointBlock",), names=PartNames(SD3_LAYERS, "transformer", "diffusion_model")),
         clip_targets("clip_l", "lora_te1", diffusers="text_encoder", comfy="text_encoders.clip_l.transformer"),

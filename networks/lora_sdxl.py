@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import cache
 
 from library.unet_names import SDXL_UNET_LAYERS, SDXL_UNET_NAMES, sdxl_block
@@ -27,6 +28,8 @@ IN, MID, OUT = tuple((block,) for block in range(1, 10)), (10, 11, 12), tuple((b
 
 ARCH = NetworkArch(
     name="sdxl",
+    described=re.compile(r"sdxl.*|stable-diffusion-xl.*", re.IGNORECASE),
+    own_widths=frozenset({2048}),
     groups=(
         unet_targets(PartNames(SDXL_UNET_LAYERS, "unet", "diffusion_model"), original_name),
         clip_targets(

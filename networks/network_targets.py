@@ -245,6 +245,10 @@ class NetworkArch:
     """Number of the block that a layer is in, by its key (None outside), where there is no table of blocks."""
     diffusers_reads_kohya: bool = True
     """Whether diffusers reads files in sd-scripts' names, in part at least."""
+    described: re.Pattern[str] = field(kw_only=True)
+    """What `ss_base_model_version` and, without `/lora`, `modelspec.architecture` are in files for this family."""
+    own_widths: frozenset[int] = frozenset()
+    """Inputs that layers of the published denoisers have, and none of a family whose layers have the same names."""
 
     def block_of(self, key: str) -> int | None:
         """Number of the block that a layer is in; None outside. Raises `UserError` where blocks are not counted."""

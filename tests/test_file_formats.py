@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from tiny_denoisers import DENOISERS
 from torch import Tensor, nn
 
+from library.adapter_tools import read_adapter
 from library.errors import UserError
 from library.memory_tracker import MemoryTracker, simulated
 from networks import loha, lora
@@ -286,3 +287,35 @@ def test_pefts_own_scales_are_heeded(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="describes IA3"):
         read_weights(tmp_path)
     assert load_file(tmp_path / "adapter_model.safetensors").keys() == weights.keys()
+
+
+@pytest.mark.parametrize(
+    ("layer", "width", "metadata", "family"),
+    [
+        ("transformer.transformer_blocks.0.attn.to_q", 3072, {}, "flux"),
+        ("transformer.transformer_blocks.0.ff.net.2", 12288, {}, "flux"),
+        ("transformer.transformer_blocks.0.attn.to_q", 1536, {}, "sd3"),
+        ("base_model.model.transformer_blocks.0.norm1.linear", 2432, {}, "sd3"),
+        ("transformer.transformer_blocks.0.attn.to_q", 64, {"ss_base_model_version": "flux1"}, "flux"),
+        ("transformer.transformer_blocks.0.attn.to_q", 64, {"ss_base_model_version": "m"}, "sd3"),
+        ("transformer.transformer_blocks.0.attn.to_q", 64, {"modelspec.architecture": "Flux-1-dev/lora"}, "flux"),
+        ("transformer.transformer_blocks.0.attn.to_q", 3072, {"modelspec.architecture": "stable-diffusion-3-5-large"}, "sd3"),
+        ("transformer.transformer_blocks.0.attn.to_q", 64, {}, None),
+        ("transformer.transformer_blocks.0.attn.to_q", 64, {"ss_base_model_version": "a model to come"}, None),
+    ],
+)
+def test_where_names_fit_two_families_the_file_says_which(
+    layer: str, width: int, metadata: dict[str, str], family: str | None, tmp_path: Path
+) -> None:
+    path = tmp_path / "a.safetensors"
+    save_file(
+        {f"{layer}.lora_{side}.weight": torch.zeros(shape) for side, shape in (("A", (1, width)), ("B", (width, 1)))},
+        path,
+        metadata,
+    )
+    if family is not None:
+        assert read_adapter(path).arch.name == family
+        return
+    with pytest.raises(UserError, match=r"may be for flux or sd3: .* Say it with --family\."):
+        read_adapter(path)
+    assert read_adapter(path, "flux").arch.name == "flux"
