@@ -252,8 +252,8 @@ def arch_of(layers: LayerTensors, source: str, metadata: Mapping[str, str] | Non
     told = _described(candidates, metadata or {}) or _of_own_width(candidates, layers) or candidates
     if len(told) > 1:
         raise UserError(
-            f"{source} may be for {' or '.join(names)}: its names fit both, its metadata tell neither, and its layers are as wide "
-            "as those of no published model. Say it with --family."
+            f"{source} may be for {' or '.join(names)}: its names fit both, its metadata tell neither, and its layers are as "
+            "wide as those of no published model. Say it with --family."
         )
     return told[0]
 
