@@ -123,6 +123,17 @@ def _attempt(function: Callable[[P], T], path: P) -> T | BadFile:
         return error
 
 
+def _good(items: Sequence[P], results: Iterable[T | BadFile], bad: list[BadFile]) -> dict[P, T]:
+    """What was found out of each item; what is wrong with the others goes to `bad`."""
+    found: dict[P, T] = {}
+    for item, result in zip(items, results, strict=True):
+        if isinstance(result, BadFile):
+            bad.append(result)
+        else:
+            found[item] = result
+    return found
+
+
 _NOT_TRAINED = (".gif", ".tif", ".tiff", ".heic", ".heif", ".psd", ".tga")
 
 
@@ -422,12 +433,7 @@ def _sizes(sources: Sequence[Sequence[Source]], bad: list[BadFile], files: Known
     """Sizes of all pictures; those whose header cannot be read go to `bad`."""
     items = [item for subsets in sources for _, found in subsets for item in found]
     unknown = list(dict.fromkeys(item.path for item in items if item.size is None))
-    sizes: dict[Path, Size] = {}
-    for path, size in zip(unknown, in_turn(partial(_attempt, files.size), unknown), strict=True):
-        if isinstance(size, BadFile):
-            bad.append(size)
-        else:
-            sizes[path] = size
+    sizes = _good(unknown, in_turn(partial(_attempt, files.size), unknown), bad)
     return sizes | {item.path: item.size for item in items if item.size is not None}
 
 
@@ -440,12 +446,7 @@ def _held_out(
     unusable = {one.path for one in bad}
     everything = dict.fromkeys(item.path for subsets in sources for _, found in subsets for item in found)
     paths = [path for path in everything if path not in unusable]
-    digests: dict[Path, str] = {}
-    for path, digest in zip(paths, in_threads(partial(_attempt, files.digest), paths), strict=True):
-        if isinstance(digest, BadFile):
-            bad.append(digest)
-        else:
-            digests[path] = digest
+    digests = _good(paths, in_threads(partial(_attempt, files.digest), paths), bad)
     subsets_of = [
         (subset.name, dataset.validation_split, seed if dataset.validation_seed is None else dataset.validation_seed,
          [item.path for item in found if item.path in digests])

@@ -5,16 +5,16 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from library.dit_layers import Denoiser
-from library.dit_parts import DitLayout
+from library.dit_parts import DitLayout, DitModel, DitParams
 from library.dit_saving import DitCheckpoint
 from library.family_base import LatentSpec, ModelBundle, ModelFamily
-from library.model_loading import ModelOnDisk, lazy_bundle
+from library.model_loading import lazy_bundle
 from library.model_parts import Component, SaveSettings, enable_encoder_checkpointing
 from library.objectives import RectifiedFlow, range_and_huber
 from library.offload_plan import SwapDivision
@@ -24,23 +24,6 @@ from library.vae_parts import decode_latents
 if TYPE_CHECKING:
     from library.dit_options import VelocityOptions
     from library.option_groups import TrainOptions
-
-
-class DitParams(Protocol):
-    """Sizes of a network."""
-
-    @property
-    def head_width(self) -> int: ...
-
-    @property
-    def swap_division(self) -> SwapDivision: ...
-
-
-class DitModel(ModelOnDisk, Protocol):
-    """What a transformer family knows of a model on disk before anything is loaded."""
-
-    @property
-    def params(self) -> DitParams: ...
 
 
 class DitFamily(ModelFamily):
@@ -57,7 +40,7 @@ class DitFamily(ModelFamily):
     # ---- what a family says ------------------------------------------------------------------------------------------
 
     @abstractmethod
-    def describe(self, options: TrainOptions) -> DitModel:
+    def describe(self, options: TrainOptions) -> DitModel[DitParams]:
         """The model that `options` name, from headers and configuration files alone."""
 
     @abstractmethod

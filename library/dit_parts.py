@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 from torch import nn
 
@@ -14,11 +14,37 @@ from library.key_layout import IDENTITY, KeyMap
 from library.model_io import Shapes, TensorSource, empty_module, find_model, open_checkpoint, open_component
 from library.model_parts import Component, stamp
 from library.model_signatures import detect_family, detect_folder, require_family
+from library.offload_plan import SwapDivision
 from library.vae_parts import VAE_PREFIX, open_vae
 
 PREFIXES = ("model.diffusion_model.", "")
 VAE, TEXT = "vae.", "text_encoders."
 """Where single files that hold everything have the rest."""
+
+
+class DitParams(Protocol):
+    """Sizes of a network."""
+
+    @property
+    def head_width(self) -> int: ...
+
+    @property
+    def swap_division(self) -> SwapDivision: ...
+
+
+Params = TypeVar("Params", bound=DitParams, covariant=True)
+
+
+@dataclass(frozen=True)
+class DitModel(Generic[Params]):
+    """A model on disk, before anything is loaded."""
+
+    path: Path
+    format: str
+    """safetensors, ckpt or diffusers_safetensors: also the format it is saved in unless told otherwise."""
+    params: Params
+    parts: Mapping[str, Component]
+    """denoiser, vae, and the text encoders by name, in the family's order."""
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from library.dit_parts import DitLayout, TextPart, check_channels, check_width, files_now, format_of, given_files
+from library.dit_parts import DitLayout, DitModel, TextPart, check_channels, check_width, files_now, format_of, given_files
 from library.dit_text import clip_part, t5_part
 from library.errors import UserError
 from library.flux_models import Flux, FluxParams
@@ -63,16 +63,10 @@ LAYOUT = DitLayout(
 
 
 @dataclass(frozen=True)
-class FluxModel:
-    """A model on disk, before anything is loaded."""
+class FluxModel(DitModel[FluxParams]):
+    """Chroma has no clip_l among its parts."""
 
-    path: Path
-    format: str
-    """safetensors, ckpt or diffusers_safetensors: also the format it is saved in unless told otherwise."""
     kind: Kind
-    params: FluxParams
-    parts: Mapping[str, Component]
-    """denoiser, vae, t5xxl, and clip_l but for Chroma."""
 
     @property
     def spare_tokens(self) -> int:

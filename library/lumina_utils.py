@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from library.dit_parts import DitLayout, TextPart, check_channels, check_width, files_now, format_of, given_files
+from library.dit_parts import DitLayout, DitModel, TextPart, check_channels, check_width, files_now, format_of, given_files
 from library.gemma2_parts import WHOLE_PREFIX, open_gemma2
 from library.key_layout import KeyMap
 from library.lumina_models import Lumina, LuminaParams
@@ -61,16 +60,7 @@ LAYOUT = DitLayout(
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class LuminaModel:
-    """A model on disk, before anything is loaded."""
-
-    path: Path
-    format: str
-    """safetensors, ckpt or diffusers_safetensors: also the format it is saved in unless told otherwise."""
-    params: LuminaParams
-    parts: Mapping[str, Component]
-    """denoiser, gemma2, vae."""
+LuminaModel = DitModel[LuminaParams]
 
 
 def describe(options: TrainOptions) -> LuminaModel:

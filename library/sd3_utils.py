@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from library.dit_parts import DitLayout, TextPart, check_channels, check_width, files_now, format_of, given_files
+from library.dit_parts import DitLayout, DitModel, TextPart, check_channels, check_width, files_now, format_of, given_files
 from library.dit_text import clip_part, t5_part
 from library.errors import UserError
 from library.key_layout import KeyMap
@@ -60,15 +60,9 @@ LAYOUT = DitLayout(
 
 
 @dataclass(frozen=True)
-class Sd3Model:
-    """A model on disk, before anything is loaded."""
+class Sd3Model(DitModel[Sd3Params]):
+    """Not every one has t5xxl among its parts."""
 
-    path: Path
-    format: str
-    """safetensors, ckpt or diffusers_safetensors: also the format it is saved in unless told otherwise."""
-    params: Sd3Params
-    parts: Mapping[str, Component]
-    """denoiser, clip_l, clip_g, t5xxl where there is one, vae."""
     whole: TensorSource | None
     """Every tensor of a single file, those no part uses too; None for a folder."""
 

@@ -6,26 +6,22 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import tiny_flux
 import torch
+from parity import (
+    Draw,
+    assert_names_survive,
+    assert_recomputing_changes_no_gradient,
+    assert_same_outputs_and_gradients,
+    assert_times_stay_float32,
+)
 from torch import Tensor, nn
 
-from library.dit_layers import image_ids, run_recomputing
+from library.dit_layers import image_ids
 from library.flux_models import ApproximatorParams, Flux, FluxParams, pack, unpack
 from library.flux_names import FLUX_DIFFUSERS
-from library.rng import keyed_generator
 
-DEV = FluxParams(
-    in_channels=16,
-    out_channels=16,
-    width=64,
-    num_heads=2,
-    mlp_width=256,
-    context_width=24,
-    pooled_width=20,
-    num_double_blocks=2,
-    num_single_blocks=3,
-    guidance_embed=True,
-)
+DEV = replace(tiny_flux.DEV, pooled_width=20, num_single_blocks=3)
 PARAMS = {
     "dev": DEV,
     "schnell": replace(DEV, guidance_embed=False),
@@ -34,18 +30,11 @@ PARAMS = {
 HEIGHT, WIDTH, TEXT = 8, 6, 5
 
 
-def randn(*shape: int, key: str) -> Tensor:
-    return torch.randn(shape, generator=keyed_generator("flux", key))
+randn = Draw("flux")
 
 
 def native(variant: str) -> Flux:
-    """Every weight random, those that begin as zeros or ones too, so that no wrong modulation can hide."""
-    model = Flux(PARAMS[variant])
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            noise = randn(*parameter.shape, key=name)
-            parameter.copy_(1 + 0.2 * noise if parameter.ndim == 1 and "scale" in name else noise * 0.15)
-    return model
+    return randn.fill(Flux(PARAMS[variant]), "scale", 0.15)
 
 
 def diffusers_model(variant: str) -> nn.Module:
@@ -116,33 +105,22 @@ def test_outputs_and_gradients_are_those_of_diffusers(variant: str, masked: bool
     if variant == "chroma":  # diffusers leaves out the 1e-6 of the original's norms, which is 1e-5 of the output here
         for norm in ours.distilled_guidance_layer.norms:
             norm.eps = torch.finfo(torch.float32).eps
-    theirs.load_state_dict(FLUX_DIFFUSERS.to_ours(ours.state_dict()), strict=True)
     txt_mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 0]]).bool() if masked else None
     key_mask = None if txt_mask is None else torch.cat([txt_mask, torch.ones(2, HEIGHT * WIDTH // 4).bool()], dim=1)
-    mine, their = inputs(variant), inputs(variant)
-    out = ours(**mine, txt_mask=txt_mask)
-    expected = run_diffusers(theirs, their, key_mask)
-    assert expected.std() > 0.1
-    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
-    weight = randn(*out.shape, key="weight")
-    (out * weight).mean().backward()
-    (expected * weight).mean().backward()
-    for name in mine:
-        if mine[name].requires_grad:
-            torch.testing.assert_close(mine[name].grad, their[name].grad, atol=1e-5, rtol=1e-4)
-    gradients = {name: parameter.grad for name, parameter in theirs.named_parameters()}
-    fused = FLUX_DIFFUSERS.to_theirs(gradients)
-    for name, parameter in ours.named_parameters():
-        assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
-        torch.testing.assert_close(parameter.grad, fused[name], atol=1e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+    assert_same_outputs_and_gradients(
+        ours,
+        theirs,
+        FLUX_DIFFUSERS,
+        lambda: inputs(variant),
+        lambda given: ours(**given, txt_mask=txt_mask),
+        lambda given: run_diffusers(theirs, given, key_mask),
+        randn,
+    )
 
 
 @pytest.mark.parametrize("variant", PARAMS)
 def test_names_survive_the_way_to_diffusers_and_back_bit_for_bit(variant: str) -> None:
-    tensors = native(variant).state_dict()
-    back = FLUX_DIFFUSERS.to_theirs(FLUX_DIFFUSERS.to_ours(tensors))
-    assert back.keys() == tensors.keys()
-    assert all(torch.equal(back[name], tensors[name]) for name in tensors)
+    assert_names_survive(FLUX_DIFFUSERS, native(variant).state_dict())
 
 
 @pytest.mark.parametrize("variant", PARAMS)
@@ -172,23 +150,12 @@ def test_text_that_is_masked_changes_nothing() -> None:
 
 
 def test_times_are_not_rounded_to_the_precision_of_the_weights() -> None:
-    """bf16 has no number between 0.75 and 0.7539; the embedding of a time there is made in float32."""
-    model, given = native("dev").to(torch.bfloat16), inputs("dev")
-    given = {name: value.bfloat16() if name in ("img", "txt", "pooled") else value for name, value in given.items()}
-    with torch.no_grad():
-        low, high = (model(**given | {"t": torch.tensor([t, t])}) for t in (0.7505, 0.7515))
-    assert torch.tensor(0.7505).bfloat16() == torch.tensor(0.7515).bfloat16()
-    assert not torch.equal(low, high)
+    given = {name: value.bfloat16() if name in ("img", "txt", "pooled") else value for name, value in inputs("dev").items()}
+    assert_times_stay_float32(native("dev").to(torch.bfloat16), given)
 
 
 def test_recomputing_blocks_changes_no_gradient() -> None:
-    grads = []
-    for run_block in (native("chroma").run_block, run_recomputing):
-        model = native("chroma")
-        model.run_block = run_block
-        model(**inputs("chroma")).square().mean().backward()
-        grads.append({name: parameter.grad for name, parameter in model.named_parameters()})
-    assert all(torch.equal(grads[0][name], grads[1][name]) for name in grads[0])
+    assert_recomputing_changes_no_gradient(lambda: native("chroma"), lambda model: model(**inputs("chroma")))
 
 
 def test_blocks_are_in_execution_order_under_their_published_names() -> None:

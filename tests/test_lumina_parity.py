@@ -8,13 +8,12 @@ from typing import Any
 import pytest
 import tiny_lumina
 import torch
+from parity import Draw, assert_names_survive, assert_recomputing_changes_no_gradient, assert_same_outputs_and_gradients
 from torch import Tensor, nn
 
-from library.dit_layers import run_recomputing
 from library.lumina_models import Lumina, LuminaParams, patchify, unpatchify
 from library.lumina_names import LUMINA_DIFFUSERS, lumina_key_map
 from library.lumina_saving import transformer_config
-from library.rng import keyed_generator
 
 PARAMS = replace(tiny_lumina.PARAMS, num_layers=2, num_refiners=2)
 OTHERS = {
@@ -26,18 +25,11 @@ HEIGHT, WIDTH, TEXT = 8, 6, 5
 MASK = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]).bool()
 
 
-def randn(*shape: int, key: str) -> Tensor:
-    return torch.randn(shape, generator=keyed_generator("lumina", key))
+randn = Draw("lumina")
 
 
 def native(params: LuminaParams = PARAMS) -> Lumina:
-    """Every weight random, those that begin as zeros or ones too, so that no wrong modulation can hide."""
-    model = Lumina(params)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            noise = randn(*parameter.shape, key=name)
-            parameter.copy_(1 + 0.2 * noise if parameter.ndim == 1 and "norm" in name else noise * 0.15)
-    return model
+    return randn.fill(Lumina(params), "norm", 0.15)
 
 
 def theirs_of(params: LuminaParams) -> nn.Module:
@@ -73,30 +65,21 @@ def test_outputs_and_gradients_are_those_of_diffusers(sizes: str, masked: bool) 
     params = OTHERS[sizes]
     names = lumina_key_map(params.num_heads // params.num_kv_heads)
     ours, theirs = native(params), theirs_of(params)
-    theirs.load_state_dict(names.to_ours(ours.state_dict()), strict=True)
-    mine, their = inputs(), inputs()
-    out = ours(**mine, txt_mask=MASK if masked else None)
-    expected = run_theirs(theirs, their, MASK if masked else torch.ones_like(MASK))
-    assert expected.std() > 0.1
-    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
-    weight = randn(*out.shape, key="weight")
-    (out * weight).mean().backward()
-    (expected * weight).mean().backward()
-    for name in ("x", "txt"):
-        torch.testing.assert_close(mine[name].grad, their[name].grad, atol=1e-5, rtol=1e-4)
-    fused = names.to_theirs({name: parameter.grad for name, parameter in theirs.named_parameters()})
-    for name, parameter in ours.named_parameters():
-        assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
-        torch.testing.assert_close(parameter.grad, fused[name], atol=1e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+    assert_same_outputs_and_gradients(
+        ours,
+        theirs,
+        names,
+        inputs,
+        lambda given: ours(**given, txt_mask=MASK if masked else None),
+        lambda given: run_theirs(theirs, given, MASK if masked else torch.ones_like(MASK)),
+        randn,
+    )
 
 
 @pytest.mark.parametrize("sizes", OTHERS)
 def test_names_survive_the_way_to_diffusers_and_back_bit_for_bit(sizes: str) -> None:
     names = lumina_key_map(OTHERS[sizes].num_heads // OTHERS[sizes].num_kv_heads)
-    tensors = native(OTHERS[sizes]).state_dict()
-    back = names.to_theirs(names.to_ours(tensors))
-    assert back.keys() == tensors.keys()
-    assert all(torch.equal(back[name], tensors[name]) for name in tensors)
+    assert_names_survive(names, native(OTHERS[sizes]).state_dict())
 
 
 @pytest.mark.parametrize("sizes", OTHERS)
@@ -125,13 +108,7 @@ def test_text_that_is_masked_changes_nothing_and_how_long_the_padding_is_neither
 
 
 def test_recomputing_blocks_changes_no_gradient() -> None:
-    grads = []
-    for run_block in (native().run_block, run_recomputing):
-        model = native()
-        model.run_block = run_block
-        model(**inputs(), txt_mask=MASK).square().mean().backward()
-        grads.append({name: parameter.grad for name, parameter in model.named_parameters()})
-    assert all(torch.equal(grads[0][name], grads[1][name]) for name in grads[0])
+    assert_recomputing_changes_no_gradient(native, lambda model: model(**inputs(), txt_mask=MASK))
 
 
 def test_blocks_are_in_execution_order_under_their_published_names() -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -29,55 +30,49 @@ class Wide(nn.Module):
         return x + self.b(torch.nn.functional.gelu(self.a(x)))
 
 
-@pytest.mark.parametrize("pinned", [None, 0], ids=["pinned", "pageable"])
-@pytest.mark.parametrize("offload", [False, True], ids=["", "offload"])
-@pytest.mark.parametrize("checkpointing", ["none", "plain", "reentrant"])
-@pytest.mark.parametrize("update", UPDATES)
-def test_cuda_training_with_swap_is_bit_equal_to_training_without(
-    update: str, checkpointing: str, offload: bool, pinned: int | None
-) -> None:
-    device = torch.device("cuda", 0)
-    learning, width = update != "frozen", 512
+@dataclass(frozen=True)
+class Training:
+    """Four steps of a small stack whose blocks are swapped, each block's input passing through an adapter."""
 
-    def run(num_swapped: int) -> tuple[list[Tensor], int]:
-        torch.manual_seed(0)
-        model = nn.Sequential(*(Wide(width) for _ in range(8)))
-        model.requires_grad_(learning)
-        adapters = nn.ModuleList(nn.Linear(width, width, bias=False) for _ in range(8)).to(device)
-        swap = BlockSwap(
-            model, [BlockGroup(list(model.children()), num_swapped)], device, learning=learning, pinned_limit=pinned
-        )
-        keeper = ActivationOffload(model, device, budget=swap.transport.budget, min_bytes=0) if offload else None
+    update: str
+    checkpointing: str
+    offload: bool
+    pinned: int | None
 
-        def forward(x: Tensor) -> Tensor:
+    def forward(self, model: nn.Sequential, adapters: nn.ModuleList) -> Callable[[Tensor], Tensor]:
+        def run(x: Tensor) -> Tensor:
             for block, adapter in zip(model, adapters, strict=True):
                 x = x + 0.1 * adapter(x)
-                if checkpointing in ("plain", "reentrant"):
-                    x = checkpoint(block, x, use_reentrant=checkpointing == "reentrant")
-                else:
+                if self.checkpointing == "none":
                     x = block(x)
+                else:
+                    x = checkpoint(block, x, use_reentrant=self.checkpointing == "reentrant")
             return x
 
-        model.forward = forward  # type: ignore[method-assign]
+        return run
+
+    def run(self, num_swapped: int) -> tuple[list[Tensor], int]:
+        """Outputs, gradients of inputs and weights at the end, and how many blocks came late."""
+        device, width, learning = torch.device("cuda", 0), 512, self.update != "frozen"
+        torch.manual_seed(0)
+        model = nn.Sequential(*(Wide(width) for _ in range(8))).requires_grad_(learning)
+        adapters = nn.ModuleList(nn.Linear(width, width, bias=False) for _ in range(8)).to(device)
+        groups = [BlockGroup(list(model.children()), num_swapped)]
+        swap = BlockSwap(model, groups, device, learning=learning, pinned_limit=self.pinned)
+        keeper = ActivationOffload(model, device, budget=swap.transport.budget, min_bytes=0) if self.offload else None
+        model.forward = self.forward(model, adapters)  # type: ignore[method-assign]
         parameters = learners(model) if learning else learners(adapters)
-        found = []
-        if update == "fused":
-            steppers = {parameter: torch.optim.SGD([parameter], lr=0.01) for parameter in parameters}
-
-            def step(parameter: Tensor) -> None:
-                steppers[parameter].step()  # type: ignore[index]
-                parameter.grad = None
-
-            for parameter in parameters:
-                parameter.register_post_accumulate_grad_hook(step)
+        if self.update == "fused":
+            step_in_backward(parameters)
         opt = torch.optim.SGD(parameters, lr=0.01, momentum=0.9, foreach=False)
+        found = []
         for number in range(4):
             x = torch.randn(64, width, generator=torch.Generator().manual_seed(number)).to(device).requires_grad_()
             out = model(x)
             out.square().mean().backward()
             assert x.grad is not None
             found += [out.detach().cpu(), x.grad.cpu()]
-            if update != "fused":
+            if self.update != "fused":
                 with swap.updating():
                     opt.step()
                     opt.zero_grad(set_to_none=True)
@@ -91,9 +86,29 @@ def test_cuda_training_with_swap_is_bit_equal_to_training_without(
         swap.close()
         return found, misses
 
-    expected, _ = run(0)
+
+def step_in_backward(parameters: Sequence[nn.Parameter]) -> None:
+    steppers = {parameter: torch.optim.SGD([parameter], lr=0.01) for parameter in parameters}
+
+    def step(parameter: Tensor) -> None:
+        steppers[parameter].step()  # type: ignore[index]
+        parameter.grad = None
+
+    for parameter in parameters:
+        parameter.register_post_accumulate_grad_hook(step)
+
+
+@pytest.mark.parametrize("pinned", [None, 0], ids=["pinned", "pageable"])
+@pytest.mark.parametrize("offload", [False, True], ids=["", "offload"])
+@pytest.mark.parametrize("checkpointing", ["none", "plain", "reentrant"])
+@pytest.mark.parametrize("update", UPDATES)
+def test_cuda_training_with_swap_is_bit_equal_to_training_without(
+    update: str, checkpointing: str, offload: bool, pinned: int | None
+) -> None:
+    training = Training(update, checkpointing, offload, pinned)
+    expected, _ = training.run(0)
     for num_swapped in (2, 6):
-        found, misses = run(num_swapped)
+        found, misses = training.run(num_swapped)
         # SGD's arithmetic on the host may round otherwise than on the device: the only place where bits may differ
         close = (lambda a, b: torch.allclose(a, b, rtol=1e-4, atol=1e-5)) if update == "learning" else torch.equal
         assert all(close(a, b) for a, b in zip(found, expected, strict=True))

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import runs
@@ -113,55 +114,54 @@ def test_fine_tune_from_a_metadata_file(workspace: Workspace, tmp_path: Path) ->
     assert (tmp_path / "out" / "tiny.safetensors").exists()
 
 
-@pytest.mark.parametrize("mode", ["network", "full"])
-def test_sdxl_trains_with_caches_and_previews_in_a_process_of_its_own(
-    mode: Mode, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
-) -> None:
-    sdxl = runs.make_workspace(CASES["sdxl"], tmp_path_factory.mktemp("sdxl"))
-    prompts = tmp_path / "prompts.txt"
-    prompts.write_text("a thing --w 64 --h 64 --s 2 --d 1 --l 3 --n bad\n")
+class Trained(NamedTuple):
+    metadata: dict[str, str]
+    keys: set[str]
+    caches: set[str]
+    """Ends of their files' names."""
+
+
+def train_with_caches_and_previews(workspace: Workspace, mode: Mode, folder: Path, prompt: str, *flags: str) -> Trained:
+    """In a process of its own."""
+    prompts = folder / "prompts.txt"
+    prompts.write_text(f"a thing --w 64 --h 64 --s 2 --d 1 --l 3 --n bad {prompt}\n")
     result = run(
-        f"{sdxl.script(mode)}.py",
-        *sdxl.arguments(mode, tmp_path / "out", "--max_train_steps=2", *HALF),
-        *(["--network_train_unet_only"] if mode == "network" else ["--no-train_text_encoder", "--full_bf16"]),
-        *("--cache_latents_to_disk", "--cache_text_encoder_outputs_to_disk", f"--cache_dir={tmp_path / 'cache'}"),
+        f"{workspace.script(mode)}.py",
+        *workspace.arguments(mode, folder / "out", "--max_train_steps=2", *HALF, *flags),
+        *("--cache_latents_to_disk", "--cache_text_encoder_outputs_to_disk", f"--cache_dir={folder / 'cache'}"),
         *(f"--sample_prompts={prompts}", "--sample_every_n_steps=2"),
     )
     assert result.returncode == 0, result.stderr[-3000:]
-    with safe_open(tmp_path / "out" / "tiny.safetensors", "pt") as file:
-        architecture = "stable-diffusion-xl-v1-base"
-        assert file.metadata()["modelspec.architecture"] == (f"{architecture}/lora" if mode == "network" else architecture)
-        keys = set(file.keys())
-    if mode == "network":
-        assert any(key.startswith("lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q") for key in keys)
-    else:
-        assert {"conditioner.embedders.1.model.text_projection", "first_stage_model.encoder.conv_in.weight"} <= keys
-    assert list((tmp_path / "out" / "sample").glob("*.png"))
-    assert {path.name.rpartition("_")[2] for path in (tmp_path / "cache").rglob("*.npz")} >= {"sdxl.npz", "outputs.npz"}
+    assert list((folder / "out" / "sample").glob("*.png"))
+    caches = {path.name.rpartition("_")[2] for path in (folder / "cache").rglob("*.npz")}
+    with safe_open(folder / "out" / "tiny.safetensors", "pt") as file:
+        return Trained(file.metadata(), set(file.keys()), caches)
 
 
 @pytest.mark.parametrize("mode", ["network", "full"])
-def test_flux_trains_with_caches_and_previews_in_a_process_of_its_own(
-    mode: Mode, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
-) -> None:
+def test_sdxl_trains_with_caches_and_previews(mode: Mode, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path) -> None:
+    sdxl = runs.make_workspace(CASES["sdxl"], tmp_path_factory.mktemp("sdxl"))
+    flags = ["--network_train_unet_only"] if mode == "network" else ["--no-train_text_encoder", "--full_bf16"]
+    made = train_with_caches_and_previews(sdxl, mode, tmp_path, "", *flags)
+    architecture = "stable-diffusion-xl-v1-base"
+    assert made.metadata["modelspec.architecture"] == (f"{architecture}/lora" if mode == "network" else architecture)
+    if mode == "network":
+        assert any(key.startswith("lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q") for key in made.keys)
+    else:
+        assert {"conditioner.embedders.1.model.text_projection", "first_stage_model.encoder.conv_in.weight"} <= made.keys
+    assert made.caches >= {"sdxl.npz", "outputs.npz"}
+
+
+@pytest.mark.parametrize("mode", ["network", "full"])
+def test_flux_trains_with_caches_and_previews(mode: Mode, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path) -> None:
     flux = runs.make_workspace(CASES["flux"], tmp_path_factory.mktemp("flux"))
-    prompts = tmp_path / "prompts.txt"
-    prompts.write_text("a thing --w 64 --h 64 --s 2 --d 1 --g 2 --l 3 --n bad\n")
-    result = run(
-        f"{flux.script(mode)}.py",
-        *flux.arguments(mode, tmp_path / "out", "--max_train_steps=2", *HALF),
-        *(["--network_module=networks.lora_flux", "--network_train_unet_only"] if mode == "network" else []),
-        *("--cache_latents_to_disk", "--cache_text_encoder_outputs_to_disk", f"--cache_dir={tmp_path / 'cache'}"),
-        *(f"--sample_prompts={prompts}", "--sample_every_n_steps=2", "--timestep_sampling=flux_shift"),
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    with safe_open(tmp_path / "out" / "tiny.safetensors", "pt") as file:
-        assert file.metadata()["modelspec.architecture"] == ("flux-1-dev/lora" if mode == "network" else "flux-1-dev")
-        if mode == "network":
-            assert file.metadata()["ss_timestep_sampling"] == "flux_shift"
-            assert file.metadata()["ss_base_model_version"] == "flux1"
-    assert list((tmp_path / "out" / "sample").glob("*.png"))
-    assert {path.name.rpartition("_")[2] for path in (tmp_path / "cache").rglob("*.npz")} >= {"flux.npz", "te.npz"}
+    flags = ["--network_module=networks.lora_flux", "--network_train_unet_only"] if mode == "network" else []
+    made = train_with_caches_and_previews(flux, mode, tmp_path, "--g 2", "--timestep_sampling=flux_shift", *flags)
+    assert made.metadata["modelspec.architecture"] == ("flux-1-dev/lora" if mode == "network" else "flux-1-dev")
+    if mode == "network":
+        assert made.metadata["ss_timestep_sampling"] == "flux_shift"
+        assert made.metadata["ss_base_model_version"] == "flux1"
+    assert made.caches >= {"flux.npz", "te.npz"}
 
 
 def test_flux_trains_with_swapped_blocks_in_a_process_of_its_own(

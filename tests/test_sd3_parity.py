@@ -8,10 +8,15 @@ from typing import Any
 import pytest
 import tiny_sd3
 import torch
+from parity import (
+    Draw,
+    assert_names_survive,
+    assert_recomputing_changes_no_gradient,
+    assert_same_outputs_and_gradients,
+    assert_times_stay_float32,
+)
 from torch import Tensor
 
-from library.dit_layers import run_recomputing
-from library.rng import keyed_generator
 from library.sd3_models import Kind, Sd3, Sd3Params, cropped_positions, middle_positions, reaches, scaled_positions
 from library.sd3_names import SD3_LAYERS, sd3_key_map
 from library.sd3_saving import transformer_config
@@ -20,18 +25,11 @@ HEIGHT, WIDTH, TEXT = 8, 6, 5
 KINDS: tuple[Kind, ...] = ("m", "5-medium", "5-large")
 
 
-def randn(*shape: int, key: str) -> Tensor:
-    return torch.randn(shape, generator=keyed_generator("sd3", key))
+randn = Draw("sd3")
 
 
 def native(kind: Kind) -> Sd3:
-    """Every weight random, those that begin as zeros or ones too, so that no wrong modulation can hide."""
-    model = Sd3(tiny_sd3.PARAMS[kind])
-    with torch.no_grad():
-        for name, tensor in model.state_dict().items():
-            noise = randn(*tensor.shape, key=name)
-            tensor.copy_(1 + 0.2 * noise if ".ln_" in name else noise * (0.5 if name == "pos_embed" else 0.09))
-    return model
+    return randn.fill(Sd3(tiny_sd3.PARAMS[kind]), ".ln_", 0.09, pos_embed=0.5)
 
 
 def diffusers_model(kind: Kind) -> Any:
@@ -52,40 +50,29 @@ def inputs() -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_outputs_and_gradients_are_those_of_diffusers(kind: Kind) -> None:
-    ours, theirs, names = native(kind), diffusers_model(kind), sd3_key_map(2)
-    theirs.load_state_dict(names.to_ours(ours.state_dict()), strict=True)
-    mine, their = inputs(), inputs()
-    out = ours(**mine)
-    expected = theirs(
-        hidden_states=their["x"],
-        timestep=their["t"] * 1000,
-        encoder_hidden_states=their["context"],
-        pooled_projections=their["pooled"],
-        return_dict=False,
-    )[0]
-    assert expected.std() > 0.1
-    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
-    weight = randn(*out.shape, key="weight")
-    (out * weight).mean().backward()
-    (expected * weight).mean().backward()
-    for name in ("x", "context", "pooled"):
-        torch.testing.assert_close(mine[name].grad, their[name].grad, atol=1e-5, rtol=1e-4)
-    gradients = names.to_theirs({name: parameter.grad for name, parameter in theirs.named_parameters()})
+    ours, theirs = native(kind), diffusers_model(kind)
+
+    def run_theirs(given: dict[str, Tensor]) -> Tensor:
+        out: Tensor = theirs(
+            hidden_states=given["x"],
+            timestep=given["t"] * 1000,
+            encoder_hidden_states=given["context"],
+            pooled_projections=given["pooled"],
+            return_dict=False,
+        )[0]
+        return out
+
     unused = {id(parameter) for module in ours.unused_modules() for parameter in module.parameters()}
-    for name, parameter in ours.named_parameters():
-        assert parameter.grad is not None
-        assert bool(parameter.grad.any()) == (id(parameter) not in unused), name
-        torch.testing.assert_close(parameter.grad, gradients[name], atol=1e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+    assert_same_outputs_and_gradients(
+        ours, theirs, sd3_key_map(2), inputs, lambda given: ours(**given), run_theirs, randn, unused
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_names_survive_the_way_to_diffusers_and_back_bit_for_bit(kind: Kind) -> None:
     tensors = native(kind).state_dict()
     for table in (sd3_key_map(2), SD3_LAYERS):  # of models as wide as these the adapters' table says the same
-        there = table.to_ours(tensors)
-        back = table.to_theirs(there)
-        assert back.keys() == tensors.keys()
-        assert all(torch.equal(back[name], tensors[name]) for name in tensors)
+        there = assert_names_survive(table, tensors)
         first, last = (f"transformer_blocks.{number}.norm1_context.linear.bias" for number in (0, 1))
         assert torch.equal(there[first], tensors["joint_blocks.0.context_block.adaLN_modulation.1.bias"])
         shift, scale = tensors["joint_blocks.1.context_block.adaLN_modulation.1.bias"].chunk(2)
@@ -111,23 +98,12 @@ def test_published_sizes_are_read_from_their_shapes() -> None:
 
 
 def test_times_are_not_rounded_to_the_precision_of_the_weights() -> None:
-    """bf16 has no number between 0.75 and 0.7539; the embedding of a time there is made in float32."""
-    model = native("5-large").to(torch.bfloat16)
     given = {name: value if name == "t" else value.bfloat16() for name, value in inputs().items()}
-    with torch.no_grad():
-        low, high = (model(**given | {"t": torch.tensor([t, t])}) for t in (0.7505, 0.7515))
-    assert torch.tensor(0.7505).bfloat16() == torch.tensor(0.7515).bfloat16()
-    assert not torch.equal(low, high)
+    assert_times_stay_float32(native("5-large").to(torch.bfloat16), given)
 
 
 def test_recomputing_blocks_changes_no_gradient() -> None:
-    grads = []
-    for run_block in (native("5-medium").run_block, run_recomputing):
-        model = native("5-medium")
-        model.run_block = run_block
-        model(**inputs()).square().mean().backward()
-        grads.append({name: parameter.grad for name, parameter in model.named_parameters()})
-    assert all(torch.equal(grads[0][name], grads[1][name]) for name in grads[0])
+    assert_recomputing_changes_no_gradient(lambda: native("5-medium"), lambda model: model(**inputs()))
 
 
 # ---- positions -------------------------------------------------------------------------------------------------------

@@ -185,7 +185,7 @@ def write_flux_folder(path: Path, kind: Kind = "dev", *, seed: int = 0) -> Path:
         config = made.get(name, {"params": PARAMS[kind]})
         return Component(TensorSource(path, entries), key_map, config, makers.get(name, lambda c: Flux(c["params"])))
 
-    model = FluxModel(path, "diffusers_safetensors", kind, PARAMS[kind], {name: component(name) for name in parts})
+    model = FluxModel(path, "diffusers_safetensors", PARAMS[kind], {name: component(name) for name in parts}, kind)
     tokenizers = {T5XXL: write_t5_tokenizer(path.with_name(f"{path.name}_t5"))}
     if kind != "chroma":
         tokenizers[CLIP_L] = tiny.write_clip_tokenizer(path.with_name(f"{path.name}_clip"))
