@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from library.option_groups import FullTrainOptions, TrainOptions
-from library.option_rules import Rule
+from library.option_rules import Rule, warn_unused
 from library.options import NoFamilyOptions, opt
+from library.unused_options import DEPENDENT_OF_FLOWS, DEPENDENT_OF_VELOCITIES
 
 TIME_SAMPLINGS = ("sigma", "uniform", "sigmoid", "shift", "flux_shift")
 WEIGHTINGS = ("sigma_sqrt", "logit_normal", "mode", "cosmap", "none", "uniform")
@@ -82,6 +83,7 @@ def _stays_small(o: FullTrainOptions) -> bool:
 
 
 FLOW_RULES: tuple[Rule, ...] = (
+    *map(warn_unused, DEPENDENT_OF_FLOWS),
     Rule(
         lambda o: o.model.v2 or o.model.v_parameterization or o.noise.zero_terminal_snr,
         "--v2, --v_parameterization and --zero_terminal_snr are Stable Diffusion's, and this model is a flow. Remove them.",
@@ -126,6 +128,7 @@ def _reads_weighting(family: VelocityOptions) -> bool:
 
 VELOCITY_RULES: tuple[Rule, ...] = (
     *FLOW_RULES,
+    *map(warn_unused, DEPENDENT_OF_VELOCITIES),
     Rule(
         lambda o: o.full.trains_text_encoder,
         "--train_text_encoder: full fine-tuning trains the transformer alone. Remove it, or train an adapter.",

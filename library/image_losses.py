@@ -86,9 +86,11 @@ class ImageLosses:
         self.flush()
         return {"means": self.means, "images": {name: [i.count, i.ratios, i.losses] for name, i in self.images.items()}}
 
-    def restore(self, state: Mapping[str, Any]) -> None:
-        self.means = list(state["means"])
-        self.images = {name: ImageLoss(*values) for name, values in state["images"].items()}
+    def restore(self, states: Sequence[Mapping[str, Any]], rank: int = 0, count: int = 1) -> None:
+        """Go on from the tables of all processes: this one's own, or where they were not `count`, all of them on the first."""
+        own = [states[rank]] if len(states) == count else states
+        self.means = list(own[0]["means"])
+        self.images = merged(state["images"] for state in own) if len(own) == 1 or rank == 0 else {}
 
 
 def merged(tables: Iterable[Mapping[str, Sequence[float]]]) -> dict[str, ImageLoss]:

@@ -21,6 +21,7 @@ from library.option_groups import (
 from library.option_groups_attention import ATTENTION_BACKENDS, BackendNeeds
 from library.option_groups_output import NEWEST_STATE
 from library.options import flags_of, flat
+from library.unused_options import DEPENDENT, Dependent
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +37,19 @@ class Rule:
     message: str
     scope: type = object
     warning: bool = False
+
+
+def warn_unused(row: Dependent) -> Rule:
+    """A warning for flags that something else in the options leaves without effect."""
+
+    def broken(options: Any) -> bool:
+        flags, values = flags_of(type(options), type(options.family)), flat(options)
+        changed = (name for name in row.flags if name in flags and values[name] != flags[name].default)
+        return any(changed) and not row.used(options)
+
+    *others, last = (f"--{name}" for name in row.flags)
+    what = f"{', '.join(others)} and {last} have" if others else f"{last} has"
+    return Rule(broken, f"{what} no effect {row.why}.", warning=True)
 
 
 def _has_folders(o: TrainOptions) -> bool:
@@ -158,18 +172,8 @@ _MEMORY = (
 
 _NOISE_AND_LOSS = (
     Rule(
-        lambda o: o.noise.noise_offset_random_strength and o.noise.noise_offset is None,
-        "--noise_offset_random_strength has no effect without --noise_offset, whose strength it draws.",
-        warning=True,
-    ),
-    Rule(
         lambda o: o.noise.adaptive_noise_scale is not None and o.noise.noise_offset is None,
         "--adaptive_noise_scale needs --noise_offset, which it raises.",
-    ),
-    Rule(
-        lambda o: o.noise.ip_noise_gamma_random_strength and o.noise.ip_noise_gamma is None,
-        "--ip_noise_gamma_random_strength has no effect without --ip_noise_gamma, whose strength it draws.",
-        warning=True,
     ),
     Rule(
         lambda o: (o.noise.min_timestep or 0) >= (1000 if o.noise.max_timestep is None else o.noise.max_timestep),
@@ -366,13 +370,6 @@ _HUB = (
 
 _VALIDATION = (
     Rule(
-        lambda o: (
-            {"ema_decay", "ema_no_warmup", "ema_update_every", "ema_on_cpu", "ema_evaluate"} & o.explicit and not o.average.ema
-        ),
-        "--ema_decay, --ema_no_warmup, --ema_update_every, --ema_on_cpu and --ema_evaluate have no effect without --ema.",
-        warning=True,
-    ),
-    Rule(
         lambda o: o.average.ema_evaluate and not o.average.ema,
         "--ema_evaluate needs --ema, the average it uses.",
     ),
@@ -444,6 +441,7 @@ _FULL = (
 )
 
 RULES: tuple[Rule, ...] = (
+    *map(warn_unused, DEPENDENT),
     *_MODEL_AND_OUTPUT,
     *_PRECISION,
     *_QUANTIZED,

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import math
 import warnings
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,10 +31,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 REMEDIES = {
-    "seed": "--seed",
-    "world": "the number of processes",
-    "batches_per_epoch": "the data set and the batch size",
-    "accumulation": "--gradient_accumulation_steps",
     "optimizer": "--optimizer_type",
     "schedule_class": "--lr_scheduler_type",
 }
@@ -44,6 +42,8 @@ WARNED = {
     "settings": "the settings of the data sets are not those of the saved run",
     "readings": "cached text encoder outputs keep another number of readings of a caption than in the saved run "
     "(--caption_variants)",
+    "world": "the number of processes is not that of the saved run",
+    "batches_per_epoch": "an epoch has not as many batches as in the saved run, so its place in the data is about the same",
 }
 """What makes it another run from here on, where it differs -> how that is said."""
 
@@ -63,9 +63,7 @@ def find_state(options: TrainOptions) -> SavedState | None:
 
 def run_record(options: TrainOptions, length: RunLength, world: int, data: ImageDataset) -> dict[str, Any]:
     """What a state says about its run, to be compared when it is continued."""
-    pictures = [
-        (part.batch_size, [(record.key, record.size, record.repeats) for record in part.records]) for part in data.parts
-    ]
+    pictures = [[(record.key, record.size, record.repeats) for record in part.records] for part in data.parts]
     subsets = [part.records.used_subsets() for part in data.parts]
     settings = [
         (part.batch_size, part.multiplier, [_setting(subset) for subset in used])
@@ -131,6 +129,18 @@ def restore_optimizer(optimizer: AcceleratedOptimizer, saved: SavedState, option
         ) from error
     if options.precision.bf16_update != "kahan":
         drop_compensation(inner)
+
+
+def resumed_state(then: Mapping[str, Any], length: RunLength, world: int) -> TrainState:
+    """Where a run stands that goes on from a state's record `then`.
+
+    With other data, batches or processes: as far into the epoch, and past every batch whose random numbers were used.
+    """
+    state = TrainState(**{field.name: then[field.name] for field in fields(TrainState)})
+    if (length.batches_per_epoch, world) == (then["batches_per_epoch"], then["world"]):
+        return state
+    position = state.position * length.batches_per_epoch // then["batches_per_epoch"]
+    return replace(state, position=position, micro_step=math.ceil(state.micro_step * then["world"] / world))
 
 
 def start_state(options: TrainOptions, length: RunLength) -> TrainState:

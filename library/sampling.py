@@ -260,6 +260,10 @@ class PreviewWriter:
     ) -> PreviewWriter:
         """A writer for what `options` asks for; it is never due without a prompt file."""
         prompts = cls.check(options.sampling)
+        if options.family.is_flow and any(line.sample_sampler for line in prompts):
+            logger.warning(
+                "%s: --ss has no effect on a flow, whose previews are made with Euler's steps", options.sampling.sample_prompts
+            )
         return cls(PictureMaker(family, strategies, options, device, autocast), rank, world, prompts)
 
     @property

@@ -143,25 +143,35 @@ def _check_manifest(folder: Path) -> None:
 
 
 def newest_state(folder: Path, output_name: str | None) -> Path | None:
-    """The whole state in `folder` that was saved last by runs called `output_name`; says which ones it passes over, and why."""
-    states = [
-        path for name in output_stems(output_name) for path in folder.glob(f"{glob.escape(name)}-*state") if path.is_dir()
-    ]
-    found = []
-    for path in states:
-        try:
+    """The newest whole state in `folder` of runs called `output_name`; says which ones it passes over, and why.
+
+    It is the furthest one of the run that saved last: another run of that name may have got further, long ago.
+    """
+    paths = [path for name in output_stems(output_name) for path in folder.glob(f"{glob.escape(name)}-*state") if path.is_dir()]
+    found: list[tuple[str, int, float, Path]] = []
+    for path in paths:
+        with _told_if_passed_over():
             record = read_train_state(path)
+            found.append((record.get("run", ""), record["step"], path.stat().st_mtime, path))
+    latest = {run: max(time for other, _, time, _ in found if other == run) for run, *_ in found}
+    for run, step, _, path in sorted(found, key=lambda entry: (latest[entry[0]], *entry), reverse=True):
+        with _told_if_passed_over():
             _check_manifest(path)
-        except UserError as error:
-            logger.warning("--resume auto passes over %s", str(error).removeprefix("--resume "))
-            continue
-        found.append((record["step"], path.stat().st_mtime, path))
-    if not found:
-        logger.info("--resume auto: no state in %s, so the run starts afresh", folder)
-        return None
-    chosen = max(found)[2]
-    logger.info("--resume auto: going on from %s", chosen)
-    return chosen
+            further = [other for name, at, _, other in found if name != run and at > step]
+            beside = f". {further[0].name} is further, but of an earlier run" if further else ""
+            logger.info("--resume auto: going on from %s%s", path, beside)
+            return path
+    logger.info("--resume auto: no state in %s, so the run starts afresh", folder)
+    return None
+
+
+@contextmanager
+def _told_if_passed_over() -> Iterator[None]:
+    """A state that cannot be used is one line, and no error."""
+    try:
+        yield
+    except UserError as error:
+        logger.warning("--resume auto passes over %s", str(error).removeprefix("--resume "))
 
 
 def load_state(folder: Path | str) -> SavedState:
@@ -197,11 +207,7 @@ def read_train_state(folder: Path) -> dict[str, Any]:
         raise UserError(f"--resume {folder}: no such folder.{found}")
     missing = [name for name in STATE_FILES if not (folder / name).is_file()]
     if missing and any((folder / name).exists() for name in FOREIGN_STATE_FILES):
-        raise UserError(
-            f"--resume {folder}: this state was written by sd-scripts or accelerate, which do not record enough to continue "
-            "exactly. Start from the model saved beside it instead: --network_weights FILE --initial_step N for an adapter, "
-            "--pretrained_model_name_or_path FILE for a fine-tuned model."
-        )
+        raise UserError(_explain_foreign(folder))
     if missing:
         raise UserError(f"--resume {folder}: not a complete state, {', '.join(missing)} is missing. Resume from another one.")
     with _explained(folder / TRAIN_STATE_FILE):
@@ -213,6 +219,21 @@ def read_train_state(folder: Path) -> dict[str, Any]:
             "Use the version that wrote it."
         )
     return record
+
+
+def _explain_foreign(folder: Path) -> str:
+    """What can be done with a state of sd-scripts, which counts updates in `train_state.json`."""
+    try:
+        step = int(json.loads((folder / TRAIN_STATE_FILE).read_text(encoding="utf-8"))["current_step"])
+    except (OSError, ValueError, KeyError, TypeError):  # older ones, and those of other programs, have none
+        step = None
+    when = f" after step {step}" if step else ""
+    return (
+        f"--resume {folder}: this state was written by sd-scripts or accelerate{when}. Its weights and its step can be "
+        "carried over; the optimizer's state, the place in the data and the random numbers cannot, as it does not say enough "
+        "about them. Start from the model saved beside it: --network_weights FILE for an adapter, "
+        f"--pretrained_model_name_or_path FILE for a fine-tuned model, each with --initial_step {step or 'N'}."
+    )
 
 
 @contextmanager

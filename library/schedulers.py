@@ -45,6 +45,17 @@ BY_LOSS = ("reduce_lr_on_plateau", "greedy")
 """transformers' schedules that look at a loss in each step."""
 
 
+_UNSET: tuple[tuple[str, float | None, set[str]], ...] = (
+    ("lr_warmup_steps", 0, {"num_warmup_steps"}),
+    ("lr_decay_steps", 0, {"num_decay_steps"}),
+    ("lr_scheduler_num_cycles", 1, {"num_cycles"}),
+    ("lr_scheduler_power", 1.0, {"power"}),
+    ("lr_scheduler_timescale", None, {"timescale"}),
+    ("lr_scheduler_min_lr_ratio", None, {"min_lr_rate", "min_lr_ratio"}),
+)
+"""Flag, its value unless given, and the parameters of schedules that take it."""
+
+
 def constant(optimizer: Optimizer) -> LRScheduler:
     """The rates as they are; also for optimizers that schedule themselves."""
     return LambdaLR(optimizer, lambda step: 1.0)
@@ -115,6 +126,12 @@ def create_scheduler(options: ScheduleOptions, optimizer: Optimizer, num_update_
             f"--lr_scheduler: unknown schedule '{name}'. Known: {', '.join(SCHEDULERS)}.{suggest(name, SCHEDULERS)}"
         )
     if optimizer.defaults.get("relative_step"):
+        if name != "adafactor":
+            logger.warning(
+                "Adafactor makes its own rate, so neither --lr_scheduler %s nor a learning rate is used. "
+                "--optimizer_args relative_step=False makes it use yours",
+                name,
+            )
         name = "adafactor"
     elif name == "adafactor":
         raise UserError("--lr_scheduler adafactor needs --optimizer_type Adafactor with relative_step=True.")
@@ -135,8 +152,6 @@ def _keywords(options: ScheduleOptions, name: str, factory: Callable[..., Any], 
     if warmup + decay > total:
         raise UserError(f"--lr_warmup_steps {warmup} and --lr_decay_steps {decay} are together more than the {total} steps.")
     takes = inspect.signature(factory).parameters
-    if warmup and "num_warmup_steps" not in takes:
-        logger.warning("--lr_warmup_steps %d is not used by --lr_scheduler %s", warmup, name)
     ratio = options.lr_scheduler_min_lr_ratio or 0.0
     cycles: float = options.lr_scheduler_num_cycles
     keywords: dict[str, Any] = {
@@ -155,7 +170,11 @@ def _keywords(options: ScheduleOptions, name: str, factory: Callable[..., Any], 
         del keywords["num_training_steps"]
         keywords |= {"num_decay_steps": decay, "num_stable_steps": total - warmup - decay}
         keywords |= {"num_cycles": cycles / 2, "min_lr_ratio": ratio}
-    return {key: value for key, value in keywords.items() if key in takes}
+    given = {key: value for key, value in keywords.items() if key in takes}
+    for flag, unset, keys in _UNSET:
+        if getattr(options, flag) != unset and not given.keys() & keys:
+            logger.warning("--%s %s is not used by --lr_scheduler %s", flag, getattr(options, flag), name)
+    return given
 
 
 def _schedules_itself(optimizer: Optimizer) -> bool:

@@ -8,6 +8,7 @@ from the small `TrainState` it saves.
 from __future__ import annotations
 
 import logging
+import secrets
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -41,6 +42,7 @@ from library.resume import (
     place_schedule,
     restore_optimizer,
     restore_schedule,
+    resumed_state,
     run_record,
     start_state,
     tell_changed_options,
@@ -114,6 +116,8 @@ class Trainer:
         self.image_losses = ImageLosses(self.objective.latest_time) if options.logging.log_image_losses else None
         self.memory = trainable.memory
         self.state = TrainState()
+        self.run_id = secrets.token_hex(8)
+        """The same in every state of a run, however often it is resumed."""
         self.resumed = False
         self.best = BestLoss()
         self.vae_is_sound = False
@@ -316,7 +320,7 @@ class Trainer:
     def train_state(self) -> dict[str, Any]:
         """What `restore` needs beside the tensors, and what has to be the same when it is used."""
         updates = None if self.average is None else self.average.updates
-        return {**self.record, **asdict(self.state), "best": asdict(self.best), "ema_updates": updates}
+        return {**self.record, "run": self.run_id, **asdict(self.state), "best": asdict(self.best), "ema_updates": updates}
 
     def restore(self, saved: SavedState) -> None:
         """Continue from `saved`, which `check_resumable` has let pass. Raises `UserError` where its tensors do not fit."""
@@ -326,12 +330,13 @@ class Trainer:
         restore_schedule(self.scheduler, saved)
         if self.accelerator.scaler is not None and saved.scaler is not None:
             self.accelerator.scaler.load_state_dict(saved.scaler)
-        self.state = TrainState(**{key: saved.train_state[key] for key in asdict(self.state)})
+        self.state = resumed_state(saved.train_state, self.length, self.processes.count)
+        self.run_id = saved.train_state.get("run", self.run_id)
         self.resumed = True
         self.best = BestLoss(**saved.train_state["best"])
         self.recent_losses = saved.train_state.get("recent_losses", [])
         if self.image_losses is not None and saved.image_losses:
-            self.image_losses.restore(saved.image_losses[self.accelerator.process_index])
+            self.image_losses.restore(saved.image_losses, self.processes.rank, self.processes.count)
         if self.average is not None:
             self._restore_average(self.average, saved)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 import shutil
 import sys
@@ -346,6 +347,16 @@ def test_the_newest_whole_state_is_found_and_others_are_named(tmp_path, caplog):
     assert newest_state(tmp_path, "bird") is None
 
 
+def test_the_newest_state_is_of_the_run_that_saved_last_however_far_another_one_got(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    for order, (run, step) in enumerate([("old", 50), ("new", 10), ("new", 20), ("old", 100)]):
+        path = tmp_path / f"cat-step{step:08d}-state"
+        write_state(path, train_state={"step": step, "epoch": 1, "run": run})
+        os.utime(path, (0, 1000 - 500 * (run == "old") - order))  # a clock that goes backwards says nothing within a run
+    assert newest_state(tmp_path, "cat") == tmp_path / "cat-step00000020-state"
+    assert "cat-step00000050-state is further, but of an earlier run" in caplog.text
+
+
 def test_a_missing_folder_lists_the_states_beside_it(tmp_path):
     write_state(tmp_path / "cat-000002-state")
     with pytest.raises(UserError, match="no such folder. There are: cat-000002-state"):
@@ -358,7 +369,12 @@ def test_a_state_of_sd_scripts_says_how_to_go_on_instead(tmp_path):
     for name in ("optimizer.bin", "scheduler.bin", "random_states_0.pkl", "model.safetensors"):
         (folder / name).write_bytes(b"")
     (folder / "train_state.json").write_text('{"current_epoch": 1, "current_step": 10}')
-    with pytest.raises(UserError, match="written by sd-scripts or accelerate.*--network_weights"):
+    with pytest.raises(
+        UserError, match="written by sd-scripts or accelerate after step 10.*--network_weights.*--initial_step 10"
+    ):
+        load_state(folder)
+    (folder / "train_state.json").unlink()
+    with pytest.raises(UserError, match="--initial_step N"):
         load_state(folder)
 
 

@@ -40,10 +40,22 @@ def test_the_table_goes_on_where_it_was() -> None:
         batch = SeenImages((f"picture {step % 3}",), torch.tensor([1.0 + step]), torch.tensor([step / 6]))
         if step == 3:
             saved, parts = parts.state(), ImageLosses(1.0)
-            parts.restore(saved)
+            parts.restore([saved])
         parts.push([batch])
         whole.push([batch])
     assert parts.state() == whole.state()
+
+
+def test_a_table_goes_on_though_there_are_not_as_many_processes() -> None:
+    saved = [
+        {"means": [0.5], "images": {"a": [4, 4.0, 2.0]}},
+        {"means": [0.7], "images": {"a": [1, 2.0, 1.0], "b": [2, 3.0, 1.0]}},
+    ]
+    tables = [ImageLosses(1.0) for _ in range(3)]
+    for rank, table in enumerate(tables):
+        table.restore(saved, rank, len(tables))
+    assert tables[0].images == {"a": ImageLoss(5, 6.0, 3.0), "b": ImageLoss(2, 3.0, 1.0)}
+    assert not tables[1].images and not tables[2].images and {table.means[0] for table in tables} == {0.5}
 
 
 def test_tables_of_processes_are_added_and_rarely_seen_pictures_do_not_lead(tmp_path: Path) -> None:

@@ -20,9 +20,9 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 from library.errors import UserError
-from library.resume import find_state
+from library.resume import find_state, resumed_state
 from library.rng import keyed_random
-from library.run_setup import TrainState
+from library.run_setup import RunLength, TrainState
 from library.run_writer import RunWriter
 from library.train_util import Trainer
 
@@ -241,9 +241,6 @@ def test_a_complete_run_says_so_and_goes_on_when_it_is_given_more_steps(
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        (["--seed=8"], "seed was 7 and is now 8"),
-        (["--train_batch_size=1"], "batches_per_epoch was"),
-        (["--gradient_accumulation_steps=2"], "accumulation was 1 and is now 2"),
         (["--optimizer_type=SGD", "--optimizer_args", "momentum=0.9"], "optimizer was torch.optim.AdamW"),
         (["--network_dim=8"], "parameters differ"),
         (["--network_train_unet_only"], "parameters differ"),
@@ -254,6 +251,26 @@ def test_a_state_of_another_run_is_refused(
 ) -> None:
     with pytest.raises(UserError, match=says):
         workspace.trainer("network", tmp_path, f"--resume={saved_state}", *flags)
+
+
+def test_batches_seed_and_accumulation_may_change_and_are_listed(
+    workspace: Workspace, tmp_path: Path, saved_state: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The state is one of seven batches into its epoch; of single pictures there are fourteen."""
+    flags = ["--seed=8", "--train_batch_size=1", "--gradient_accumulation_steps=2", "--max_train_steps=5"]
+    trainer = workspace.trainer("network", tmp_path, f"--resume={saved_state}", *flags)
+    assert trainer.state == TrainState(step=1, epoch=0, position=2, micro_step=1)
+    workspace.train("network", tmp_path, f"--resume={saved_state}", *flags)
+    assert runs.rows(tmp_path, "step") == [2, 3, 4, 5]
+    for said in ("--seed was 7 and is now 8", "--train_batch_size was 2", "an epoch has not as many batches", "steps was 1"):
+        assert said in caplog.text
+
+
+def test_on_other_processes_a_run_goes_on_past_what_was_seen() -> None:
+    then = {"step": 9, "epoch": 2, "position": 1, "micro_step": 9, "batches_per_epoch": 4, "world": 2}
+    assert resumed_state(then, RunLength(4, 1, 20), 2) == TrainState(9, 2, 1, 9)
+    assert resumed_state(then, RunLength(8, 1, 20), 1) == TrainState(9, 2, 2, 18)
+    assert resumed_state(then, RunLength(2, 1, 20), 4) == TrainState(9, 2, 0, 5)
 
 
 @pytest.fixture(scope="module")

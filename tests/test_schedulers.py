@@ -113,9 +113,18 @@ def test_warm_up_and_decay_have_to_fit():
         curve(options)
 
 
-def test_an_unused_warm_up_is_told(caplog):
-    curve(ScheduleOptions(lr_scheduler="constant", lr_warmup_steps=5))
-    assert "--lr_warmup_steps 5 is not used" in caplog.text
+def test_what_a_schedule_does_not_use_is_told(caplog):
+    shape = {"lr_warmup_steps": 5, "lr_decay_steps": 4, "lr_scheduler_num_cycles": 2, "lr_scheduler_power": 2.0,
+             "lr_scheduler_timescale": 3, "lr_scheduler_min_lr_ratio": 0.1}  # fmt: skip
+    curve(ScheduleOptions(lr_scheduler="constant", **shape))
+    assert [f"--{flag} {value} is not used by --lr_scheduler constant" for flag, value in shape.items()] == caplog.messages
+    caplog.clear()
+    used = {"warmup_stable_decay": shape.keys() - {"lr_scheduler_power", "lr_scheduler_timescale"},
+            "polynomial": {"lr_warmup_steps", "lr_scheduler_power"}, "cosine": {"lr_warmup_steps"},
+            "inverse_sqrt": {"lr_warmup_steps", "lr_scheduler_timescale"}}  # fmt: skip
+    for name, flags in used.items():
+        curve(ScheduleOptions(lr_scheduler=name, **{flag: shape[flag] for flag in flags}))
+    assert not caplog.messages
 
 
 @pytest.mark.parametrize(
@@ -142,9 +151,10 @@ def test_a_class_of_torch_or_a_dotted_path_is_used_with_its_arguments():
         assert factors == pytest.approx([0.1 ** (step // 5) for step in range(TOTAL)])
 
 
-def test_adafactor_shows_the_rate_it_makes_for_itself():
+def test_adafactor_shows_the_rate_it_makes_for_itself(caplog):
     made = optimizer("Adafactor", "scale_parameter=False")
     scheduler = create_scheduler(ScheduleOptions(lr_scheduler="cosine"), made, TOTAL)
+    assert "neither --lr_scheduler cosine nor a learning rate is used" in caplog.text
     for _ in range(3):
         for group in made.param_groups:
             for parameter in group["params"]:
