@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from library.options import opt
+from library.options import EXPECTED, opt
 
 
 def every_or_off(value: Any) -> int | None:
@@ -16,7 +16,7 @@ def every_or_off(value: Any) -> int | None:
     except ValueError:
         number = None
     if isinstance(number, bool) or not isinstance(number, int):
-        raise ValueError(f"expected int, got {value!r}")
+        raise ValueError(f"expected {EXPECTED[int]}, got {value!r}")
     return number if number > 0 else None
 
 

@@ -26,7 +26,8 @@ logger = logging.getLogger(__name__)
 
 Container = TypeVar("Container")
 _FLAG_KEY = "flag"
-_EXPECTED = {bool: "true or false", int: "int", float: "float", str: "str"}
+EXPECTED: Mapping[type, str] = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+_EXPECTED_EACH: Mapping[type, str] = {bool: "true or false", int: "whole numbers", float: "numbers", str: "texts"}
 
 
 @dataclass(frozen=True)
@@ -189,7 +190,7 @@ class Flag:
         try:
             number = self.element(text)
         except ValueError:
-            raise ValueError(f"expected {_EXPECTED[self.element]}, got {text!r}") from None
+            raise ValueError(f"expected {EXPECTED[self.element]}, got {text!r}") from None
         return self._one(number)
 
     def _one(self, value: Any) -> Any:
@@ -204,7 +205,7 @@ class Flag:
         elif self.element is bool and isinstance(value, int) and value in (0, 1):
             value = bool(value)  # how programs that make such files write a switch
         elif type(value) is not self.element:
-            expected = f"list of {_EXPECTED[self.element]}" if self.repeated else _EXPECTED[self.element]
+            expected = f"a list of {_EXPECTED_EACH[self.element]}" if self.repeated else EXPECTED[self.element]
             raise ValueError(f"expected {expected}, got {value!r} ({_type_word(value)})")
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"expected a finite number, got {value!r}")
@@ -240,7 +241,7 @@ def _read_annotation(annotation: Any) -> tuple[type, bool, bool]:
         annotation = members[0] if len(members) == 1 else float
     repeated = typing.get_origin(annotation) is tuple
     element = typing.get_args(annotation)[0] if repeated else annotation
-    assert element in _EXPECTED, f"an option cannot have the type {annotation}"
+    assert element in EXPECTED, f"an option cannot have the type {annotation}"
     return element, repeated, optional
 
 
@@ -337,7 +338,12 @@ def flat(options: Any, *, secrets: bool = True) -> dict[str, Any]:
 
 
 class OptionParser(argparse.ArgumentParser):
-    """argparse, with one-line errors raised as `UserError` and a suggestion for an unknown flag."""
+    """argparse, with one-line errors raised as `UserError`: all wrong values and unknown flags at once, with suggestions."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.problems: list[str] = []
+        """Of the values read so far."""
 
     def error(self, message: str) -> NoReturn:
         if "ignored explicit argument" in message:
@@ -345,10 +351,12 @@ class OptionParser(argparse.ArgumentParser):
         raise UserError(message.removeprefix("argument "))
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        self.problems.clear()
         found, unknown = self.parse_known_args(args, namespace)
         unknown_flags = [word for word in unknown if word.startswith("--")]
-        if unknown:  # the values behind an unknown flag are no news
-            raise UserError("\n".join(self._unknown(word) for word in unknown_flags or unknown))
+        # the values behind an unknown flag are no news
+        if problems := [*self.problems, *map(self._unknown, unknown_flags or unknown)]:
+            raise UserError("\n".join(problems))
         return found
 
     def _unknown(self, word: str) -> str:
@@ -368,12 +376,15 @@ class _Switch(argparse.Action):
         setattr(namespace, self.dest, not str(option_string).startswith("--no-"))
 
 
-def _add_flag(target: Any, flag: Flag) -> None:
+def _add_flag(target: Any, flag: Flag, problems: list[str]) -> None:
+    """problems: takes what is wrong with values."""
+
     def convert(text: str) -> Any:
         try:
             return flag.convert_text(text)
         except ValueError as error:
-            raise argparse.ArgumentTypeError(str(error)) from None
+            problems.append(f"--{flag.name}: {error}")
+            return None
 
     names = [f"--{spelling}" for spelling in (flag.name, *flag.declared.aliases)]
     settings: dict[str, Any] = {"dest": flag.name, "default": argparse.SUPPRESS, "help": _help_line(flag)}
@@ -420,7 +431,7 @@ def build_parser(
         if members:
             section = parser.add_argument_group(name, (group_class.__doc__ or "").strip().split("\n")[0])
             for flag in members:
-                _add_flag(section, flag)
+                _add_flag(section, flag, parser.problems)
     return parser
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from library.errors import UserError, suggest
+from library.options import EXPECTED
 
 
 def line_option(flag: str, kind: Callable[[Any], Any], default: Any = None) -> Any:
@@ -66,7 +67,6 @@ class PromptLine:
 
 LineT = TypeVar("LineT", bound=PromptLine)
 _PREVIEW = PromptLine("")
-_EXPECTED: Mapping[Any, str] = {int: "a whole number", float: "a number"}
 _OPTION = re.compile(r"(?:^|\s)--(?=[A-Za-z])")
 _POSITIVE = ("width", "height", "sample_steps")
 
@@ -116,7 +116,7 @@ def parse_line(line: str, where: str, base: LineT = _PREVIEW) -> LineT:  # type:
         try:
             values[found.name] = kind(text)
         except ValueError as error:
-            raise UserError(f"{where}: --{flag} is '{text}', expected {_EXPECTED.get(kind) or error}.") from error
+            raise UserError(f"{where}: --{flag} is '{text}', expected {EXPECTED.get(kind) or error}.") from error
     return _checked(values, where, base)
 
 
@@ -135,7 +135,9 @@ def _from_mapping(values: Mapping[str, Any], where: str, base: LineT) -> LineT:
             continue
         accepted = (int, float) if kind is float else (kind,)
         if isinstance(value, bool) or not isinstance(value, accepted):
-            raise UserError(f"{where}: {name} is {value!r}, expected {kind.__name__}, got {type(value).__name__}.")
+            raise UserError(
+                f"{where}: {name} is {value!r}, expected {EXPECTED.get(kind, kind.__name__)}, got {type(value).__name__}."
+            )
     if "prompt" not in found:
         raise UserError(f"{where}: the key 'prompt' is missing.")
     return _checked(found, where, base)

@@ -113,7 +113,7 @@ def test_json_lists_hold_objects_and_lines(tmp_path):
         ("p.json", '{"prompt": "a"}', "expected a list of prompts, got dict"),
         ("p.json", "[3]", "entry 1: expected an object or a string, got int"),
         ("p.json", '[{"prompt": "a", "widht": 64}]', "unknown key 'widht'.*Did you mean 'width'"),
-        ("p.json", '[{"prompt": "a", "width": "64"}]', "width is '64', expected int, got str"),
+        ("p.json", '[{"prompt": "a", "width": "64"}]', "width is '64', expected a whole number, got str"),
         ("p.json", '[{"width": 64}]', "the key 'prompt' is missing"),
         ("p.toml", "[[prompts]]\nprompt = 'a'", r"the table \[prompt\] is missing"),
         ("p.toml", "= 3", "not valid TOML"),
