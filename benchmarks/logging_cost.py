@@ -70,7 +70,7 @@ def measure(name: str, steps: int) -> dict[str, object]:
             logs = trainer.update(group)
             epoch_done = trainer.state.advance(len(group), trainer.length)
             if logged:
-                log(logs, rates, [name for batch in group for name in batch.names], epoch_done=epoch_done)
+                log(logs, rates, sum(map(len, group)), epoch_done=epoch_done)
                 inside.append(watch.seconds)
             seconds.append(time.perf_counter() - begun)
             cpu.append(time.process_time() - begun_cpu)

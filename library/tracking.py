@@ -306,6 +306,7 @@ class Tracker:
             config=dict(self.config) if self.options.log_config else None,
             **_tracker_config(self.options.log_tracker_config).get("wandb", {}),
         )
+        self.wandb.define_metric("*", step_metric="global_step")  # its own axis counts calls
 
 
 def _tracker_config(path: str | None) -> dict[str, Any]:

@@ -67,6 +67,11 @@ DEPENDENT = (
         ("wandb_run_name", "wandb_api_key"), lambda o: o.logging.log_with in ("wandb", "all"), "without --log_with wandb"
     ),
     Dependent(("ema_decay", "ema_no_warmup", "ema_update_every", "ema_on_cpu"), lambda o: o.average.ema, "without --ema"),
+    Dependent(
+        ("training_comment",),
+        lambda o: hasattr(o, "network") and not o.output.no_metadata,
+        "on a whole model, whose metadata has no comment, and with --no_metadata",
+    ),
     Dependent(("vae_batch_size",), lambda o: o.cache.latents, "without --cache_latents"),
     Dependent(("dynamo_backend",), lambda o: o.attention.torch_compile, "without --torch_compile"),
 )

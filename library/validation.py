@@ -59,6 +59,8 @@ def evenly(total: int, most: int | None) -> list[int]:
 
 def check_validation(options: TrainOptions, data: TrainData) -> None:
     """Raise `UserError` where a validation is asked for and no pictures are held out."""
+    if data.validation is None and options.validation.validation_seed is not None:
+        logger.warning("--validation_seed has no effect: no pictures are held out (--validation_split)")
     asked = sorted(f.name for f in fields(options.validation) if f.name in options.explicit and f.name != "validation_seed")
     if data.validation is None and any(getattr(options.validation, name) for name in asked):
         raise UserError(

@@ -456,6 +456,7 @@ WARNINGS: list[tuple[dict[str, Any], str]] = [
     ({"log_prefix": "x", "log_config": True}, "have no effect without a tracker"),
     ({"wandb_run_name": "x", "logging_dir": "logs"}, "have no effect without --log_with wandb"),
     ({"ema_decay": 0.9}, "have no effect without --ema"),
+    ({"training_comment": "x", "no_metadata": True}, "--training_comment has no effect on a whole model"),
     ({"vae_batch_size": 4}, "--vae_batch_size has no effect without --cache_latents"),
     ({"dynamo_backend": "eager"}, "--dynamo_backend has no effect without --torch_compile"),
     ({"split_attn": True}, "--split_attn has no effect: captions"),

@@ -122,7 +122,11 @@ def test_several_sets_have_a_loss_each(workspace: Workspace, tmp_path: Path) -> 
     assert "loss/validation/others_average" in found.logs("step", 0.0)
 
 
-def test_a_validation_without_pictures_is_refused(workspace: Workspace, tmp_path: Path) -> None:
+def test_a_validation_without_pictures_is_refused(
+    workspace: Workspace, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    workspace.prepared("network", tmp_path, "--validation_seed=3")
+    assert "--validation_seed has no effect" in caplog.text
     with pytest.raises(UserError, match="--early_stopping_patience: no pictures are held out"):
         workspace.trainer("network", tmp_path, "--early_stopping_patience=3")
 
