@@ -454,6 +454,12 @@ class TrainData:
         """Those of `image_datasets`."""
         return Chained(*(dataset.records for dataset in self.image_datasets))
 
+    @property
+    def preserves(self) -> bool:
+        """Whether there are pictures whose target is the frozen model's own prediction."""
+        parts = (part for dataset in self.image_datasets for part in dataset.parts)
+        return any(subset.preserves for part in parts for subset in part.records.used_subsets())
+
     def metadata(self, world: int = 1) -> dict[str, str]:
         """The `ss_` keys about data, in sd-scripts' form. world: number of processes, for the totals."""
         from library.data_metadata import data_metadata

@@ -113,6 +113,10 @@ FLOW_RULES: tuple[Rule, ...] = (
         scope=FullTrainOptions,
     ),
     Rule(
+        lambda o: o.family.swapped_blocks and o.memory.shard_weights,
+        "--shard_weights and --blocks_to_swap both say where a block is while others compute. Remove one of them.",
+    ),
+    Rule(
         lambda o: o.loss.weighted_captions,
         "--weighted_captions is for CLIP's hidden states, which this model does not use. Remove it.",
     ),

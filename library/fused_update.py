@@ -71,7 +71,8 @@ def make_update(
                 "they are averaged. Use --fused_clip each or --max_grad_norm 0, or leave out one of the others."
             )
         return FusedBackwardUpdate(steps, parameters, max_grad_norm, processes, numbers, options.optimizer.fused_clip)
-    return StandardUpdate(optimizer, max_grad_norm, accelerator, numbers, None if rounding is None else steps)
+    add_up = processes.add_up if options.learns_in_shards else None
+    return StandardUpdate(optimizer, max_grad_norm, accelerator, numbers, None if rounding is None else steps, add_up=add_up)
 
 
 class FusedBackwardUpdate(UpdateRule):

@@ -324,10 +324,12 @@ def forecasts(prepared: PreparedRun, choices: Sequence[tuple[RingPlan, ...]]) ->
 
 
 def _without_transport(prepared: PreparedRun) -> PreparedRun:
-    """The same run with everything on the device and nothing compiled."""
-    options = replace(prepared.options, family=_without(prepared.options.family, "blocks_to_swap", "split_mode"))
-    memory = replace(prepared.memory, rings=(), offloads=False)
-    return replace(prepared, options=options, memory=memory, compute=replace(prepared.compute, compiler=None))
+    """The same run with everything on the device, whole, and nothing compiled."""
+    options = prepared.options
+    family, memory = _without(options.family, "blocks_to_swap", "split_mode"), _without(options.memory, "shard_weights")
+    options = replace(options, family=family, memory=memory)
+    plan = replace(prepared.memory, rings=(), offloads=False, shards=False)
+    return replace(prepared, options=options, memory=plan, compute=replace(prepared.compute, compiler=None))
 
 
 def _without(group: FamilyT, *names: str) -> FamilyT:

@@ -7,13 +7,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
 import torch
 from accelerate.utils import AutocastKwargs
+from torch import nn
 
 from library.activation_offload import MIN_BYTES, ActivationOffload
 from library.custom_offloading_utils import BlockGroup, BlockSwap
@@ -22,6 +23,7 @@ from library.errors import UserError
 from library.family_base import ModelBundle, ModelFamily
 from library.offload_plan import FLAG, RingPlan
 from library.offload_transport import PinnedBudget, local_processes
+from library.sharded_weights import ShardedWeights
 
 if TYPE_CHECKING:
     from library.option_groups import TrainOptions
@@ -30,27 +32,48 @@ logger = logging.getLogger(__name__)
 
 
 def read_to(part: str, options: TrainOptions, device: torch.device) -> torch.device:
-    """Where a part of the model is read to: the denoiser to main memory if its blocks are swapped, as the device may be too
-    small for it."""
-    return torch.device("cpu") if part == "denoiser" and options.family.swapped_blocks else device
+    """Where a part of the model is read to: the denoiser to main memory if its blocks are swapped or weights are shared out,
+    as the device may be too small for it."""
+    waits = bool(options.family.swapped_blocks) or options.memory.shard_weights
+    return torch.device("cpu") if part == "denoiser" and waits else device
 
 
 @dataclass(frozen=True)
 class MemoryPolicy:
-    """Where weights are while the model trains. Without a swap, on the device at all times."""
+    """Where weights are while the model trains. Without a swap or shards, on the device at all times."""
 
     swap: BlockSwap | None = None
     offload: ActivationOffload | None = None
+    shards: ShardedWeights | None = None
 
     @property
     def autocast(self) -> AutocastKwargs:
         """Weights that learn are cast as they are used. Kept until the end of the forward pass, as autocast does, the casts of
         all blocks would be on the device together."""
-        return AutocastKwargs(cache_enabled=self.swap is None)
+        return AutocastKwargs(cache_enabled=self.swap is None and self.shards is None)
+
+    @property
+    def learns_in_shards(self) -> bool:
+        """Whether gradients are summed over all processes as they come, each into the part that a process has of its weight."""
+        return self.shards is not None and self.shards.learns
+
+    def own(self, parameter: nn.Parameter) -> nn.Parameter:
+        """What this process steps, averages and saves of a parameter of the model: a part where weights are sharded."""
+        return parameter if self.shards is None else self.shards.own(parameter)
+
+    def replicated(self, parameters: Sequence[nn.Parameter]) -> Sequence[nn.Parameter]:
+        """Those of them, as `own` gives them, whose gradients the processes have to average."""
+        return parameters if self.shards is None else self.shards.replicated(parameters)
+
+    def gathered(self, dtype: torch.dtype | None, keep: bool) -> AbstractContextManager[None]:
+        """What learns in shards whole, and in `dtype`, on a process that asks to `keep` it. For all processes to enter."""
+        return self.shards.gathered(dtype, keep) if self.shards is not None and self.shards.learns else nullcontext()
 
     def updating(self) -> AbstractContextManager[None]:
         """Where gradients are averaged and clipped, and weights stepped: each weight is beside its gradient and its optimizer
         state. Not to be nested."""
+        if self.shards is not None:
+            return self.shards.updating()
         return nullcontext() if self.swap is None else self.swap.updating()
 
     def host_weights(self) -> AbstractContextManager[None]:
@@ -66,6 +89,8 @@ class MemoryPlan:
     offloads: bool = False
     rings: tuple[RingPlan, ...] = ()
     """Of each group of the denoiser's blocks; none where nothing is swapped."""
+    shards: bool = False
+    """Whether each process holds a part of the weights."""
     pinned_limit: int | None = None
     """Bytes of main memory that this process may pin; None for its share of half the machine's."""
 
@@ -93,6 +118,7 @@ class MemoryPlan:
             recomputes=memory.recomputes,
             offloads=memory.cpu_offload_checkpointing,
             rings=rings,
+            shards=memory.shard_weights,
             pinned_limit=None if limit is None else int(limit * 2**30) // local_processes(),
         )
 
@@ -102,6 +128,8 @@ class MemoryPlan:
         if self.recomputes:
             for part in sorted(parts):
                 family.enable_gradient_checkpointing(part, bundle.part(part))
+        if self.shards:
+            return MemoryPolicy(shards=ShardedWeights({part: bundle.part(part) for part in sorted(parts)}, bundle.device))
         if not self.rings and not self.offloads:
             return MemoryPolicy()
         swap = self._swap(bundle) if self.rings else None

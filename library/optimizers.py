@@ -356,6 +356,8 @@ class StandardUpdate(UpdateRule):
     norm: torch.Tensor | None = None
     """Of the last step's gradients before clipping, on the device."""
     on_gradients: Callable[[], None] | None = None
+    add_up: Callable[[torch.Tensor], None] | None = None
+    """Sums a tensor over the processes, in place, where each has a part of every gradient; None where it has them whole."""
 
     def watch(self, on_gradients: Callable[[], None]) -> None:
         self.on_gradients = on_gradients
@@ -369,10 +371,10 @@ class StandardUpdate(UpdateRule):
 
     def step(self, parameters: Sequence[nn.Parameter], loss: torch.Tensor) -> bool:
         if self.max_grad_norm > 0:
-            self.norm = self.accelerator.clip_grad_norm_(parameters, self.max_grad_norm)
+            self.norm = self._clip(parameters)
         else:
             self.accelerator.unscale_gradients()  # as clipping does
-            self.norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+            self.norm = self._norm(parameters)
         bad = self.numbers.ask(loss, self.norm)
         inner: Any = getattr(self.optimizer, "optimizer", self.optimizer)
         if self._obeys(inner):
@@ -388,6 +390,22 @@ class StandardUpdate(UpdateRule):
         self.numbers.settle()
         self.optimizer.zero_grad()
         return not self.accelerator.optimizer_step_was_skipped
+
+    def _clip(self, parameters: Sequence[nn.Parameter]) -> torch.Tensor:
+        if self.add_up is None:
+            norm: torch.Tensor = self.accelerator.clip_grad_norm_(parameters, self.max_grad_norm)
+            return norm
+        norm = self._norm(parameters)
+        torch.nn.utils.clip_grads_with_norm_(parameters, self.max_grad_norm, norm)
+        return norm
+
+    def _norm(self, parameters: Sequence[nn.Parameter]) -> torch.Tensor:
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if self.add_up is None:
+            return norm
+        square = norm.float().square()
+        self.add_up(square)
+        return square.sqrt()
 
     def _obeys(self, inner: Any) -> bool:
         """Whether this optimizer leaves weights and state as they are where a number on the device says so."""

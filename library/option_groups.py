@@ -138,6 +138,9 @@ class MemoryOptions:
     pinned_memory_limit: float | None = opt(
         None, "GiB of a machine's memory that may be pinned for swapping and offloading; half of it unless given", minimum=0
     )
+    shard_weights: bool = opt(
+        False, "each of several processes holds a part of the weights, and of gradients and optimizer state of what learns"
+    )
     lowram: bool = opt(False, "load weights straight onto the device", inert="every part is always loaded that way")
     highvram: bool = opt(False, "keep the device's cache between batches of caching", inert="the cache is never cleared there")
     vae_batch_size: int = opt(1, "pictures per batch while latents are cached", minimum=1)
@@ -432,6 +435,11 @@ class TrainOptions:
         """Whether weights are stepped during the backward pass, through whichever flag."""
         return self.optimizer.fused_backward_pass or self.family.fused_backward
 
+    @property
+    def learns_in_shards(self) -> bool:
+        """Whether each process steps a part of every weight that learns."""
+        return False
+
 
 @dataclass(frozen=True, kw_only=True)
 class NetworkTrainOptions(TrainOptions):
@@ -463,6 +471,10 @@ class FullTrainOptions(TrainOptions):
     @property
     def log_name(self) -> str:
         return "finetuning"
+
+    @property
+    def learns_in_shards(self) -> bool:
+        return self.memory.shard_weights
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -137,12 +137,18 @@ class HubOptions:
     async_upload: bool = opt(False, "upload beside the training; a save waits for the upload of the one before")
 
 
-_FOR_WEIGHTS = "Where memory is short for weights, use --blocks_to_swap (FLUX), --fp8_base or --quantize_base (adapters)."
-_FOR_OPTIMIZER = (
-    "Where memory is short for the optimizer, use --optimizer_type AdamW8bit or PagedAdamW8bit, --full_bf16, or Adafactor with "
-    "--fused_backward_pass."
+_FOR_WEIGHTS = (
+    "Where memory is short for weights, use --shard_weights (several devices), --blocks_to_swap, --fp8_base or --quantize_base "
+    "(adapters)."
 )
-_FOR_BOTH = f"Several devices train as plain processes (accelerate launch --multi_gpu). {_FOR_WEIGHTS} {_FOR_OPTIMIZER}"
+_FOR_OPTIMIZER = (
+    "Where memory is short for the optimizer, use --shard_weights (several devices), --optimizer_type AdamW8bit or "
+    "PagedAdamW8bit, --full_bf16, or Adafactor with --fused_backward_pass."
+)
+_FOR_BOTH = (
+    "Several devices share out weights, gradients and optimizer state with --shard_weights (accelerate launch --multi_gpu). "
+    f"{_FOR_WEIGHTS} {_FOR_OPTIMIZER}"
+)
 
 
 @dataclass(frozen=True, kw_only=True)

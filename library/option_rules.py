@@ -170,6 +170,57 @@ _MEMORY = (
     ),
 )
 
+_SHARDED = (
+    Rule(
+        lambda o: o.memory.shard_weights and o.memory.cpu_offload_checkpointing,
+        "--shard_weights cannot be used with --cpu_offload_checkpointing, which would take gathered weights to main memory. "
+        "Use --gradient_checkpointing.",
+    ),
+    Rule(
+        lambda o: o.memory.shard_weights and o.fused_backward,
+        "--shard_weights cannot be used with --fused_backward_pass: a gradient is summed over the processes before a weight "
+        "can be stepped. Of gradients, too, a process holds a part. Remove --fused_backward_pass.",
+    ),
+    Rule(
+        lambda o: o.memory.shard_weights and o.attention.compiler is not None,
+        "--shard_weights cannot be used with --torch_compile yet. Remove one of them.",
+    ),
+    Rule(
+        lambda o: o.memory.shard_weights and o.run.auto_fit,
+        "--shard_weights cannot be used with --auto_fit, which counts on whole weights. Remove one of them.",
+    ),
+    Rule(
+        lambda o: o.memory.shard_weights and o.denoiser_scheme is not None,
+        "--shard_weights cannot be used with --fp8_base or --quantize_base: weights in few bits are not shared out, so each "
+        "process would hold them all. Remove one of them.",
+        scope=NetworkTrainOptions,
+    ),
+    Rule(
+        lambda o: o.memory.shard_weights and o.precision.mixed_precision == "fp16",
+        "--shard_weights cannot be used with --mixed_precision fp16: each process would see overflows of its own part alone. "
+        "Use --mixed_precision bf16.",
+        scope=FullTrainOptions,
+    ),
+    Rule(
+        lambda o: o.memory.shard_weights and o.full.stop_text_encoder_training is not None,
+        "--shard_weights cannot be used with --stop_text_encoder_training: what is shared out learns to the end. Remove one of "
+        "them.",
+        scope=FullTrainOptions,
+    ),
+    Rule(
+        lambda o: o.memory.shard_weights and o.precision.mixed_precision != "no" and not o.memory.gradient_checkpointing,
+        "--shard_weights without --gradient_checkpointing: what a block computes with in {mixed_precision} is kept until its "
+        "backward pass, on every process for all blocks. Add --gradient_checkpointing.",
+        scope=FullTrainOptions,
+        warning=True,
+    ),
+    Rule(
+        lambda o: o.memory.shard_weights and o.run.plan,
+        "--plan counts whole weights, gradients and optimizer states: with --shard_weights a process holds its part of those.",
+        warning=True,
+    ),
+)
+
 _NOISE_AND_LOSS = (
     Rule(
         lambda o: o.noise.adaptive_noise_scale is not None and o.noise.noise_offset is None,
@@ -448,6 +499,7 @@ RULES: tuple[Rule, ...] = (
     *_ATTENTION,
     *_MEMORY,
     *_FUSED,
+    *_SHARDED,
     *_NOISE_AND_LOSS,
     *_DATA,
     *_RUN,

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 REMEDIES = {
+    "shards": "--shard_weights",
     "optimizer": "--optimizer_type",
     "schedule_class": "--lr_scheduler_type",
 }
@@ -51,14 +52,15 @@ KEPT_OPTIONS = ("optimizer.optimizer_args", "schedule.lr_scheduler_args")
 """Options whose saved values hold, as they are part of the optimizer's or the schedule's own state."""
 
 
-def find_state(options: TrainOptions) -> SavedState | None:
-    """What `--resume` names, read; None where the run starts afresh. Raises `UserError` for a state that cannot be used."""
+def find_state(options: TrainOptions, rank: int = 0, processes: int = 1) -> SavedState | None:
+    """What `--resume` names, as process `rank` of so many needs it; None where the run starts afresh. Raises `UserError` for a
+    state that cannot be used."""
     folder: Path | str | None = options.state.resume
     if folder is not None and options.hub.resume_from_huggingface:
         folder = fetch_state(str(folder), hub_api(options.hub))
     elif folder == NEWEST_STATE:
         folder = newest_state(Path(options.output.output_dir or "."), options.output.output_name)
-    return None if folder is None else load_state(folder)
+    return None if folder is None else load_state(folder, rank, processes)
 
 
 def run_record(options: TrainOptions, length: RunLength, world: int, data: ImageDataset) -> dict[str, Any]:
@@ -74,6 +76,7 @@ def run_record(options: TrainOptions, length: RunLength, world: int, data: Image
     return {
         "seed": options.training.seed,
         "world": world,
+        "shards": world if options.learns_in_shards else 1,
         "batches_per_epoch": length.batches_per_epoch,
         "accumulation": length.accumulation,
         "optimizer": f"{optimizer.module}.{optimizer.attribute}",
@@ -93,7 +96,7 @@ def _setting(subset: SubsetConfig) -> SubsetConfig:
 
 def check_resumable(saved: SavedState, now: dict[str, Any], length: RunLength) -> None:
     """Raise `UserError`, with both values, where `saved` cannot be continued exactly; warn of other data."""
-    then = saved.train_state
+    then = {"shards": 1, **saved.train_state}
     for key, remedy in REMEDIES.items():
         if key in then and now[key] != then[key]:
             raise UserError(

@@ -104,9 +104,8 @@ def _check_launch() -> None:
 
 def _unknown_launch(kind: str) -> UserError:
     return UserError(
-        f"the launch asks for {kind}, which is not implemented here yet. "
-        "Run `accelerate config` again and choose plain processes, or launch with --multi_gpu. Where memory is short, "
-        "--blocks_to_swap (FLUX), --fp8_base (adapters), 8-bit optimizers and --fused_backward_pass take less of it."
+        f"the launch asks for {kind}, which is not used here. Run `accelerate config` again and choose plain processes, or "
+        "launch with --multi_gpu, and add --shard_weights: each process then holds a part of the weights."
     )
 
 

@@ -25,10 +25,11 @@ from library.number_check import NotFinite
 from library.optimizers import describe_optimizer
 from library.run_requests import SAMPLE, SAVE
 from library.run_setup import save_dtype
-from library.saved_state import result_options, save_state
+from library.saved_state import AVERAGES_FILE, OPTIMIZER_TENSORS, TENSORS_FILE, result_options, save_state
+from library.state_parts import split_optimizer, write_parts
 from library.tracking import Tracker
 from library.trainable import split_pairs
-from library.validation import Validation
+from library.validation import Validation, ValidationLoss
 from library.watchdog import Watchdog
 
 if TYPE_CHECKING:
@@ -201,7 +202,7 @@ class RunWriter:
     # ---- what ------------------------------------------------------------------------------------------------------
 
     def _save(self, stem: str, *, with_state: bool) -> None:
-        if self.is_main:
+        if self.is_main or self.trainer.memory.learns_in_shards:
             self._save_model(stem)
         if with_state:
             self._save_state(stem, self._image_loss_states())
@@ -213,7 +214,9 @@ class RunWriter:
         dtype = save_dtype(trainer.options.precision)
         for averaged in (False, True) if trainer.average is not None else (False,):
             metadata = self.metadata.of_file(averaged=averaged)
-            with trainer.evaluating(averaged=averaged):
+            with trainer.evaluating(averaged=averaged), trainer.memory.gathered(dtype, keep=self.is_main):
+                if not self.is_main:
+                    continue
                 saved = self.files.save_model(
                     average_name(stem) if averaged else stem,
                     partial(trainer.trainable.save, dtype=dtype, metadata=metadata),
@@ -233,6 +236,16 @@ class RunWriter:
     def _save_state(self, stem: str, image_losses: Sequence[Mapping[str, Any]]) -> Path:
         trainer = self.trainer
         folder = self.folder / state_name(stem)
+        together = trainer.memory.learns_in_shards
+        if not self.is_main and not together:
+            return folder
+        learned: Mapping[str, Tensor] = trainer.trainable.state_dict()
+        averages: Mapping[str, Tensor] = {} if trainer.average is None else trainer.average.state_dict()
+        optimizer, parts = trainer.optimizer.state_dict(), None
+        if together:
+            optimizer, tensors = split_optimizer(optimizer)
+            files = {TENSORS_FILE: learned, OPTIMIZER_TENSORS: tensors, AVERAGES_FILE: averages}
+            parts = write_parts(folder, {name: one for name, one in files.items() if one}, trainer.processes)
         if self.is_main:
             if folder.exists():
                 self._settle_uploads()
@@ -240,16 +253,19 @@ class RunWriter:
             scaler = trainer.accelerator.scaler
             save_state(
                 folder,
-                trainable=trainer.trainable.state_dict(),
-                averages={} if trainer.average is None else trainer.average.state_dict(),
-                optimizer=trainer.optimizer.state_dict(),
+                trainable=learned,
+                averages=averages,
+                optimizer=optimizer,
                 scheduler=trainer.scheduler.state_dict(),
                 scaler=None if scaler is None else scaler.state_dict(),
                 train_state={**trainer.train_state(), "recent_losses": self.tracker.losses()},
                 image_losses=image_losses,
+                parts=parts,
             )
             if self.uploads is not None:
                 self.uploads.send_state(folder)
+        if together:
+            trainer.accelerator.wait_for_everyone()  # until the state is there
         return folder
 
     def _write_image_losses(self, states: Sequence[Mapping[str, Any]]) -> None:
@@ -285,8 +301,13 @@ class RunWriter:
         with trainer.looking():
             found = self.validation.measure()
         lowest = trainer.best.take(found.mean, trainer.state.step)
-        if not self.is_main:
-            return
+        if self.is_main:
+            self._tell_validation(found, unit, lowest)
+        if lowest and trainer.options.validation.save_best:
+            self._save(self.policy.best_name, with_state=False)
+
+    def _tell_validation(self, found: ValidationLoss, unit: str, lowest: bool) -> None:
+        trainer = self.trainer
         self.tracker.flush()
         training = self.tracker.average.mean
         self.tracker.add(trainer.state.step, trainer.state.epoch, found.logs(unit, training))
@@ -297,5 +318,3 @@ class RunWriter:
             training,
             "the lowest so far" if lowest else f"lowest {trainer.best.loss:.5f} after step {trainer.best.step}",
         )
-        if lowest and trainer.options.validation.save_best:
-            self._save(self.policy.best_name, with_state=False)

@@ -231,11 +231,13 @@ def preview_due(options: SamplingOptions, step: int, epoch: int | None) -> bool:
 
 @dataclass
 class PreviewWriter:
-    """Makes and saves the pictures of `--sample_prompts`. Each process makes every `world`-th of them."""
+    """Makes and saves the pictures of `--sample_prompts`. Each process makes every `world`-th of them, or where weights are
+    sharded all make each of them together."""
 
     maker: PictureMaker
     rank: int = 0
     world: int = 1
+    together: bool = False
     prompts: list[PromptLine] = field(default_factory=list)
 
     @staticmethod
@@ -256,6 +258,7 @@ class PreviewWriter:
         *,
         rank: int = 0,
         world: int = 1,
+        together: bool = False,
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> PreviewWriter:
         """A writer for what `options` asks for; it is never due without a prompt file."""
@@ -264,7 +267,7 @@ class PreviewWriter:
             logger.warning(
                 "%s: --ss has no effect on a flow, whose previews are made with Euler's steps", options.sampling.sample_prompts
             )
-        return cls(PictureMaker(family, strategies, options, device, autocast), rank, world, prompts)
+        return cls(PictureMaker(family, strategies, options, device, autocast), rank, world, together, prompts)
 
     @property
     def options(self) -> TrainOptions:
@@ -283,8 +286,13 @@ class PreviewWriter:
         parts = [denoiser, *(bundle.part(name) for name in bundle.text_encoder_names if bundle.loaded(name))]
         paths = {}
         with torch.no_grad(), evaluation_mode(parts):
-            for index in range(self.rank, len(self.prompts), self.world):
+            for index in range(len(self.prompts)):
+                own = index % self.world == self.rank
+                if not own and not self.together:
+                    continue
                 [picture] = self.maker.make(bundle, denoiser, self.request(bundle, index))
+                if not own:
+                    continue
                 path = self.path(index, step, epoch)
                 atomic_write(path, picture.save)
                 paths[index] = path

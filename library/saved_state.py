@@ -8,7 +8,6 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +16,14 @@ from torch import Tensor
 
 from library.checkpoint import atomic_write, output_stems
 from library.errors import UserError
-from library.offload_transport import overlapping
+from library.state_parts import Digest, StateParts, digest_of, join_optimizer, part_of, parts_in, storable
 
 logger = logging.getLogger(__name__)
 
 STATE_FORMAT = 2
 TENSORS_FILE, OPTIMIZER_FILE, TRAIN_STATE_FILE = "trainable.safetensors", "optimizer.pt", "train_state.json"
+OPTIMIZER_TENSORS = "optimizer.safetensors"
+"""Of a state in parts: what the optimizer has of each weight, which `OPTIMIZER_FILE` leaves out."""
 AVERAGES_FILE = "averages.safetensors"
 """Beside them with `--ema`."""
 IMAGE_LOSSES_FILE = "image_losses.json"
@@ -60,10 +61,12 @@ def save_state(
     scaler: Mapping[str, Any] | None,
     train_state: Mapping[str, Any],
     image_losses: Sequence[Mapping[str, Any]] = (),
+    parts: StateParts | None = None,
 ) -> None:
     """Write a state to resume from, whole or not at all; replaces one of the same name.
 
-    `train_state` holds JSON values and at least `epoch` and `step`; sd-scripts' names for them are written too.
+    `train_state` holds JSON values and at least `epoch` and `step`; sd-scripts' names for them are written too. parts: tensors
+    that the processes have written already, instead of those here.
     """
     from safetensors.torch import save_file
 
@@ -78,28 +81,23 @@ def save_state(
     }
 
     def write(temporary: Path) -> None:
-        temporary.mkdir()
-        save_file(_storable(trainable), temporary / TENSORS_FILE)
-        if averages:
-            save_file(_storable(averages), temporary / AVERAGES_FILE)
+        if parts is None:
+            temporary.mkdir()
+            save_file(storable(trainable), temporary / TENSORS_FILE)
+            if averages:
+                save_file(storable(averages), temporary / AVERAGES_FILE)
+        else:
+            parts.move_to(temporary)
         with (temporary / OPTIMIZER_FILE).open("wb") as file:
             torch.save(states, file)
         (temporary / TRAIN_STATE_FILE).write_text(json.dumps(record, indent=1), encoding="utf-8")
         if image_losses:
             (temporary / IMAGE_LOSSES_FILE).write_text(json.dumps(list(image_losses)), encoding="utf-8")
-        (temporary / MANIFEST_FILE).write_text(json.dumps(_manifest(temporary), indent=1), encoding="utf-8")
+        manifest = _manifest(temporary, {} if parts is None else parts.digests)
+        (temporary / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
 
     atomic_write(folder, write)
     logger.info("saved state %s", folder)
-
-
-def _storable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous tensors that share no memory, as safetensors wants them. They may be neighbours in one buffer."""
-    stored = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-    names = list(stored)
-    for piece in overlapping(list(stored.values())):
-        stored |= {names[index]: stored[names[index]].clone() for index in piece[1:]}
-    return stored
 
 
 def _check_plain(value: Any, where: str) -> None:
@@ -117,15 +115,10 @@ def _check_plain(value: Any, where: str) -> None:
         )
 
 
-def _manifest(folder: Path) -> dict[str, dict[str, Any]]:
-    found = {}
-    for path in sorted(folder.iterdir()):
-        digest = blake2b(digest_size=16)
-        with path.open("rb") as file:
-            while piece := file.read(2**20):
-                digest.update(piece)
-        found[path.name] = {"bytes": path.stat().st_size, "blake2b": digest.hexdigest()}
-    return found
+def _manifest(folder: Path, known: Mapping[str, Digest] | None = None) -> dict[str, Digest]:
+    """known: of files that need not be read again."""
+    known = known or {}
+    return {path.name: known.get(path.name) or digest_of(path) for path in sorted(folder.iterdir())}
 
 
 def _check_manifest(folder: Path) -> None:
@@ -174,22 +167,24 @@ def _told_if_passed_over() -> Iterator[None]:
         logger.warning("--resume auto passes over %s", str(error).removeprefix("--resume "))
 
 
-def load_state(folder: Path | str) -> SavedState:
-    """Read what `save_state` wrote. `UserError` when there is nothing, something of another program, or a part is missing or
-    damaged."""
-    from safetensors.torch import load_file
-
+def load_state(folder: Path | str, rank: int = 0, processes: int = 1) -> SavedState:
+    """Read what `save_state` wrote, and of a state in parts that of process number `rank`. `UserError` when there is nothing,
+    something of another program, or a part is missing or damaged."""
     folder = Path(folder)
     record = read_train_state(folder)
     _check_manifest(folder)
-    with _explained(folder / TENSORS_FILE):
-        tensors = load_file(folder / TENSORS_FILE)
-    averages = {}
-    if (folder / AVERAGES_FILE).is_file():
-        with _explained(folder / AVERAGES_FILE):
-            averages = load_file(folder / AVERAGES_FILE)
+    count = record.get("shards", 1)
+    if count not in (1, processes):
+        raise UserError(
+            f"--resume {folder}: its weights are in {count} parts, one of each process, and this run has {processes}. Start it "
+            f"with --num_processes {count}."
+        )
+    tensors = _tensors(folder, TENSORS_FILE, rank, count)
+    averages = _tensors(folder, AVERAGES_FILE, rank, count)
     with _explained(folder / OPTIMIZER_FILE):
         states = torch.load(folder / OPTIMIZER_FILE, map_location="cpu", weights_only=True)
+        if count > 1:
+            join_optimizer(states["optimizer"], _tensors(folder, OPTIMIZER_TENSORS, rank, count))
     image_losses = []
     if (folder / IMAGE_LOSSES_FILE).is_file():
         with _explained(folder / IMAGE_LOSSES_FILE):
@@ -199,6 +194,18 @@ def load_state(folder: Path | str) -> SavedState:
     )
 
 
+def _tensors(folder: Path, name: str, rank: int, count: int) -> dict[str, Tensor]:
+    """Those of one of `count` parts; none where there is no such file."""
+    from safetensors.torch import load_file
+
+    path = folder / (part_of(name, rank, count) if count > 1 else name)
+    if not path.is_file():
+        return {}
+    with _explained(path):
+        found: dict[str, Tensor] = load_file(path)
+        return found
+
+
 def read_train_state(folder: Path) -> dict[str, Any]:
     """`train_state.json` alone, once the folder is known to be one of ours and complete."""
     if not folder.is_dir():
@@ -206,6 +213,8 @@ def read_train_state(folder: Path) -> dict[str, Any]:
         found = f" There are: {', '.join(near)}." if near else ""
         raise UserError(f"--resume {folder}: no such folder.{found}")
     missing = [name for name in STATE_FILES if not (folder / name).is_file()]
+    if TENSORS_FILE in missing and parts_in(folder, TENSORS_FILE):
+        missing.remove(TENSORS_FILE)
     if missing and any((folder / name).exists() for name in FOREIGN_STATE_FILES):
         raise UserError(_explain_foreign(folder))
     if missing:

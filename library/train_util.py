@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from accelerate.utils import AutocastKwargs
 from torch import Tensor
 
 from library.batch import TrainBatch
@@ -55,6 +56,7 @@ from library.run_writer import RunWriter
 from library.sampling import PreviewWriter
 from library.saved_state import SavedState
 from library.schedulers import create_scheduler
+from library.sharded_weights import check_sharding, check_shared_passes
 from library.stored_priors import store_priors, with_stored_noise
 from library.strategy_base import Conditioning, Strategies
 from library.tracking import check_trackers
@@ -115,6 +117,8 @@ class Trainer:
         self.objective = family.objective(options)
         self.image_losses = ImageLosses(self.objective.latest_time) if options.logging.log_image_losses else None
         self.memory = trainable.memory
+        self.asks_together = self.memory.shards is not None and data.preserves
+        """Whether the frozen model is asked about every batch, as one process cannot ask it alone."""
         self.state = TrainState()
         self.run_id = secrets.token_hex(8)
         """The same in every state of a run, however often it is resumed."""
@@ -177,12 +181,14 @@ class Trainer:
 
     def preserve_prior(self, noised: Noised, t: Tensor, cond: Conditioning, batch: TrainBatch) -> Tensor:
         """The target; for rows that ask for it, what the frozen model predicts, or predicted before training."""
-        if batch.preserve is None:
+        if batch.preserve is None and not self.asks_together:
             return noised.target
-        if batch.prior is not None:
+        if batch.prior is not None and batch.preserve is not None:
             return torch.where(batch.preserve.view(-1, 1, 1, 1), batch.prior.float(), noised.target)
         with torch.no_grad(), self.trainable.reference():
             prior = self.predict(noised, t, cond, batch)
+        if batch.preserve is None:
+            return noised.target
         return torch.where(batch.preserve.view(-1, 1, 1, 1), prior.float(), noised.target)
 
     def latents(self, batch: TrainBatch) -> Tensor:
@@ -222,16 +228,17 @@ class Trainer:
         total = torch.zeros((), device=self.device)
         shown: list[SeenImages] = []
         self.numbers.begin(self.state.step)
+        weight = self.processes.share(images) if self.memory.learns_in_shards else None
         for offset, batch in enumerate(group):
             self.rng = self.rng.at((self.state.micro_step + offset) * self.processes.count + self.processes.rank)
-            backward = partial(self._backward, batch, len(batch) / images)
+            backward = partial(self._backward, batch, len(batch) / images, weight)
             if offset == len(group) - 1:
                 self.update_rule.before_last_batch(self.state.step, images, backward)
             found = backward()
             shown.append(SeenImages(batch.names, found.of_images, found.times))
             total += found.total
         with self.memory.updating():
-            left = self.update_rule.after_backward(self.parameters)
+            left = self.memory.replicated(self.update_rule.after_backward(self.parameters))
             total = self.processes.average(left, total, images, self.requests.poll())
             stepped = self.update_rule.step(self.parameters, total)
             if stepped and self.average is not None:
@@ -242,14 +249,15 @@ class Trainer:
             self.image_losses.push(shown)
         return {"loss": total, **self.update_rule.logs(), **self.trainable.after_step()}
 
-    def _backward(self, batch: TrainBatch, share: float) -> BatchLoss:
-        """Gradients of the micro-batch that `rng` stands at, and its loss, times its share. Asked again, the same again."""
+    def _backward(self, batch: TrainBatch, share: float, weight: Tensor | None = None) -> BatchLoss:
+        """Gradients of the micro-batch that `rng` stands at, and its loss, times its share. Asked again, the same again.
+        weight: of this process's gradients, where they are summed over all of them on the way."""
         seed_default_generators(self.rng.seed_of("default"), self.device)
         found = self.batch_loss(batch.to(self.device))
         loss = found.total * share
         self.numbers.seen(batch.names, loss)
         self.update_rule.before_backward(loss)
-        self.accelerator.backward(loss)
+        self.accelerator.backward(loss if weight is None else loss * weight)
         return found._replace(total=loss.detach())
 
     def groups(self) -> Iterator[list[TrainBatch]]:
@@ -399,8 +407,9 @@ class PreparedRun:
 
     def previews(self) -> PreviewWriter:
         run, processes = (self.family, self.strategies, self.options), self.accelerator
-        shared = {"rank": processes.process_index, "world": processes.num_processes}
-        return PreviewWriter.of(*run, processes.device, **shared, autocast=processes.autocast)
+        shared = {"rank": processes.process_index, "world": processes.num_processes, "together": self.memory.shards}
+        autocast = partial(processes.autocast, AutocastKwargs(cache_enabled=not self.memory.shards))
+        return PreviewWriter.of(*run, processes.device, **shared, autocast=autocast)
 
     def assemble(self, bundle: ModelBundle, previews: PreviewWriter) -> Trainer:
         """What learns, and the loop, on a model whose caches are filled."""
@@ -422,8 +431,9 @@ def prepare_run(family: ModelFamily, options: TrainOptions, mode: Mode) -> Prepa
     check_trackers(options.logging)
     PreviewWriter.check(options.sampling)
     family.check(options)
-    saved = find_state(options)
     accelerator = make_accelerator(options)
+    check_sharding(options, accelerator.num_processes)
+    saved = find_state(options, accelerator.process_index, accelerator.num_processes)
     memory = MemoryPlan.of(family, options, accelerator.device)
     compute = ComputePlan.of(family, options, accelerator.device)
     plan_of(options, mode).quantizers(family, accelerator.device)  # for its errors
@@ -431,6 +441,7 @@ def prepare_run(family: ModelFamily, options: TrainOptions, mode: Mode) -> Prepa
     strategies = family.strategies(options)
     data = build_train_data(options, family.latent(options), strategies, mode=mode)
     check_validation(options, data)
+    check_shared_passes(options, data)
     prepared = PreparedRun(family, options, mode, memory, compute, saved, accelerator, strategies, data)
     if saved is not None:
         record = run_record(options, prepared.length, accelerator.num_processes, data.train)

@@ -279,9 +279,10 @@ class FullTrainable(Trainable):
                 module.requires_grad_(False)
 
     def _named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """What this process has of them."""
         for part in sorted(self.parts):
             for name, parameter in self.bundle.part(part).named_parameters():
-                yield f"{part}.{name}", parameter
+                yield f"{part}.{name}", self.memory.own(parameter)
 
     def param_groups(self, rates: LearningRates) -> list[ParamGroup]:
         groups: dict[str, ParamGroup] = {}
@@ -291,7 +292,7 @@ class FullTrainable(Trainable):
                 if rate == 0:
                     parameter.requires_grad_(False)
                 if parameter.requires_grad:
-                    groups.setdefault(name, ParamGroup(name, [], rate)).params.append(parameter)
+                    groups.setdefault(name, ParamGroup(name, [], rate)).params.append(self.memory.own(parameter))
         return list(groups.values())
 
     def _rates(self, rates: LearningRates) -> Iterator[tuple[str, str, float]]:

@@ -103,11 +103,13 @@ class Validation:
         training_rng = trainer.rng
         try:
             with torch.no_grad():
-                for index, batch in self._batches():
+                for index, batch, counts in self._batches():
                     trainer.rng = StepRng(seed, step=index)
                     encoded = self._encoded(batch.to(trainer.device))
                     losses = [trainer.loss(replace(encoded, quantile=quantile)) for quantile in quantiles]
-                    sums[self.dataset.plan(0)[index][0]] += torch.stack([*losses, torch.ones_like(losses[0])]) * len(batch)
+                    if counts:
+                        images = torch.stack([*losses, torch.ones_like(losses[0])]) * len(batch)
+                        sums[self.dataset.plan(0)[index][0]] += images
         finally:
             trainer.rng = training_rng
         trainer.processes.add_up(sums)
@@ -126,19 +128,27 @@ class Validation:
             batch, latents=trainer.latents(batch), images=None, conditioning=trainer.conditioning(batch), tokens=None
         )
 
-    def _batches(self) -> Iterator[tuple[int, TrainBatch]]:
-        """This process's batches with their numbers; the next one is read while one is worked on."""
-        processes = self.trainer.processes
-        mine: Sequence[int] = evenly(self.dataset.num_batches, self.options.max_validation_steps)[
-            processes.rank :: processes.count
-        ]
+    def _batches(self) -> Iterator[tuple[int, TrainBatch, bool]]:
+        """This process's batches with their numbers; the next one is read while one is worked on. One that does not count is
+        for the others, who cannot compute theirs alone."""
+        mine, counted = self._numbers()
         with ThreadPoolExecutor(1, "validation") as reader:
             waiting = [reader.submit(self.dataset.__getitem__, (0, index)) for index in mine[:1]]
             for number, index in enumerate(mine):
                 batch = waiting.pop().result()
                 if number + 1 < len(mine):
                     waiting.append(reader.submit(self.dataset.__getitem__, (0, mine[number + 1])))
-                yield index, batch
+                yield index, batch, number < counted
+
+    def _numbers(self) -> tuple[Sequence[int], int]:
+        """Numbers of this process's batches, and how many of them count."""
+        processes = self.trainer.processes
+        every = evenly(self.dataset.num_batches, self.options.max_validation_steps)
+        mine = every[processes.rank :: processes.count]
+        counted = len(mine)
+        if self.trainer.memory.shards is not None and counted < len(every[:: processes.count]):
+            mine = [*mine, every[0]]
+        return mine, counted
 
 
 def _set_names(dataset: ImageDataset) -> list[str]:

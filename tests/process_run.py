@@ -55,7 +55,8 @@ def main(folder: Path) -> None:
             said = str(stopped)
         trainer = WatchedTrainer.last
         weights = {key: value.clone() for key, value in trainer.trainable.state_dict().items()}
-        facts = {"seen": trainer.keys_seen, "weights": weights, "said": said, "step": trainer.state.step}
+        held = sum(getattr(p, "_local_tensor", p).nbytes for p in trainer.bundle.denoiser.parameters())
+        facts = {"seen": trainer.keys_seen, "weights": weights, "said": said, "step": trainer.state.step, "held": held}
         torch.save(facts, folder / f"{name}-{rank}.pt")
 
 

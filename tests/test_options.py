@@ -382,6 +382,11 @@ ERRORS: list[tuple[dict[str, Any], str]] = [
     ({"full_fp16": True, "mixed_precision": "bf16"}, "--full_fp16 needs --mixed_precision fp16, which is 'bf16'"),
     ({"deepspeed": True}, "accelerate launch --multi_gpu"),
     ({"offload_optimizer_device": "cpu"}, "PagedAdamW8bit"),
+    ({"shard_weights": True, "cpu_offload_checkpointing": True, "gradient_checkpointing": True}, "gathered weights to main"),
+    ({"shard_weights": True, "fused_backward_pass": True, "max_grad_norm": 0.0}, "--shard_weights cannot be used with --fused"),
+    ({"shard_weights": True, "torch_compile": True}, "--shard_weights cannot be used with --torch_compile"),
+    ({"shard_weights": True, "auto_fit": True}, "--shard_weights cannot be used with --auto_fit"),
+    ({"shard_weights": True, "quantize_base": "int8"}, "weights in few bits are not shared out"),
     ({"mixed_precision": "fp16", "full_bf16": True}, "--full_bf16 needs --mixed_precision bf16, which is 'fp16'"),
     ({"adaptive_noise_scale": 1.0}, "--adaptive_noise_scale needs"),
     ({"min_timestep": 500, "max_timestep": 500}, "--min_timestep 500 has to be below --max_timestep 500"),
@@ -463,6 +468,7 @@ WARNINGS: list[tuple[dict[str, Any], str]] = [
     ({"torch_compile": True, "dynamo_backend": "no"}, "--torch_compile has no effect with --dynamo_backend no"),
     ({"persistent_data_loader_workers": True}, "--persistent_data_loader_workers has no effect"),
     ({"lowram": True}, "--lowram has no effect"),
+    ({"shard_weights": True, "plan": True}, "--plan counts whole weights"),
 ]
 
 

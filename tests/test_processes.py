@@ -1,6 +1,7 @@
 """Two processes on the CPU train as one would: same images, same weights, the gradient of all images together.
 
-They are started as users do it, by `accelerate launch --num_processes 2`."""
+They are started as users do it, by `accelerate launch --num_processes 2`. With `--shard_weights` each holds a part of the
+weights, and the result is the same."""
 
 from __future__ import annotations
 
@@ -18,6 +19,8 @@ import runs
 import torch
 from runs import CASES, MODES, Mode, Workspace
 from safetensors.torch import load_file
+
+from library.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 WORLD = 2
@@ -38,6 +41,8 @@ VARIANTS = {
     "swapped": ["--blocks_to_swap=2"],
     "swapped-fused": ["--blocks_to_swap=2", "--fused_backward_pass", "--gradient_checkpointing"],
 }
+SHARDED = ["--shard_weights", "--ema", "--save_state"]
+UNET = ["--max_train_steps=2", "--optimizer_type=SGD", "--learning_rate=0.1", "--gradient_accumulation_steps=2"]
 CLIPPED = ["--max_train_steps=2", "--max_grad_norm=1e-3"]
 
 
@@ -69,6 +74,26 @@ def jobs(workspace: Workspace, folder: Path) -> list[list[Any]]:
     return [*rows, ["stopped", network, stopped, STOP_AT, "stop"]]
 
 
+def sharded_jobs(workspace: Workspace, unet: Workspace, folder: Path) -> list[list[Any]]:
+    """Of them, those of weights that are shared out; and whole ones of a UNet beside them."""
+    prompts = folder / "prompts.txt"
+    prompts.write_text("a thing --w 64 --h 64 --s 1\n")  # one: a process alone could not make it
+    full, pair = workspace.script("full"), [*PAIR, *SHARDED, f"--sample_prompts={prompts}", "--sample_at_first"]
+    resume = f"--resume={folder / 'sharded-stopped' / f'tiny-step{STOP_AT:08d}-state'}"
+    rows: list[list[Any]] = [
+        ["sharded-full", full, workspace.arguments("full", folder / "sharded-full", *pair), 0, ""],
+        ["sharded-stopped", full, workspace.arguments("full", folder / "sharded-stopped", *pair), STOP_AT, "stop"],
+        ["sharded-resumed", full, workspace.arguments("full", folder / "sharded-resumed", *pair, resume), 0, ""],
+    ]
+    alone = workspace.arguments("network", folder / "sharded-network", *PAIR, "--shard_weights", "--gradient_checkpointing")
+    rows.append(["sharded-network", workspace.script("network"), alone, 0, ""])
+    for mode in MODES:
+        for name, extra in (("whole", []), ("sharded", ["--shard_weights"])):
+            name = f"unet-{name}-{mode}"
+            rows.append([name, unet.script(mode), unet.arguments(mode, folder / name, *UNET, *extra), 0, ""])
+    return rows
+
+
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     case = CASES["flux"]
@@ -77,10 +102,15 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
 
 
 @pytest.fixture(scope="module")
-def finished(workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def unet(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    return runs.make_workspace(runs.SHALLOW_CASES["sd"], tmp_path_factory.mktemp("unet"))
+
+
+@pytest.fixture(scope="module")
+def finished(workspace: Workspace, unet: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of all runs; they share one launch, since starting takes longer than training."""
     folder = tmp_path_factory.mktemp("runs")
-    (folder / "jobs.json").write_text(json.dumps(jobs(workspace, folder)))
+    (folder / "jobs.json").write_text(json.dumps(jobs(workspace, folder) + sharded_jobs(workspace, unet, folder)))
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", f"--num_processes={WORLD}"]
     command = [*launch, "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0"]
     result = subprocess.run(
@@ -89,7 +119,7 @@ def finished(workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> 
         env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=400,
     )
     assert result.returncode == 0, result.stderr[-6000:]
     return folder
@@ -185,3 +215,71 @@ def test_a_loss_that_is_no_number_on_one_process_stops_all_before_they_step(name
     state = finished / f"broken-{name}" / f"tiny-step{STOP_AT:08d}-state"
     for process in processes:
         runs.assert_same_tensors(process["weights"], load_file(state / "trainable.safetensors"))
+
+
+# ---- sharded weights ---------------------------------------------------------------------------------------------------
+
+
+def model_file(finished: Path, name: str, stem: str = "tiny") -> dict[str, torch.Tensor]:
+    return load_file(finished / name / f"{stem}.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("sharded", "whole"),
+    [
+        ("sharded-full", "pair-full"),
+        ("sharded-network", "pair-network"),
+        ("unet-sharded-full", "unet-whole-full"),
+        ("unet-sharded-network", "unet-whole-network"),
+    ],
+)
+def test_sharded_weights_learn_what_whole_ones_do(sharded: str, whole: str, finished: Path) -> None:
+    """With text encoders that learn, clipping, unequal batches, and accumulation; and their files have the same tensors."""
+    ends = [model_file(finished, name) for name in (sharded, whole)]
+    assert [*ends[0]] == [*ends[1]]
+    for name, value in ends[1].items():
+        assert ends[0][name].dtype == value.dtype
+        torch.testing.assert_close(ends[0][name], value, atol=1e-5, rtol=0)
+    for column in ("loss/current", "norm/gradient", *(["loss/validation/step_average"] if "pair" in whole else [])):
+        expected = runs.rows(finished / whole, column)
+        assert expected and runs.rows(finished / sharded, column) == pytest.approx(expected, rel=1e-5), column
+
+
+def test_each_process_holds_half_of_the_weights(finished: Path) -> None:
+    for sharded, whole in (("sharded-full", "pair-full"), ("unet-sharded-network", "unet-whole-network")):
+        (everything, _), parts = ([process["held"] for process in facts(finished, name)] for name in (whole, sharded))
+        assert sum(parts) == everything
+        assert max(parts) < 0.53 * everything
+
+
+def test_a_file_of_sharded_weights_is_read_by_one_process(finished: Path, workspace: Workspace, tmp_path: Path) -> None:
+    path = finished / "sharded-full" / "tiny.safetensors"
+    read = workspace.trainer("full", tmp_path, f"--pretrained_model_name_or_path={path}").trainable.state_dict()
+    for name, value in model_file(finished, "sharded-full").items():
+        torch.testing.assert_close(read[f"denoiser.{name}"], value, atol=0, rtol=0)
+
+
+def test_sharded_runs_stop_and_resume_exactly(finished: Path) -> None:
+    """One process was asked to stop; the state has a part of each."""
+    state = finished / "sharded-stopped" / f"tiny-step{STOP_AT:08d}-state"
+    parts = {f"{name}-{rank}-of-00002" for name in ("trainable", "optimizer", "averages") for rank in ("00001", "00002")}
+    assert {path.stem for path in state.glob("*.safetensors")} == parts
+    assert set(json.loads((state / "manifest.json").read_text())) == {path.name for path in state.iterdir()} - {"manifest.json"}
+    for stem in ("tiny", "tiny-ema"):
+        runs.assert_same_tensors(model_file(finished, "sharded-full", stem), model_file(finished, "sharded-resumed", stem))
+    raw, averaged = (model_file(finished, "sharded-full", stem) for stem in ("tiny", "tiny-ema"))
+    assert any(not torch.equal(value, averaged[name]) for name, value in raw.items())
+    for one, other in zip(facts(finished, "sharded-full"), facts(finished, "sharded-resumed"), strict=True):
+        runs.assert_same_tensors(one["weights"], other["weights"])
+
+
+def test_a_state_in_parts_is_not_resumed_by_another_number_of_processes(
+    finished: Path, workspace: Workspace, tmp_path: Path
+) -> None:
+    state = finished / "sharded-full" / "tiny-state"
+    with pytest.raises(UserError, match="in 2 parts.* this run has 1"):
+        workspace.prepared("full", tmp_path, *PAIR, f"--resume={state}")
+
+
+def test_a_preview_of_sharded_weights_is_made_by_all_and_written_once(finished: Path) -> None:
+    assert len(list((finished / "sharded-full" / "sample").glob("*.png"))) == 1

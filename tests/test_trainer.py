@@ -165,5 +165,5 @@ def test_a_launch_that_would_share_out_the_weights_is_refused(
 ) -> None:
     """On a CPU accelerate itself would train in plain processes."""
     monkeypatch.setenv(f"ACCELERATE_USE_{kind}", "true")
-    with pytest.raises(UserError, match=f"the launch asks for {kind}.*--blocks_to_swap"):
+    with pytest.raises(UserError, match=f"the launch asks for {kind}.*--shard_weights"):
         workspace.prepared("network", tmp_path)
