@@ -22,6 +22,7 @@ from library.option_groups_output import NEWEST_STATE
 from library.rng import key_to_seed
 from library.run_setup import RunLength, TrainState
 from library.saved_state import SavedState, changed_options, load_state, newest_state, result_options
+from library.state_parts import WHOLE, Part
 
 if TYPE_CHECKING:
     from accelerate.optimizer import AcceleratedOptimizer
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 REMEDIES = {
-    "shards": "--shard_weights",
     "optimizer": "--optimizer_type",
     "schedule_class": "--lr_scheduler_type",
 }
@@ -60,7 +60,7 @@ def find_state(options: TrainOptions, rank: int = 0, processes: int = 1) -> Save
         folder = fetch_state(str(folder), hub_api(options.hub))
     elif folder == NEWEST_STATE:
         folder = newest_state(Path(options.output.output_dir or "."), options.output.output_name)
-    return None if folder is None else load_state(folder, rank, processes)
+    return None if folder is None else load_state(folder, Part(rank, processes) if options.learns_in_shards else WHOLE)
 
 
 def run_record(options: TrainOptions, length: RunLength, world: int, data: ImageDataset) -> dict[str, Any]:
@@ -96,7 +96,7 @@ def _setting(subset: SubsetConfig) -> SubsetConfig:
 
 def check_resumable(saved: SavedState, now: dict[str, Any], length: RunLength) -> None:
     """Raise `UserError`, with both values, where `saved` cannot be continued exactly; warn of other data."""
-    then = {"shards": 1, **saved.train_state}
+    then = saved.train_state
     for key, remedy in REMEDIES.items():
         if key in then and now[key] != then[key]:
             raise UserError(

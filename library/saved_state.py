@@ -16,7 +16,18 @@ from torch import Tensor
 
 from library.checkpoint import atomic_write, output_stems
 from library.errors import UserError
-from library.state_parts import Digest, StateParts, digest_of, join_optimizer, part_of, parts_in, storable
+from library.state_parts import (
+    WHOLE,
+    Digest,
+    Part,
+    StateParts,
+    digest_of,
+    divided,
+    join_optimizer,
+    parts_in,
+    read_part,
+    storable,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -167,24 +178,19 @@ def _told_if_passed_over() -> Iterator[None]:
         logger.warning("--resume auto passes over %s", str(error).removeprefix("--resume "))
 
 
-def load_state(folder: Path | str, rank: int = 0, processes: int = 1) -> SavedState:
-    """Read what `save_state` wrote, and of a state in parts that of process number `rank`. `UserError` when there is nothing,
-    something of another program, or a part is missing or damaged."""
+def load_state(folder: Path | str, own: Part = WHOLE) -> SavedState:
+    """Read what `save_state` wrote, of its tensors a process's `own` part, however they were divided. `UserError` when there is
+    nothing, something of another program, or a part is missing or damaged."""
     folder = Path(folder)
     record = read_train_state(folder)
     _check_manifest(folder)
     count = record.get("shards", 1)
-    if count not in (1, processes):
-        raise UserError(
-            f"--resume {folder}: its weights are in {count} parts, one of each process, and this run has {processes}. Start it "
-            f"with --num_processes {count}."
-        )
-    tensors = _tensors(folder, TENSORS_FILE, rank, count)
-    averages = _tensors(folder, AVERAGES_FILE, rank, count)
+    tensors = _tensors(folder, TENSORS_FILE, count, own)
+    averages = _tensors(folder, AVERAGES_FILE, count, own)
     with _explained(folder / OPTIMIZER_FILE):
         states = torch.load(folder / OPTIMIZER_FILE, map_location="cpu", weights_only=True)
-        if count > 1:
-            join_optimizer(states["optimizer"], _tensors(folder, OPTIMIZER_TENSORS, rank, count))
+        kept = _tensors(folder, OPTIMIZER_TENSORS, count, own) if count > 1 else divided(states["optimizer"], own)
+        join_optimizer(states["optimizer"], kept)
     image_losses = []
     if (folder / IMAGE_LOSSES_FILE).is_file():
         with _explained(folder / IMAGE_LOSSES_FILE):
@@ -194,16 +200,13 @@ def load_state(folder: Path | str, rank: int = 0, processes: int = 1) -> SavedSt
     )
 
 
-def _tensors(folder: Path, name: str, rank: int, count: int) -> dict[str, Tensor]:
-    """Those of one of `count` parts; none where there is no such file."""
-    from safetensors.torch import load_file
-
-    path = folder / (part_of(name, rank, count) if count > 1 else name)
-    if not path.is_file():
+def _tensors(folder: Path, name: str, count: int, own: Part) -> dict[str, Tensor]:
+    """The `own` part of those in so many files; none where there are no such files."""
+    paths = [folder / Part(rank, count).file(name) for rank in range(count)]
+    if not paths[0].is_file():
         return {}
-    with _explained(path):
-        found: dict[str, Tensor] = load_file(path)
-        return found
+    with _explained(paths[0]):
+        return read_part(paths, own)
 
 
 def read_train_state(folder: Path) -> dict[str, Any]:
@@ -266,7 +269,7 @@ NEUTRAL_GROUPS = frozenset({"output", "state", "hub", "logging", "sampling", "me
 
 NEUTRAL_OPTIONS = frozenset({
     "data.debug_dataset", "data.strict_data", "family.blocks_to_swap", "family.split_mode", "full.max_shard_size",
-    "memory.vae_batch_size", "memory.lowram", "memory.highvram", "memory.pinned_memory_limit",
+    "memory.shard_weights", "memory.vae_batch_size", "memory.lowram", "memory.highvram", "memory.pinned_memory_limit",
     "model.tokenizer_cache_dir", "training.max_data_loader_n_workers",
     "training.persistent_data_loader_workers", "training.ddp_timeout", "training.ddp_gradient_as_bucket_view",
     "training.ddp_static_graph",

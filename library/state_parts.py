@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from library.errors import UserError, is_disk_full
@@ -32,10 +34,48 @@ class StateParts:
         os.rename(self.folder, target)
 
 
-def part_of(name: str, rank: int, count: int) -> str:
-    """`trainable-00001-of-00002.safetensors` of process number 0 of two."""
-    path = Path(name)
-    return f"{path.stem}-{rank + 1:05d}-of-{count:05d}{path.suffix}"
+@dataclass(frozen=True)
+class Part:
+    """What one process has of every tensor, where `count` share it out by its first dimension, as `fully_shard` does."""
+
+    rank: int = 0
+    count: int = 1
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """Of a whole one, in memory of its own. Numbers (counts of steps) are the same everywhere."""
+        if self.count == 1 or tensor.dim() == 0:
+            return tensor
+        pieces = tensor.chunk(self.count)
+        return pieces[self.rank].clone() if self.rank < len(pieces) else tensor[:0].clone()
+
+    def file(self, name: str) -> str:
+        """`trainable-00001-of-00002.safetensors` of process number 0 of two."""
+        path = Path(name)
+        return f"{path.stem}-{self.rank + 1:05d}-of-{self.count:05d}{path.suffix}" if self.count > 1 else name
+
+
+WHOLE = Part()
+
+
+def read_part(paths: Sequence[Path], own: Part) -> dict[str, Tensor]:
+    """The `own` part of the tensors that are divided among these files, one tensor at a time."""
+    from safetensors import safe_open
+
+    if len(paths) == own.count:
+        paths, own = [paths[own.rank]], WHOLE
+    with ExitStack() as stack:
+        files = [stack.enter_context(safe_open(path, "pt")) for path in paths]
+        keys: list[str] = files[0].keys()
+        return {key: own.of(_joined([file.get_tensor(key) for file in files])) for key in keys}
+
+
+def _joined(pieces: Sequence[Tensor]) -> Tensor:
+    return pieces[0] if len(pieces) == 1 or pieces[0].dim() == 0 else torch.cat(list(pieces))
+
+
+def divided(state: Mapping[str, Any], own: Part) -> dict[str, Tensor]:
+    """The `own` part of what a whole optimizer's state has of each weight, by `number.name`."""
+    return {} if own.count == 1 else {key: own.of(value) for key, value in split_optimizer(state)[1].items()}
 
 
 def parts_in(folder: Path, name: str) -> list[Path]:
@@ -52,7 +92,8 @@ def write_parts(folder: Path, files: Mapping[str, Mapping[str, Tensor]], process
     place = folder.with_name(f".tmp-{main}-{folder.name}.parts")
     found: dict[str, Digest] | None = None
     try:
-        found = _write({part_of(name, processes.rank, processes.count): one for name, one in files.items()}, place)
+        own = Part(processes.rank, processes.count)
+        found = _write({own.file(name): one for name, one in files.items()}, place)
     finally:
         answers = processes.everybody(found)
     if None in answers:

@@ -20,7 +20,7 @@ import torch
 from runs import CASES, MODES, Mode, Workspace
 from safetensors.torch import load_file
 
-from library.errors import UserError
+from library.state_parts import split_optimizer
 
 ROOT = Path(__file__).resolve().parent.parent
 WORLD = 2
@@ -273,12 +273,17 @@ def test_sharded_runs_stop_and_resume_exactly(finished: Path) -> None:
         runs.assert_same_tensors(one["weights"], other["weights"])
 
 
-def test_a_state_in_parts_is_not_resumed_by_another_number_of_processes(
+def test_a_state_in_parts_is_resumed_by_one_process_with_whole_weights(
     finished: Path, workspace: Workspace, tmp_path: Path
 ) -> None:
-    state = finished / "sharded-full" / "tiny-state"
-    with pytest.raises(UserError, match="in 2 parts.* this run has 1"):
-        workspace.prepared("full", tmp_path, *PAIR, f"--resume={state}")
+    state = finished / "sharded-stopped" / f"tiny-step{STOP_AT:08d}-state"
+    trainer = workspace.trainer("full", tmp_path, *PAIR, "--ema", f"--resume={state}")
+    assert trainer.state.step == STOP_AT and trainer.average is not None
+    optimizer = split_optimizer(trainer.optimizer.state_dict())[1]
+    own = {"trainable": trainer.trainable.state_dict(), "averages": trainer.average.state_dict(), "optimizer": optimizer}
+    for name, tensors in own.items():
+        first, second = (load_file(state / f"{name}-0000{number}-of-00002.safetensors") for number in (1, 2))
+        runs.assert_same_tensors(tensors, {key: torch.cat([value, second[key]]) for key, value in first.items()})
 
 
 def test_a_preview_of_sharded_weights_is_made_by_all_and_written_once(finished: Path) -> None:

@@ -17,8 +17,9 @@ from library.option_groups import FullTrainOptions, NetworkTrainOptions
 from library.option_rules import check_rules
 from library.options import from_flags
 from library.processes import Processes
+from library.saved_state import load_state, save_state
 from library.sharded_weights import ELEMENTWISE, ShardedWeights, check_sharding, gathered_modules
-from library.state_parts import join_optimizer, split_optimizer, write_parts
+from library.state_parts import Part, join_optimizer, split_optimizer, write_parts
 
 WIDTH = 16
 
@@ -155,6 +156,25 @@ def test_an_optimizers_tensors_are_split_off_and_put_back() -> None:
     assert rest == before
 
 
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_a_state_is_read_in_as_many_parts_as_there_are_processes(count: int, tmp_path: Path) -> None:
+    """Three rows for four processes: one has none."""
+    weight = nn.Parameter(torch.arange(6.0).view(3, 2))
+    optimizer = torch.optim.AdamW([weight])
+    weight.grad = weight.detach().clone()
+    optimizer.step()
+    rest = {"scheduler": {}, "scaler": None, "train_state": {"epoch": 0, "step": 1}}
+    whole = {"w": weight.detach()}
+    save_state(tmp_path / "s", trainable=whole, averages=whole, optimizer=optimizer.state_dict(), **rest)
+    read = [load_state(tmp_path / "s", Part(rank, count)) for rank in range(count)]
+    assert torch.equal(torch.cat([one.trainable["w"] for one in read]), weight.detach())
+    assert torch.equal(torch.cat([one.averages["w"] for one in read]), weight.detach())
+    states = [one.optimizer["state"][0] for one in read]
+    assert torch.equal(torch.cat([state["exp_avg"] for state in states]), optimizer.state[weight]["exp_avg"])
+    assert all(state["step"] == 1 and state["exp_avg"].shape[1:] == (2,) for state in states)
+    assert [one.trainable["w"].shape[0] for one in read] == {1: [3], 2: [2, 1], 4: [1, 1, 1, 0]}[count]
+
+
 def test_a_part_is_written_beside_the_state_or_not_at_all(tmp_path: Path) -> None:
     processes = Processes(Accelerator(cpu=True))
     (tmp_path / "file").write_text("")
@@ -162,4 +182,4 @@ def test_a_part_is_written_beside_the_state_or_not_at_all(tmp_path: Path) -> Non
         write_parts(tmp_path / "file" / "a-state", {"trainable.safetensors": {}}, processes)
     parts = write_parts(tmp_path / "a-state", {"trainable.safetensors": {"x": torch.ones(2)}}, processes)
     parts.move_to(tmp_path / "moved")
-    assert [path.name for path in (tmp_path / "moved").iterdir()] == ["trainable-00001-of-00001.safetensors"]
+    assert [path.name for path in (tmp_path / "moved").iterdir()] == ["trainable.safetensors"]
