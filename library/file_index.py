@@ -95,6 +95,11 @@ class Facts:
     guessed: bool = False
     """Whether the encoding of `text` is a guess."""
 
+    def completed(self, other: Facts) -> Facts:
+        """With what `other` knows beside it of the same state of the file."""
+        absent = {name: getattr(other, name) for name in ("size", "digest", "look", "text") if getattr(self, name) is None}
+        return replace(self, **absent, guessed=self.guessed or ("text" in absent and other.guessed))
+
 
 _ROW = np.dtype(
     [
@@ -129,6 +134,8 @@ class FolderIndex:
         self._lock = threading.Lock()
         self._stored: _Stored | None = None
         """What was read from the file, until `save` lets go of it."""
+        self._written: int | None = None
+        """When the file was that was read."""
 
     def __getstate__(self) -> dict[str, Any]:
         raise TypeError("an index belongs to one process")
@@ -155,8 +162,8 @@ class FolderIndex:
 
     def _read(self) -> _Stored:
         if self._stored is None:
-            self._stored = _Stored.empty()
-            if self._store is not None and self._store.exists():
+            self._stored, self._written = _Stored.empty(), self._when_written()
+            if self._store is not None and self._written is not None:
                 found = _Stored.of(read_npz(self._store))
                 if found is None:
                     logger.warning(
@@ -164,6 +171,17 @@ class FolderIndex:
                     )
                 self._stored = found or self._stored
         return self._stored
+
+    def _when_written(self) -> int | None:
+        return self._store.stat().st_mtime_ns if self._store is not None and self._store.exists() else None
+
+    def _read_again(self) -> _Stored:
+        """What is in the file now, where another process has written it since: it fills another part of the caches."""
+        before = self._read()
+        if self._when_written() != self._written:
+            self._stored = None
+            self._read().meet(before)
+        return self._read()
 
     def save(self, *, complete: bool) -> None:
         """Write the file, if there is something new, and let go of the memory. What cannot be written costs time, not the run.
@@ -174,7 +192,7 @@ class FolderIndex:
         with self._lock:
             newest = time.time_ns() - _SETTLED
             fresh = {name: facts for name, facts in self._fresh.items() if facts.time < newest}
-            stored = self._read() if self._changed else _Stored.empty()
+            stored = self._read_again() if self._changed else _Stored.empty()
             if self._store is not None and (fresh or (complete and not stored.is_met_by(self._fresh))):
                 try:
                     write_npz(self._store, stored.updated(self._fresh, fresh, complete=complete))
@@ -229,9 +247,18 @@ class _Stored:
             bool(known & _GUESSED),
         )
 
+    def meet(self, before: _Stored) -> None:
+        """All that was met of an earlier state of the file."""
+        for name in self.number_of.keys() & before.number_of.keys():
+            self.met[self.number_of[name]] |= before.met[before.number_of[name]]
+
     def is_met_by(self, noted: Collection[str]) -> bool:
         """Whether there is nothing in it to be replaced or dropped."""
         return not (self.number_of.keys() & noted) and 2 * sum(self.met) >= len(self.met)
+
+    def _completed(self, name: str, facts: Facts) -> Facts:
+        known = self.facts(name, facts.length, facts.time)
+        return facts if known is None else facts.completed(known)
 
     def updated(self, noted: Collection[str], fresh: dict[str, Facts], *, complete: bool) -> dict[str, np.ndarray]:
         """The arrays of a new file. noted: names that are replaced or, where they are not in `fresh`, dropped; complete: as of
@@ -246,6 +273,7 @@ class _Stored:
         for number in np.flatnonzero(kept).tolist():
             names.add(self.names[number])
             texts.add(self.texts[number])
+        fresh = {name: self._completed(name, facts) for name, facts in fresh.items()}
         for name, facts in fresh.items():
             names.add(name)
             texts.add(facts.text or "")

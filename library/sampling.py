@@ -175,6 +175,9 @@ def _begin(scheduler: Any, noise: Tensor, steps: int, start: SampleStart | None)
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(first)
     timesteps: Tensor = scheduler.timesteps[first:]
+    if hasattr(scheduler, "plms_timesteps"):  # the second step is made twice, wherever the first one is
+        timesteps = scheduler.timesteps.unique_consecutive()[first:]
+        timesteps = torch.cat([timesteps[:2], timesteps[1:]])
     latents: Tensor = scheduler.add_noise(start.latents.to(noise), noise, timesteps[:1].expand(len(noise)))
     return latents, timesteps
 

@@ -78,6 +78,22 @@ def test_a_second_run_reads_no_file_that_has_not_changed(folder: Path) -> None:
         ask(folder)
 
 
+def test_processes_that_read_other_files_keep_each_other_s_notes(folder: Path) -> None:
+    """As those that fill a cache together: each asks for all sizes, and reads its share."""
+    paths = [folder / f"p{key}.png" for key in range(3)]
+    processes = [known(folder) for _ in paths]
+    expected = []
+    for files, own in zip(processes, paths, strict=True):
+        assert all(files.size(path) for path in paths)
+        expected.append(files.digest(own))
+    for files in processes:
+        files.save(complete=True)
+    for path in paths:
+        spoil(path)
+    later = known(folder)
+    assert [later.digest(path) for path in paths] == expected
+
+
 def test_pictures_are_compared_without_being_decoded_again(folder: Path) -> None:
     (folder.parent / "held").mkdir()
     Image.open(folder / "p0.png").resize((80, 60)).save(other := folder.parent / "held" / "p9.png")

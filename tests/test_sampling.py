@@ -183,8 +183,27 @@ def test_a_picture_to_start_from_is_noised_as_much_as_the_steps_that_are_left_be
     start = SampleStart(x0.float(), 0.3)
     latents = sample_diffusion(predict, scheduler, shape, steps=20, seed=3, device="cpu", start=start)
     torch.testing.assert_close(seen[0], torch.randn(shape, generator=torch.Generator().manual_seed(3)), atol=0.05, rtol=0.05)
-    assert 6 <= len(seen) <= 6 * scheduler.order + 1  # PNDM has one of its times twice
+    assert 6 <= len(seen) <= 6 * scheduler.order + 1  # PNDM makes one of its steps twice
     assert (latents - x0).abs().max() < 0.12
+
+
+@pytest.mark.parametrize(("strength", "calls"), [(0.05, 1), (0.1, 3), (0.3, 7), (1.0, 21)])
+def test_pndm_makes_its_second_step_twice_and_none_more_wherever_it_begins(strength, calls):
+    objective, shape = DiscreteDDPM(), (1, 1, 8, 8)
+    x0 = torch.linspace(-2, 2, 64, dtype=torch.float64).view(shape)
+    model, seen = perfect_model(objective, x0), []
+
+    def predict(x: Tensor, t: Tensor) -> Tensor:
+        seen.append((int(t), model(x, t)))
+        return seen[-1][1]
+
+    scheduler = make_scheduler("pndm", objective)
+    sample_diffusion(predict, scheduler, shape, steps=20, seed=3, device="cpu", start=SampleStart(x0.float(), strength))
+    left = [951 - 50 * step for step in range(20)][20 - max(calls - 1, 1) :]
+    assert [time for time, _ in seen] == [*left[:2], *left[1:]] and len(seen) == calls
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(3))
+    for _, found in seen:  # latents are as noisy as the time says
+        torch.testing.assert_close(found, noise, atol=0.05, rtol=0.05)
 
 
 def test_a_flow_goes_on_from_a_picture():
