@@ -24,7 +24,7 @@ from library.family_base import ModelBundle, ModelFamily, SampleRequest, family_
 from library.generation_options import GenerateOptions, PictureLine, model_options
 from library.image_io import decode, read_size
 from library.memory_policy import MemoryPlan
-from library.picture_files import PictureFiles, SheetPlan
+from library.picture_files import Making, PictureFiles, SheetPlan
 from library.picture_maker import PictureMaker
 from library.picture_metadata import NetworkUse
 from library.picture_networks import PictureNetworks, asked_networks, fitting_networks, show_metadata
@@ -199,7 +199,7 @@ class PictureRun:
         """By number."""
         request = self.maker.request(self.bundle, [one.line for one in batch], [one.seed for one in batch])
         try:
-            request, small = self._started(batch, request)
+            request, first, small = self._started(batch, request)
             made = self.maker.make(self.bundle, self.bundle.denoiser, request)
         except torch.OutOfMemoryError as error:
             raise UserError(
@@ -207,19 +207,21 @@ class PictureRun:
                 "Lower --batch_size or their size, or add --bf16, --quantize_base or --blocks_to_swap. "
                 f"({str(error).splitlines()[0]})"
             ) from error
-        for one, picture in zip(batch, small, strict=False):
-            self.files.write_small(picture, one.number, one.seed)
         uses = [[*self.networks.merged_uses, *map(_at_strength, self.networks.live_uses, one.strengths)] for one in batch]
-        return {
-            one.number: self.files.write(
-                picture, one.line, one.seed, request, networks, place=(one.row, one.column), number=one.number
-            )
-            for picture, one, networks in zip(made, batch, uses, strict=True)
-        }
+        paths = {}
+        for number, (one, networks) in enumerate(zip(batch, uses, strict=True)):
+            making = Making(one.line, one.seed, request, networks, first)
+            path = self.files.write(made[number], making, place=(one.row, one.column), number=one.number)
+            if first is not None and self.options.pictures.highres_fix_save_1st:
+                self.files.write_small(small[number], replace(making, request=first, first=None), path)
+            paths[one.number] = path
+        return paths
 
-    def _started(self, batch: Sequence[Picture], request: SampleRequest) -> tuple[SampleRequest, list[Image]]:
-        """With the picture to start from, and with a small picture of --highres_fix_scale that was made from it, or from noise,
-        for the start; small pictures that are to be saved."""
+    def _started(
+        self, batch: Sequence[Picture], request: SampleRequest
+    ) -> tuple[SampleRequest, SampleRequest | None, list[Image]]:
+        """With the picture to start from, or with a small picture of --highres_fix_scale for the start; then also the request
+        for the small pictures, made from the picture or from noise, and they."""
         line, asked = batch[0].line, self.options.pictures
 
         def begin(request: SampleRequest, pixels: Sequence[np.ndarray]) -> SampleRequest:
@@ -227,12 +229,13 @@ class PictureRun:
 
         source = [] if line.image_path is None else [decode(Path(line.image_path))[0]] * len(batch)
         if asked.highres_fix_scale is None:
-            return begin(request, source) if source else request, []
+            return begin(request, source) if source else request, None, []
         step = self.maker.side_step
         width, height = (max(step, int(side * asked.highres_fix_scale) // step * step) for side in (line.width, line.height))
         smaller = replace(request, width=width, height=height, steps=asked.highres_fix_steps)
-        small = self.maker.make(self.bundle, self.bundle.denoiser, begin(smaller, source) if source else smaller)
-        return begin(request, [np.asarray(one) for one in small]), small if asked.highres_fix_save_1st else []
+        first = begin(smaller, source) if source else smaller
+        small = self.maker.make(self.bundle, self.bundle.denoiser, first)
+        return begin(request, [np.asarray(one) for one in small]), first, small
 
     def _typed(self) -> Iterator[list[PictureLine]]:
         """Prompts as they are typed in; what is wrong with one is told, and the next asked for."""
@@ -356,7 +359,8 @@ def prepare(name: str, options: GenerateOptions) -> PictureRun:
     first_seed = options.pictures.seed
     if first_seed is None:
         first_seed = secrets.randbelow(2**32)
-        logger.info("no --seed given: using %d", first_seed)
+        if not lines or any(line.seed is None and not line.seeds for line in lines):
+            logger.info("no --seed given: using %d", first_seed)
     return PictureRun(
         options=options,
         family=family,

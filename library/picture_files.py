@@ -30,6 +30,38 @@ class SheetPlan:
     columns: Sequence[str]
 
 
+@dataclass(frozen=True)
+class Making:
+    """How one picture was made."""
+
+    line: PictureLine
+    seed: int
+    request: SampleRequest
+    networks: list[NetworkUse]
+    first: SampleRequest | None = None
+    """For the small picture that it was started from."""
+
+    def told(self, sampler: str | None) -> dict[str, Any]:
+        """As A1111 says it, where the size and steps are those of the small picture. sampler: a flow's."""
+        shown, start = self.first or self.request, self.request.start
+        facts = {
+            "Steps": shown.steps,
+            "Sampler": sampler or SAMPLER_TITLES[shown.sampler.lower().removeprefix("k_")],
+            "CFG scale": float(shown.guidance),
+            "Distilled CFG Scale": shown.extra.get("guidance_scale"),
+            "Seed": self.seed,
+            "Size": f"{shown.width}x{shown.height}",
+            "Denoising strength": None if start is None else float(start.strength),
+        }
+        if self.first is not None:
+            facts |= {
+                "Hires upscale": round(self.request.width / shown.width, 3),
+                "Hires steps": self.request.steps,
+                "Hires upscaler": "Lanczos",
+            }
+        return facts
+
+
 @dataclass
 class PictureFiles:
     """Writes a run's pictures into `folder`."""
@@ -53,31 +85,24 @@ class PictureFiles:
         }
         self._first = self._highest() + 1 if self.options.files.sequential_file_name else 0
 
-    def write(
-        self,
-        picture: Image,
-        line: PictureLine,
-        seed: int,
-        request: SampleRequest,
-        networks: list[NetworkUse],
-        *,
-        place: tuple[int, int],
-        number: int,
-    ) -> Path:
+    def write(self, picture: Image, making: Making, *, place: tuple[int, int], number: int) -> Path:
         """Save one. number: among all pictures of the run; place: on the sheet."""
-        info = PngInfo()
-        info.add_text("parameters", parameters_text(*line.texts, self._told(seed, request), networks))
-        path = self.folder / self._name(number, seed)
-        atomic_write(path, lambda temporary: picture.save(temporary, format="PNG", pnginfo=info))
+        path = self.folder / self._name(number, making.seed)
+        self._save(picture, making, path)
         self.written += 1
         if self.options.files.draws_grid:
             self._on_sheet[place] = picture
         return path
 
-    def write_small(self, picture: Image, number: int, seed: int) -> None:
-        """What a picture was started from, beside it."""
-        path = self.folder / f"{Path(self._name(number, seed)).stem}_1st.png"
-        atomic_write(path, lambda temporary: picture.save(temporary, format="PNG"))
+    def write_small(self, picture: Image, making: Making, large: Path) -> None:
+        """What the picture at `large` was started from, beside it."""
+        self._save(picture, making, large.with_name(f"{large.stem}_1st.png"))
+
+    def _save(self, picture: Image, making: Making, path: Path) -> None:
+        info = PngInfo()
+        facts = {**making.told(FLOW_SAMPLER if self.is_flow else None), **self._facts}
+        info.add_text("parameters", parameters_text(*making.line.texts, facts, making.networks))
+        atomic_write(path, lambda temporary: picture.save(temporary, format="PNG", pnginfo=info))
 
     def write_sheet(self, plan: SheetPlan) -> Path:
         rows = [
@@ -87,19 +112,6 @@ class PictureFiles:
         path = self.folder / f"grid_{time.strftime('%Y%m%d%H%M%S')}.png"
         atomic_write(path, lambda temporary: sheet.save(temporary, format="PNG"))
         return path
-
-    def _told(self, seed: int, request: SampleRequest) -> dict[str, Any]:
-        name = request.sampler.lower().removeprefix("k_")
-        return {
-            "Steps": request.steps,
-            "Sampler": FLOW_SAMPLER if self.is_flow else SAMPLER_TITLES[name],
-            "CFG scale": float(request.guidance),
-            "Distilled CFG Scale": request.extra.get("guidance_scale"),
-            "Seed": seed,
-            "Size": f"{request.width}x{request.height}",
-            "Denoising strength": None if request.start is None else float(request.start.strength),
-            **self._facts,
-        }
 
     def _name(self, number: int, seed: int) -> str:
         """sd-scripts' names."""

@@ -132,6 +132,10 @@ def test_a_picture_is_made_small_first(workspaces: Callable[[str], Workspace], t
     [path] = make(workspaces("sd"), tmp_path / "out", "--prompt=a circle --w 64 --h 128 --s 3 --d 5 --t 0.5", *fix)
     small = path.with_name(f"{path.stem}_1st.png")
     assert Image.open(path).size == (64, 128) and Image.open(small).size == (32, 64)
+    told = "Steps: 2, Sampler: DDIM, CFG scale: 7.5, Seed: 5, Size: 32x64"
+    assert f"{told}, Model" in Image.open(small).text["parameters"]
+    hires = "Hires upscale: 2, Hires steps: 3, Hires upscaler: Lanczos"
+    assert f"{told}, Denoising strength: 0.5, {hires}" in Image.open(path).text["parameters"]
     flags = ("--prompt=a circle --w 32 --h 64 --s 2 --d 5", "--sequential_file_name")
     [alone] = make(workspaces("sd"), tmp_path / "alone", *flags)
     assert farthest(alone, small) == 0
