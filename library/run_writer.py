@@ -27,7 +27,7 @@ from library.run_requests import SAMPLE, SAVE
 from library.run_setup import save_dtype
 from library.saved_state import AVERAGES_FILE, OPTIMIZER_TENSORS, TENSORS_FILE, result_options, save_state
 from library.state_parts import split_optimizer, write_parts
-from library.tracking import Tracker
+from library.tracking import METRICS_FILE, Tracker
 from library.trainable import split_pairs
 from library.validation import Validation, ValidationLoss
 from library.watchdog import Watchdog
@@ -90,8 +90,8 @@ class FileMetadata:
 class RunWriter:
     """Everything written during one run of `trainer`. Files are the main process's work; previews are shared."""
 
-    def __init__(self, trainer: Trainer, uploads: HubUploads | None = None) -> None:
-        """uploads: what is saved goes there, too."""
+    def __init__(self, trainer: Trainer, uploads: HubUploads | None = None, *, alone: bool = True) -> None:
+        """uploads: what is saved goes there, too. alone: no other run writes to the output folder now."""
         self.trainer = trainer
         self.uploads = uploads
         options, accelerator = trainer.options, trainer.accelerator
@@ -104,6 +104,10 @@ class RunWriter:
         self.previews = trainer.previews
         self.validation = Validation.of(trainer)
         self.watchdog = Watchdog(trainer.device)
+        prefix = f"{Path(self.policy.last_name).name}-"
+        beside = not alone or (self.folder / (prefix + METRICS_FILE)).is_file()
+        self.prefix = prefix if beside else ""
+        """Of logs that are not for this run alone to write, or were not when it began."""
         self.tracker = Tracker(
             options.logging,
             self.folder,
@@ -114,6 +118,7 @@ class RunWriter:
             name=options.log_name,
             config=result_options(options),
             enabled=self.is_main,
+            file_name=self.prefix + METRICS_FILE,
         )
 
     # ---- when ------------------------------------------------------------------------------------------------------
@@ -272,7 +277,7 @@ class RunWriter:
         images = merged(state["images"] for state in states)
         if not self.is_main or not images:
             return
-        path = self.folder / IMAGE_LOSSES
+        path = self.folder / (self.prefix + IMAGE_LOSSES)
         write_table(images, path)
         logger.info("loss of each picture, over what is usual at the times it was seen: %s. The highest:", path)
         for name, image in worst(images, SHOWN_IMAGES):

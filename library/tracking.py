@@ -163,7 +163,7 @@ class Tracker:
 
     options: LoggingOptions
     folder: Path
-    """Where `metrics.csv` goes: the output folder."""
+    """Where `file_name` goes: the output folder."""
     total_steps: int
     steps_per_epoch: int
     resume_step: int | None = None
@@ -175,6 +175,7 @@ class Tracker:
     config: Mapping[str, Any] = field(default_factory=dict)
     """Options to send to the trackers, where `--log_config` asks for it."""
     enabled: bool = True
+    file_name: str = METRICS_FILE
 
     def __post_init__(self) -> None:
         self.log = LossLog()
@@ -185,7 +186,7 @@ class Tracker:
         self.bar: Any = None
         if not self.enabled:
             return
-        self.metrics = MetricsFile(self.folder / METRICS_FILE, resume_step=self.resume_step)
+        self.metrics = MetricsFile(self.folder / self.file_name, resume_step=self.resume_step)
         trackers = check_trackers(self.options)
         if "tensorboard" in trackers:
             self._start_tensorboard()

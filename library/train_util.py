@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import secrets
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -22,11 +22,12 @@ from torch import Tensor
 
 from library.batch import TrainBatch
 from library.caching import Share, cache_latents, cache_text_outputs, check_latents
-from library.checkpoint import check_output, settle_leftovers
+from library.checkpoint import CheckpointPolicy, check_output, settle_leftovers
 from library.compiling import ComputePlan
 from library.dataset import TrainData, batches_per_rank, build_train_data, make_loader
 from library.errors import Interrupted, UserError
 from library.family_base import ModelBundle, ModelFamily
+from library.folder_claim import claimed
 from library.fused_update import check_update, make_update
 from library.hub import HubUploads
 from library.image_losses import ImageLosses, SeenImages
@@ -394,6 +395,12 @@ class PreparedRun:
         memory, compute = MemoryPlan.of(self.family, options, device), ComputePlan.of(self.family, options, device)
         return replace(self, options=options, memory=memory, compute=compute)
 
+    def claimed(self) -> AbstractContextManager[bool]:
+        """The output folder, for the time of the run: `folder_claim.claimed`. Files are the main process's work."""
+        output = self.options.output
+        name = CheckpointPolicy.of(output, self.options.state, self.length.num_epochs).last_name
+        return claimed(Path(output.output_dir or "."), name) if self.accelerator.is_main_process else nullcontext(True)
+
     def load(self) -> ModelBundle:
         """The model that is trained on; its parts are read when they are first used."""
         plan, device = self.plan, self.accelerator.device
@@ -528,8 +535,11 @@ def run(family: ModelFamily, options: TrainOptions, mode: Mode) -> None:
         write_page(prepared, options.batches_shown)
         return
     uploads = HubUploads.of(prepared.options.hub) if prepared.accelerator.is_main_process else None
-    trainer = finish_building(prepared)
-    trainer.fit(RunWriter(trainer, uploads))
+    with prepared.claimed() as alone:
+        trainer = finish_building(prepared)
+        if not alone:
+            trainer.requests.folder = None  # what is asked for there is for the other run
+        trainer.fit(RunWriter(trainer, uploads, alone=alone))
     trainer.data.train.quarantine.report()
 
 
