@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import runs
+import tiny
 import torch
 from runs import CASES, MODES, Mode, Workspace
 from safetensors.torch import load_file
@@ -87,10 +88,13 @@ def sharded_jobs(workspace: Workspace, unet: Workspace, folder: Path) -> list[li
     ]
     alone = workspace.arguments("network", folder / "sharded-network", *PAIR, "--shard_weights", "--gradient_checkpointing")
     rows.append(["sharded-network", workspace.script("network"), alone, 0, ""])
+    regularisation = tiny.write_images(folder / "regularisation" / "1_thing", 2, (64, 64)).parent
+    asks = [f"--reg_data_dir={regularisation}", "--preserve_prior"]  # some batches need the frozen model, and others do not
     for mode in MODES:
         for name, extra in (("whole", []), ("sharded", ["--shard_weights"])):
+            own = [*UNET, *extra, *(asks if mode == "network" else [])]
             name = f"unet-{name}-{mode}"
-            rows.append([name, unet.script(mode), unet.arguments(mode, folder / name, *UNET, *extra), 0, ""])
+            rows.append([name, unet.script(mode), unet.arguments(mode, folder / name, *own), 0, ""])
     return rows
 
 

@@ -69,19 +69,34 @@ def test_what_is_called_of_an_encoder_without_the_encoder_around_it_is_gathered(
             torch.testing.assert_close(own, wanted, rtol=1e-9, atol=1e-12, msg=name)
 
 
+class Denoiser(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.block, self.last = nn.Linear(4, 4, bias=False), nn.Linear(4, 2, bias=False)
+
+    def blocks(self) -> list[nn.Module]:
+        return [self.block]
+
+    def forward(self, x: Tensor) -> Tensor:
+        last: Tensor = self.last(self.block(x))
+        return last
+
+
 def test_what_is_stepped_is_what_is_gathered_and_saved(alone: None) -> None:
-    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    """In a block and beside the blocks: nothing stays gathered that may change before it is used again."""
+    model = Denoiser()
     shards = ShardedWeights({"denoiser": model}, torch.device("cpu"))
-    weight = model[1].weight
+    block, weight = model.block.weight, model.last.weight
     with torch.no_grad():
-        model(torch.ones(1, 4))  # whole for a moment
+        model(torch.ones(1, 4))
+        shards.own(block).fill_(0.25)
         shards.own(weight).fill_(0.5)
-        assert model(torch.zeros(1, 4)).shape == (1, 2)
+        torch.testing.assert_close(model(torch.ones(1, 4)), torch.full((1, 2), 2.0))
     with shards.gathered(torch.bfloat16, keep=True):
-        assert type(model[1].weight) is nn.Parameter
-        assert model.state_dict()["1.weight"].dtype == torch.bfloat16
-        torch.testing.assert_close(model[1].weight.float(), torch.full((2, 4), 0.5))
-    assert model[1].weight is weight
+        assert type(model.last.weight) is nn.Parameter
+        assert model.state_dict()["last.weight"].dtype == torch.bfloat16
+        torch.testing.assert_close(model.last.weight.float(), torch.full((2, 4), 0.5))
+    assert model.last.weight is weight
     assert shards.replicated([shards.own(weight), nn.Parameter(torch.ones(1))])[0].shape == (1,)
 
 
