@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -112,8 +113,45 @@ def _pattern(template: str) -> re.Pattern[str]:
     return re.compile("".join(literal) + rest)
 
 
-def _fill(template: str, match: re.Match[str]) -> str:
-    return _HOLE.sub(lambda hole: match[hole[1]], template) + match["rest"]
+class _Fit(NamedTuple):
+    """What a name is in a table: part number `part` of `rule`."""
+
+    rule: Rule
+    part: int
+    match: re.Match[str]
+
+    def spelt(self, template: str) -> str:
+        """Another name of the rule, with the numbers and the rest of the one that was found."""
+        return _HOLE.sub(lambda hole: self.match[hole[1]], template) + self.match["rest"]
+
+
+class _Index:
+    """Finds which of many templates a name fits. A table has hundreds of them and a checkpoint thousands of names, so only
+    templates that begin as the name does are tried, and none is compiled before."""
+
+    def __init__(self, entries: Iterable[tuple[str, Rule, int]]) -> None:
+        self._entries = list(entries)
+        self._beginnings: dict[str, list[int]] = {}
+        for number, (template, *_) in enumerate(self._entries):
+            self._beginnings.setdefault(template.partition("{")[0], []).append(number)
+        self._lengths = sorted({len(beginning) for beginning in self._beginnings})
+        self._patterns: dict[int, re.Pattern[str]] = {}
+
+    def find(self, name: str) -> _Fit | None:
+        """The first that fits."""
+        candidates = (self._beginnings.get(name[:length], ()) for length in self._lengths if length <= len(name))
+        for number in sorted(chain.from_iterable(candidates)):
+            template, rule, part = self._entries[number]
+            if number not in self._patterns:
+                self._patterns[number] = _pattern(template)
+            if match := self._patterns[number].match(name):
+                return _Fit(rule, part, match)
+        return None
+
+
+def _origins(key: str, fit: _Fit) -> dict[str, Origin]:
+    """Of all our names for their `key`."""
+    return {fit.spelt(name): Origin(key, fit.rule, part) for part, name in enumerate(fit.rule.parts)}
 
 
 @dataclass(frozen=True)
@@ -123,59 +161,48 @@ class KeyMap:
     rules: tuple[Rule, ...]
 
     @cached_property
-    def _from_theirs(self) -> list[tuple[re.Pattern[str], Rule]]:
-        return [(_pattern(rule.theirs), rule) for rule in self.rules]
+    def _from_theirs(self) -> _Index:
+        return _Index((rule.theirs, rule, 0) for rule in self.rules)
 
     @cached_property
-    def _from_ours(self) -> list[tuple[re.Pattern[str], Rule, int]]:
-        return [(_pattern(name), rule, part) for rule in self.rules for part, name in enumerate(rule.parts)]
+    def _from_ours(self) -> _Index:
+        return _Index((name, rule, part) for rule in self.rules for part, name in enumerate(rule.parts))
 
     @cached_property
-    def _from_flat(self) -> list[tuple[re.Pattern[str], Rule]]:
-        return [(_pattern(rule.theirs.replace(".", "_")), rule) for rule in self.rules]
+    def _from_flat(self) -> _Index:
+        return _Index((rule.theirs.replace(".", "_"), rule, 0) for rule in self.rules)
 
     @cached_property
-    def _from_our_flat(self) -> list[tuple[re.Pattern[str], Rule, int]]:
-        parts = ((name, rule, part) for rule in self.rules for part, name in enumerate(rule.parts))
-        return [(_pattern(name.replace(".", "_")), rule, part) for name, rule, part in parts]
+    def _from_our_flat(self) -> _Index:
+        return _Index((name.replace(".", "_"), rule, part) for rule in self.rules for part, name in enumerate(rule.parts))
 
     # ---- names alone -----------------------------------------------------------------------------------------------
 
     def our_names(self, theirs: str) -> tuple[str, ...] | None:
         """Our names for theirs (several where theirs is a concatenation), or None when no rule fits."""
-        for pattern, rule in self._from_theirs:
-            if match := pattern.match(theirs):
-                return tuple(_fill(name, match) for name in rule.parts)
-        return None
+        fit = self._from_theirs.find(theirs)
+        return tuple(fit.spelt(name) for name in fit.rule.parts) if fit else None
 
     def their_name(self, ours: str) -> str | None:
         """Their name for ours, or None when no rule fits. The parts of a concatenation share one name."""
-        for pattern, rule, _ in self._from_ours:
-            if match := pattern.match(ours):
-                return _fill(rule.theirs, match)
-        return None
+        fit = self._from_ours.find(ours)
+        return fit.spelt(fit.rule.theirs) if fit else None
 
     def flat_origins(self, flat: str) -> dict[str, Origin]:
         """Our names, and where each comes from, for a layer of theirs whose name has underscores for dots, as adapters' files
         have it. Empty when no rule fits."""
-        for pattern, rule in self._from_flat:
-            if match := pattern.match(flat):
-                return {_fill(name, match): Origin(flat, rule, part) for part, name in enumerate(rule.parts)}
-        return {}
+        fit = self._from_flat.find(flat)
+        return _origins(flat, fit) if fit else {}
 
     def origin_of(self, ours: str, *, flat: bool = False) -> Origin | None:
         """Where the tensor or layer `ours` comes from; None when no rule fits. flat: it has underscores for dots."""
-        for pattern, rule, part in self._from_our_flat if flat else self._from_ours:
-            if match := pattern.match(ours):
-                return Origin(_fill(rule.theirs, match), rule, part)
-        return None
+        fit = (self._from_our_flat if flat else self._from_ours).find(ours)
+        return Origin(fit.spelt(fit.rule.theirs), fit.rule, fit.part) if fit else None
 
     def dotted(self, flat: str) -> str | None:
         """The name of theirs that has underscores for dots in `flat`; None when no rule fits."""
-        for pattern, rule in self._from_flat:
-            if match := pattern.match(flat):
-                return _fill(rule.theirs, match)
-        return None
+        fit = self._from_flat.find(flat)
+        return fit.spelt(fit.rule.theirs) if fit else None
 
     # ---- plans: which tensor comes from where ----------------------------------------------------------------------
 
@@ -184,10 +211,8 @@ class KeyMap:
         found: dict[str, Origin] = {}
         unknown: list[str] = []
         for key in their_keys:
-            for pattern, rule in self._from_theirs:
-                if match := pattern.match(key):
-                    found.update({_fill(name, match): Origin(key, rule, part) for part, name in enumerate(rule.parts)})
-                    break
+            if fit := self._from_theirs.find(key):
+                found.update(_origins(key, fit))
             else:
                 unknown.append(key)
         return found, unknown
@@ -198,14 +223,10 @@ class KeyMap:
         found: dict[str, Assembly] = {}
         unknown: list[str] = []
         for key in sorted(present):
-            for pattern, rule, _ in self._from_ours:
-                if match := pattern.match(key):
-                    parts = tuple(_fill(name, match) for name in rule.parts)
-                    if present.issuperset(parts):
-                        found[_fill(rule.theirs, match)] = Assembly(parts, rule)
-                    else:
-                        unknown.append(key)
-                    break
+            fit = self._from_ours.find(key)
+            parts = tuple(fit.spelt(name) for name in fit.rule.parts) if fit else ()
+            if fit and present.issuperset(parts):
+                found[fit.spelt(fit.rule.theirs)] = Assembly(parts, fit.rule)
             else:
                 unknown.append(key)
         return found, unknown

@@ -32,6 +32,7 @@ TEMPORARY = "activations"
 _MOVE_NOTHING = (torch.ops.prim.device.default, torch.ops.aten._unsafe_view.default)
 """Beside views."""
 _READ_OUT = torch.ops.aten._local_scalar_dense.default
+_DEVICE = torch.ops.prim.device.default
 _CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _CPU_ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
@@ -93,6 +94,8 @@ class MemoryTracker(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
+        if func is _DEVICE and isinstance(args[0], FakeTensor):  # torch asks more often than it computes
+            return args[0].device
         if func is _READ_OUT:  # a value that only computing would tell: 1, and whatever is decided by it
             return _stand_in(args[0])
         out = func(*args, **kwargs)

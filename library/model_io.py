@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from library.errors import UserError
 from library.key_layout import IDENTITY, KeyMap, Rule
@@ -431,8 +432,25 @@ def empty_module(make: Callable[[], nn.Module]) -> nn.Module:
     from torch._subclasses.fake_tensor import unset_fake_temporarily
 
     # accelerate would give a simulated parameter (`memory_tracker.simulated`) back as one on the CPU
-    with unset_fake_temporarily(), init_empty_weights(include_buffers=False):
+    with unset_fake_temporarily(), init_empty_weights(include_buffers=False), _NothingDrawn():
         return make()
+
+
+class _NothingDrawn(TorchFunctionMode):
+    """Leaves out the random start of what has no memory: torch has a slow way of its own to draw no numbers."""
+
+    _DRAWS = frozenset({nn.init.normal_, nn.init.uniform_, nn.init.trunc_normal_, Tensor.normal_, Tensor.uniform_})
+    _DRAWS |= {nn.init.kaiming_uniform_, nn.init.kaiming_normal_, nn.init.xavier_uniform_, nn.init.xavier_normal_}
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in self._DRAWS:
+            tensor = args[0] if args else kwargs["tensor"]
+            if tensor.is_meta:
+                return tensor
+        return func(*args, **kwargs)
 
 
 _COMPONENT_FILES = ("*.safetensors", "*pytorch_model*.bin", "*.bin")

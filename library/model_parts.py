@@ -63,7 +63,7 @@ class Component:
 
     def names(self) -> list[str]:
         """Names of the module's tensors."""
-        return list(self.make(self.config).state_dict())
+        return list(self.make(self.config).state_dict(keep_vars=True))
 
     def tensor(self, key: str) -> Tensor:
         """One tensor of the module, by its name there, as the file has it."""

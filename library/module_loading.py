@@ -34,7 +34,7 @@ def load_into(
     a rounded copy. Where fp8 is asked for, what is in fp8 already stays as it is.
     """
     origins = _matched(module, source, key_map, optional)
-    expected = module.state_dict()
+    expected = module.state_dict(keep_vars=True)
     quantized = quantizer.replace_layers(module, dtype or torch.float32) if quantizer is not None else {}
     tensors: dict[str, Tensor] = {}
     for name, parameter in expected.items():
@@ -56,7 +56,7 @@ def load_into(
 def _matched(module: nn.Module, source: TensorSource, key_map: KeyMap, optional: tuple[str, ...]) -> dict[str, Origin]:
     """Where each tensor of `module` is in `source`."""
     origins, unknown = key_map.origins(source.keys())
-    expected = module.state_dict().keys()
+    expected = module.state_dict(keep_vars=True).keys()
     missing = sorted({source.name_in_file(name, key_map) for name in expected - origins.keys()})
     unexpected = sorted({*unknown, *(origins[name].key for name in origins.keys() - expected)})
     unexpected = [source.prefix + key for key in unexpected if not any(re.fullmatch(pattern, key) for pattern in optional)]
@@ -70,7 +70,7 @@ def _matched(module: nn.Module, source: TensorSource, key_map: KeyMap, optional:
 def check_fit(module: nn.Module, source: TensorSource, key_map: KeyMap, optional: tuple[str, ...] = ()) -> None:
     """Raise the `UserError`s that `load_into` would, from names and shapes alone."""
     origins = _matched(module, source, key_map, optional)
-    for name, parameter in module.state_dict().items():
+    for name, parameter in module.state_dict(keep_vars=True).items():
         origin = origins[name]
         try:
             taken = origin.take(torch.empty(source.shape(origin.key), device="meta"))

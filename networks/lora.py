@@ -302,15 +302,25 @@ def without_mid(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     return {**{name: tensor for name, tensor in tensors.items() if name != MID}, DOWN: kernel}
 
 
+class _Linear(nn.Linear):
+    def reset_parameters(self) -> None:
+        """Left to the adapter: here torch's global generator would be used."""
+
+
+class _Conv2d(nn.Conv2d):
+    def reset_parameters(self) -> None:
+        """As above."""
+
+
 def _matrices(base: Matrix, rank: int, num_parts: int) -> tuple[Matrix, Matrix]:
-    """Down and up, uninitialised: `skip_init` keeps torch's global generator out of it."""
+    """Down and up."""
 
     def make(kind: type[Matrix], *args: Any) -> Any:
-        return nn.utils.skip_init(kind, *args, bias=False, dtype=torch.float32)
+        return kind(*args, bias=False, dtype=torch.float32)
 
     if isinstance(base, nn.Conv2d):
-        return make(nn.Conv2d, base.in_channels, rank, base.kernel_size), make(nn.Conv2d, rank, base.out_channels, 1)
-    return make(nn.Linear, base.in_features, num_parts * rank), make(nn.Linear, rank, base.out_features)
+        return make(_Conv2d, base.in_channels, rank, base.kernel_size), make(_Conv2d, rank, base.out_channels, 1)
+    return make(_Linear, base.in_features, num_parts * rank), make(_Linear, rank, base.out_features)
 
 
 factory = bind(LoRA)
