@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -22,17 +22,23 @@ def gpu_flux(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return gpu_flux
 
 
-def run(out: Path, *arguments: str) -> list[dict]:
-    command = [sys.executable, str(BENCHMARKS / "gpu_flux.py"), "--tiny", "--device=cpu", "--steps=1", f"--out={out}"]
-    result = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    return [json.loads(line) for line in out.read_text().splitlines()]
-
-
-def test_a_configuration_is_measured_and_its_row_appended(tmp_path: Path) -> None:
+@pytest.fixture
+def run(gpu_flux: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[dict]]:
+    """The script with further arguments, which starts a process for each configuration; gives the rows that are there then."""
     out = tmp_path / "rows.jsonl"
     out.write_text('{"scenario": "earlier"}\n')
-    earlier, swapped = run(out, "--only", "fp8_swap35")
+
+    def rows(*arguments: str) -> list[dict]:
+        command = ["gpu_flux.py", "--tiny", "--device=cpu", "--steps=1", f"--out={out}", *arguments]
+        monkeypatch.setattr(sys, "argv", command)
+        gpu_flux.main()
+        return [json.loads(line) for line in out.read_text().splitlines()]
+
+    return rows
+
+
+def test_a_configuration_is_measured_and_its_row_appended(run: Callable[..., list[dict]]) -> None:
+    earlier, swapped = run("--only", "fp8_swap35")
     assert earlier == {"scenario": "earlier"}
     assert swapped["scenario"] == "gpu_flux/fp8_swap35"
     assert "error" not in swapped
@@ -41,8 +47,8 @@ def test_a_configuration_is_measured_and_its_row_appended(tmp_path: Path) -> Non
     assert (swapped["swap"], swapped["scheme"], swapped["checkpointing"]) == (35, "fp8", True)
 
 
-def test_a_configuration_that_fails_leaves_a_row_and_the_next_one_runs(tmp_path: Path) -> None:
-    rows = run(tmp_path / "rows.jsonl", "--only", "lora", "checkpointing", "--timeout=1")
+def test_a_configuration_that_fails_leaves_a_row_and_the_next_one_runs(run: Callable[..., list[dict]]) -> None:
+    _, *rows = run("--only", "lora", "checkpointing", "--timeout=1")
     assert [row["scenario"] for row in rows] == ["gpu_flux/lora", "gpu_flux/checkpointing"]
     assert all(row["error"] == "took longer than 1 s" and "seconds_per_step" not in row for row in rows)
 

@@ -336,10 +336,10 @@ def start(workspace: Workspace, mode: Mode, arguments: list[str], **keywords: ob
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no process groups that a signal could be sent to")
-@pytest.mark.parametrize("workers", [0, 2])
-def test_ctrl_c_saves_the_state_and_says_how_to_go_on(workers: int, workspace: Workspace, tmp_path: Path) -> None:
+def test_ctrl_c_saves_the_state_and_says_how_to_go_on(workspace: Workspace, tmp_path: Path) -> None:
+    """With workers that get it, too; test_processes.py stops a run without."""
     output = tmp_path / "out"
-    arguments = workspace.arguments("network", output, "--max_train_steps=100000", f"--max_data_loader_n_workers={workers}")
+    arguments = workspace.arguments("network", output, "--max_train_steps=100000", "--max_data_loader_n_workers=2")
     process = start(workspace, "network", arguments, start_new_session=True)
     metrics = output / "metrics.csv"
     deadline = time.monotonic() + 120

@@ -7,8 +7,11 @@ import platform
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+
+from library.lean_imports import diffusers_class
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -33,14 +36,21 @@ print(bitsandbytes.__name__)
     assert said(code) == ["AutoencoderKL", "UNet2DConditionModel", "False", "False", "bitsandbytes"]
 
 
-def test_where_diffusers_was_imported_before_its_classes_are_still_found() -> None:
+def test_where_diffusers_was_imported_before_nothing_is_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
     """diffusers has decided by then that bitsandbytes is there: hiding it would make its import fail."""
-    code = """
-import diffusers
-from library.lean_imports import diffusers_class
-print(diffusers_class("AutoencoderKL").__name__)
-"""
-    assert said(code) == ["AutoencoderKL"]
+    before = sys.modules.pop("bitsandbytes", None)
+
+    class Imported(ModuleType):
+        def __getattr__(self, name: str) -> tuple[str, bool]:
+            return name, "bitsandbytes" in sys.modules
+
+    try:
+        monkeypatch.setitem(sys.modules, "diffusers", Imported("diffusers"))
+        assert diffusers_class("AutoencoderKL") == ("AutoencoderKL", False)
+        assert "bitsandbytes" not in sys.modules
+    finally:
+        if before is not None:
+            sys.modules["bitsandbytes"] = before
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's way of keeping memory")

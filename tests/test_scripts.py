@@ -1,9 +1,12 @@
-"""Every script as a user runs it: a process of its own, two real steps, and the files it should leave."""
+"""Every script as a user runs it: two real steps, and the files it should leave. The scripts of a family share a process, as
+starting one takes longer than all they do: the first has nothing imported, and each is run as the main module."""
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -40,6 +43,56 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
 
 def run(*command: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+class Ended(NamedTuple):
+    """How a script ended."""
+
+    code: int
+    said: str
+
+
+ONE_AFTER_ANOTHER = """
+import contextlib, io, json, runpy, sys
+ended = []
+for script, *arguments in json.loads(sys.argv[1]):
+    sys.argv, said = [script, *arguments], io.StringIO()
+    with contextlib.redirect_stderr(said):
+        try:
+            runpy.run_path(script, run_name="__main__")
+        except SystemExit as end:
+            ended.append((end.code, said.getvalue()))
+print(json.dumps(ended))
+"""
+
+
+def run_in_turn(commands: Sequence[Sequence[str]]) -> list[Ended]:
+    """In one process that has imported nothing yet."""
+    result = run("-c", ONE_AFTER_ANOTHER, json.dumps(commands))
+    assert result.returncode == 0, result.stderr[-3000:]
+    return [Ended(*found) for found in json.loads(result.stdout.splitlines()[-1])]
+
+
+def written(folder: Path, text: str) -> Path:
+    """A file of prompts."""
+    path = folder / "prompts.txt"
+    path.write_text(text)
+    return path
+
+
+class Trained(NamedTuple):
+    metadata: dict[str, str]
+    keys: set[str]
+    caches: set[str]
+    """Ends of their files' names."""
+
+
+def trained(folder: Path) -> Trained:
+    """What a run of `cached_with_previews` left."""
+    assert list((folder / "out" / "sample").glob("*.png"))
+    caches = {path.name.rpartition("_")[2] for path in (folder / "cache").rglob("*.npz")}
+    with safe_open(folder / "out" / "tiny.safetensors", "pt") as file:
+        return Trained(file.metadata(), set(file.keys()), caches)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -93,167 +146,128 @@ def test_train_db_saves_every_format_and_reads_it_again(suffix: str, workspace: 
     workspace.train("full", tmp_path / "second", "--max_train_steps=1", f"--pretrained_model_name_or_path={saved}")
 
 
-def test_train_db_in_a_process_of_its_own(workspace: Workspace, tmp_path: Path) -> None:
-    result = run("train_db.py", *workspace.arguments("full", tmp_path, "--max_train_steps=2"))
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert (tmp_path / "tiny.safetensors").exists()
-
-
-def test_fine_tune_from_a_metadata_file(workspace: Workspace, tmp_path: Path) -> None:
-    import json
-
+def test_train_db_fine_tune_and_gen_img(workspace: Workspace, tmp_path: Path) -> None:
     folder = workspace.images / "2_thing"
     metadata = tmp_path / "meta.json"
     metadata.write_text(json.dumps({str(path): {"caption": "a thing"} for path in sorted(folder.glob("*.png"))}))
-    arguments = [a for a in workspace.arguments("full", tmp_path / "out") if not a.startswith("--train_data_dir")]
-    result = run(
-        "fine_tune.py", *arguments, f"--in_json={metadata}", f"--train_data_dir={folder}", "--train_text_encoder",
-        "--max_train_steps=2",
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert (tmp_path / "out" / "tiny.safetensors").exists()
-
-
-class Trained(NamedTuple):
-    metadata: dict[str, str]
-    keys: set[str]
-    caches: set[str]
-    """Ends of their files' names."""
-
-
-def train_with_caches_and_previews(workspace: Workspace, mode: Mode, folder: Path, prompt: str, *flags: str) -> Trained:
-    """In a process of its own."""
-    prompts = folder / "prompts.txt"
-    prompts.write_text(f"a thing --w 64 --h 64 --s 2 --d 1 --l 3 --n bad {prompt}\n")
-    result = run(
-        f"{workspace.script(mode)}.py",
-        *workspace.arguments(mode, folder / "out", "--max_train_steps=2", *HALF, *flags),
-        *("--cache_latents_to_disk", "--cache_text_encoder_outputs_to_disk", f"--cache_dir={folder / 'cache'}"),
-        *(f"--sample_prompts={prompts}", "--sample_every_n_steps=2"),
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert list((folder / "out" / "sample").glob("*.png"))
-    caches = {path.name.rpartition("_")[2] for path in (folder / "cache").rglob("*.npz")}
-    with safe_open(folder / "out" / "tiny.safetensors", "pt") as file:
-        return Trained(file.metadata(), set(file.keys()), caches)
-
-
-@pytest.mark.parametrize("mode", ["network", "full"])
-def test_sdxl_trains_with_caches_and_previews(mode: Mode, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path) -> None:
-    sdxl = runs.make_workspace(CASES["sdxl"], tmp_path_factory.mktemp("sdxl"))
-    flags = ["--network_train_unet_only"] if mode == "network" else ["--no-train_text_encoder", "--full_bf16"]
-    made = train_with_caches_and_previews(sdxl, mode, tmp_path, "", *flags)
-    architecture = "stable-diffusion-xl-v1-base"
-    assert made.metadata["modelspec.architecture"] == (f"{architecture}/lora" if mode == "network" else architecture)
-    if mode == "network":
-        assert any(key.startswith("lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q") for key in made.keys)
-    else:
-        assert {"conditioner.embedders.1.model.text_projection", "first_stage_model.encoder.conv_in.weight"} <= made.keys
-    assert made.caches >= {"sdxl.npz", "outputs.npz"}
-
-
-@pytest.mark.parametrize("mode", ["network", "full"])
-def test_flux_trains_with_caches_and_previews(mode: Mode, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path) -> None:
-    flux = runs.make_workspace(CASES["flux"], tmp_path_factory.mktemp("flux"))
-    flags = ["--network_module=networks.lora_flux", "--network_train_unet_only"] if mode == "network" else []
-    made = train_with_caches_and_previews(flux, mode, tmp_path, "--g 2", "--timestep_sampling=flux_shift", *flags)
-    assert made.metadata["modelspec.architecture"] == ("flux-1-dev/lora" if mode == "network" else "flux-1-dev")
-    if mode == "network":
-        assert made.metadata["ss_timestep_sampling"] == "flux_shift"
-        assert made.metadata["ss_base_model_version"] == "flux1"
-    assert made.caches >= {"flux.npz", "te.npz"}
-
-
-def test_flux_trains_with_swapped_blocks_in_a_process_of_its_own(
-    tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
-) -> None:
-    case = replace(CASES["flux"], write_model=CASES["flux"].write_swappable)
-    flux = runs.make_workspace(case, tmp_path_factory.mktemp("flux"))
-    flags = ["--max_train_steps=2", *HALF, "--blocks_to_swap=2", "--cpu_offload_checkpointing"]
-    result = run("flux_train.py", *flux.arguments("full", tmp_path / "out", *flags))
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert "1 of 3 double blocks and 2 of 4 single blocks" in result.stderr
-    assert "gains nothing" in result.stderr
-    assert (tmp_path / "out" / "tiny.safetensors").exists()
-
-
-def test_lumina_trains_with_caches_and_previews_in_a_process_of_its_own(
-    tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
-) -> None:
-    lumina = runs.make_workspace(CASES["lumina"], tmp_path_factory.mktemp("lumina"))
-    prompts = tmp_path / "prompts.txt"
-    prompts.write_text("a thing --w 64 --h 64 --s 2 --d 1 --l 3 --ctr 0.5 --rcfg 1 --n bad\n")
-    result = run(
-        "lumina_train_network.py",
-        *lumina.arguments("network", tmp_path / "out", "--max_train_steps=2", *HALF),
-        *("--network_module=networks.lora_lumina", "--network_train_unet_only", "--timestep_sampling=nextdit_shift"),
-        *("--cache_latents_to_disk", "--cache_text_encoder_outputs_to_disk", f"--cache_dir={tmp_path / 'cache'}"),
-        *(f"--sample_prompts={prompts}", "--sample_every_n_steps=2"),
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    with safe_open(tmp_path / "out" / "tiny.safetensors", "pt") as file:
-        assert file.metadata()["modelspec.architecture"] == "lumina-2/lora"
-        assert file.metadata()["ss_timestep_sampling"] == "nextdit_shift"
-        assert file.metadata()["ss_base_model_version"] == "lumina2"
-        assert "lora_unet_layers_0_attention_qkv.alpha" in file.keys()  # noqa: SIM118
-    assert list((tmp_path / "out" / "sample").glob("*.png"))
-    assert {path.name.rpartition("_")[2] for path in (tmp_path / "cache").rglob("*.npz")} >= {"lumina.npz", "te.npz"}
-
-
-def test_gen_img_makes_pictures_and_a_sheet_in_a_process_of_its_own(workspace: Workspace, tmp_path: Path) -> None:
-    prompts = tmp_path / "prompts.txt"
-    prompts.write_text("a thing --n bad\n# not this one\na thing --d 3\n")
+    few = "--max_train_steps=2"
+    without_data = [a for a in workspace.arguments("full", tmp_path / "tuned", few) if not a.startswith("--train_data_dir")]
+    prompts = written(tmp_path, "a thing --n bad\n# not this one\na thing --d 3\n")
     model = [f"--ckpt={workspace.model}", f"--tokenizer={workspace.tokenizer}", f"--outdir={tmp_path / 'out'}"]
-    result = run(
-        "gen_img.py", *model, f"--from_file={prompts}", "--W=64", "--H=64", "--steps=2", "--seed=1", "--grid", "--bf16"
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
+    pictures = ["--W=64", "--H=64", "--steps=2", "--seed=1", "--grid", "--bf16"]
+    for ended in run_in_turn(
+        [
+            ["gen_img.py", *model, f"--from_file={prompts}", *pictures],
+            ["train_db.py", *workspace.arguments("full", tmp_path / "trained", few)],
+            ["fine_tune.py", *without_data, f"--in_json={metadata}", f"--train_data_dir={folder}", "--train_text_encoder"],
+        ]
+    ):
+        assert ended.code == 0, ended.said[-3000:]
+    assert (tmp_path / "trained" / "tiny.safetensors").exists()
+    assert (tmp_path / "tuned" / "tiny.safetensors").exists()
     assert [path.name[-6:] for path in sorted((tmp_path / "out").glob("im_*.png"))] == ["_1.png", "_3.png"]
     assert len(list((tmp_path / "out").glob("grid_*.png"))) == 1
 
 
-@pytest.mark.parametrize("mode", ["network", "full"])
-def test_sd3_trains_with_caches_swapped_blocks_and_previews_in_a_process_of_its_own(
-    mode: Mode, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
-) -> None:
-    """Then a picture is made with the network."""
-    case = replace(CASES["sd3"], write_model=CASES["sd3"].write_swappable, full_extra=())
-    sd3 = runs.make_workspace(case, tmp_path_factory.mktemp("sd3"))
-    prompts = tmp_path / "prompts.txt"
-    prompts.write_text("a thing --w 64 --h 64 --s 2 --d 1 --l 3 --n bad\n")
-    result = run(
-        f"{sd3.script(mode)}.py",
-        *sd3.arguments(mode, tmp_path / "out", "--max_train_steps=2", *HALF, "--blocks_to_swap=2"),
-        *(["--network_module=networks.lora_sd3", "--network_train_unet_only"] if mode == "network" else []),
-        *("--cache_latents_to_disk", "--cache_text_encoder_outputs_to_disk", f"--cache_dir={tmp_path / 'cache'}"),
-        *(f"--sample_prompts={prompts}", "--sample_every_n_steps=2", "--t5_dropout_rate=0.3", "--training_shift=3"),
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    saved = tmp_path / "out" / "tiny.safetensors"
-    with safe_open(saved, "pt") as file:
-        architecture = file.metadata()["modelspec.architecture"]
-        assert architecture == "stable-diffusion-3-5-medium" + ("/lora" if mode == "network" else "")
-        if mode == "network":
-            assert file.metadata()["ss_base_model_version"] == "5-medium"
-    assert "2 of 5 joint blocks" in result.stderr
-    assert ("--save_format diffusers" in result.stderr) == (mode == "network")
-    assert list((tmp_path / "out" / "sample").glob("*.png"))
-    assert {path.name.rpartition("_")[2] for path in (tmp_path / "cache").rglob("*.npz")} >= {"sd3.npz", "te.npz"}
-    if mode == "full":
-        return
-    model = [f"--ckpt_path={sd3.model}", *sd3.case.arguments(sd3.model.parent), f"--lora_weights={saved};0.8"]
-    flags = ["--prompt=a thing", "--width=64", "--height=64", "--steps=2", "--seed=5", "--bf16"]
-    result = run("sd3_minimal_inference.py", *model, *flags, f"--output_dir={tmp_path / 'pictures'}")
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert len(list((tmp_path / "pictures").glob("*.png"))) == 1
+def cached_with_previews(workspace: Workspace, mode: Mode, folder: Path, prompt: str, *flags: str) -> list[str]:
+    """The command line of two steps."""
+    folder.mkdir()
+    prompts = written(folder, f"a thing --w 64 --h 64 --s 2 --d 1 --l 3 --n bad {prompt}\n")
+    return [
+        f"{workspace.script(mode)}.py",
+        *workspace.arguments(mode, folder / "out", "--max_train_steps=2", *HALF, f"--cache_dir={folder / 'cache'}"),
+        *("--cache_latents_to_disk", "--cache_text_encoder_outputs_to_disk"),
+        *(f"--sample_prompts={prompts}", "--sample_every_n_steps=2"),
+        *(["--network_train_unet_only"] if mode == "network" else []),
+        *flags,
+    ]
 
 
-def test_flux_minimal_inference_makes_a_picture_in_a_process_of_its_own(
-    tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
-) -> None:
-    flux = runs.make_workspace(CASES["flux"], tmp_path_factory.mktemp("flux"))
+def test_the_scripts_of_sdxl(tmp_path: Path) -> None:
+    sdxl = runs.make_workspace(CASES["sdxl"], tmp_path)
+    network, full = tmp_path / "network", tmp_path / "full"
+    for ended in run_in_turn(
+        [
+            cached_with_previews(sdxl, "network", network, ""),
+            cached_with_previews(sdxl, "full", full, "", "--no-train_text_encoder", "--full_bf16"),
+        ]
+    ):
+        assert ended.code == 0, ended.said[-3000:]
+    network_made, full_made = trained(network), trained(full)
+    assert network_made.metadata["modelspec.architecture"] == "stable-diffusion-xl-v1-base/lora"
+    assert any(key.startswith("lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q") for key in network_made.keys)
+    assert full_made.metadata["modelspec.architecture"] == "stable-diffusion-xl-v1-base"
+    assert {"conditioner.embedders.1.model.text_projection", "first_stage_model.encoder.conv_in.weight"} <= full_made.keys
+    for made in (network_made, full_made):
+        assert made.caches >= {"sdxl.npz", "outputs.npz"}
+
+
+def test_the_scripts_of_flux(tmp_path: Path) -> None:
+    flux = runs.make_workspace(replace(CASES["flux"], write_model=CASES["flux"].write_swappable), tmp_path)
+    network, full = tmp_path / "network", tmp_path / "full"
+    shift, swap = "--timestep_sampling=flux_shift", ["--blocks_to_swap=2", "--cpu_offload_checkpointing"]
     model = [f"--ckpt_path={flux.model}", *flux.case.arguments(flux.model.parent), "--dtype=bfloat16"]
-    flags = ["--prompt=a thing", "--width=64", "--height=64", "--steps=2", "--seed=5", "--guidance=3.5"]
-    result = run("flux_minimal_inference.py", *model, *flags, f"--output_dir={tmp_path}")
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert [path.name[-10:] for path in tmp_path.glob("*.png")] == ["_000_5.png"]
+    picture = ["--prompt=a thing", "--width=64", "--height=64", "--steps=2", "--seed=5", "--guidance=3.5"]
+    ended = run_in_turn(
+        [
+            cached_with_previews(flux, "network", network, "--g 2", "--network_module=networks.lora_flux", shift),
+            cached_with_previews(flux, "full", full, "--g 2", shift, *swap),
+            ["flux_minimal_inference.py", *model, *picture, f"--output_dir={tmp_path / 'pictures'}"],
+        ]
+    )
+    for one in ended:
+        assert one.code == 0, one.said[-3000:]
+    network_made, full_made = trained(network), trained(full)
+    assert network_made.metadata["modelspec.architecture"] == "flux-1-dev/lora"
+    assert network_made.metadata["ss_timestep_sampling"] == "flux_shift"
+    assert network_made.metadata["ss_base_model_version"] == "flux1"
+    assert full_made.metadata["modelspec.architecture"] == "flux-1-dev"
+    for made in (network_made, full_made):
+        assert made.caches >= {"flux.npz", "te.npz"}
+    assert "1 of 3 double blocks and 2 of 4 single blocks" in ended[1].said
+    assert "gains nothing" in ended[1].said
+    assert [path.name[-10:] for path in (tmp_path / "pictures").glob("*.png")] == ["_000_5.png"]
+
+
+def test_the_script_of_lumina(tmp_path: Path) -> None:
+    lumina = runs.make_workspace(CASES["lumina"], tmp_path)
+    flags = ["--network_module=networks.lora_lumina", "--timestep_sampling=nextdit_shift"]
+    (ended,) = run_in_turn(
+        [cached_with_previews(lumina, "network", tmp_path / "network", "--ctr 0.5 --rcfg 1", *flags)]
+    )  # fmt: skip
+    assert ended.code == 0, ended.said[-3000:]
+    made = trained(tmp_path / "network")
+    assert made.metadata["modelspec.architecture"] == "lumina-2/lora"
+    assert made.metadata["ss_timestep_sampling"] == "nextdit_shift"
+    assert made.metadata["ss_base_model_version"] == "lumina2"
+    assert "lora_unet_layers_0_attention_qkv.alpha" in made.keys
+    assert made.caches >= {"lumina.npz", "te.npz"}
+
+
+def test_the_scripts_of_sd3(tmp_path: Path) -> None:
+    """A picture is made with the network that was trained."""
+    case = replace(CASES["sd3"], write_model=CASES["sd3"].write_swappable, full_extra=())
+    sd3 = runs.make_workspace(case, tmp_path)
+    network, full = tmp_path / "network", tmp_path / "full"
+    flags = ["--blocks_to_swap=2", "--t5_dropout_rate=0.3", "--training_shift=3"]
+    saved = network / "out" / "tiny.safetensors"
+    model = [f"--ckpt_path={sd3.model}", *sd3.case.arguments(sd3.model.parent), f"--lora_weights={saved};0.8"]
+    picture = ["--prompt=a thing", "--width=64", "--height=64", "--steps=2", "--seed=5", "--bf16"]
+    ended = run_in_turn(
+        [
+            cached_with_previews(sd3, "network", network, "", "--network_module=networks.lora_sd3", *flags),
+            cached_with_previews(sd3, "full", full, "", *flags),
+            ["sd3_minimal_inference.py", *model, *picture, f"--output_dir={tmp_path / 'pictures'}"],
+        ]
+    )
+    for one in ended:
+        assert one.code == 0, one.said[-3000:]
+    network_made, full_made = trained(network), trained(full)
+    assert network_made.metadata["modelspec.architecture"] == "stable-diffusion-3-5-medium/lora"
+    assert network_made.metadata["ss_base_model_version"] == "5-medium"
+    assert full_made.metadata["modelspec.architecture"] == "stable-diffusion-3-5-medium"
+    for made in (network_made, full_made):
+        assert made.caches >= {"sd3.npz", "te.npz"}
+    assert all("2 of 5 joint blocks" in one.said for one in ended[:2])
+    assert ["--save_format diffusers" in one.said for one in ended[:2]] == [True, False]
+    assert len(list((tmp_path / "pictures").glob("*.png"))) == 1
