@@ -313,8 +313,8 @@ def main(arguments: Sequence[str]) -> int:
     except KeyboardInterrupt:
         fail("interrupted. Run the same command again to go on from there.", 130)
     if options.command == "test":
-        # a process a core; a file's tests stay together, as they share models they make once
-        return run(environment, ["-m", "pytest", "-n", "auto", "--dist", "loadfile"] + rest)
+        # a process a core; a file's tests stay together, as they share models they make once. tests/conftest.py orders files
+        return run(environment, ["-m", "pytest", "-n", "auto", "--dist", "loadfile", "--no-loadscope-reorder"] + rest)
     if options.command == "demo":
         return run(environment, [str(Path("examples") / "demo.py")] + rest)
     print(f"The environment is ready: {environment.python}")

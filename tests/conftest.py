@@ -4,6 +4,7 @@ import logging
 import os
 import sys
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,16 @@ tqdm.monitor_interval = 0  # nor a thread that could hold it while another proce
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--rewrite-golden", action="store_true", help="write the losses of this run to tests/golden/")
+
+
+FIRST = ("test_scripts.py", "test_memory_plan.py", "test_compiling.py", "test_processes.py", "test_benchmarks.py")
+"""Files with few tests that take long."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files are handed to whichever worker has nothing left to do, in this order: short ones last, so that all end together."""
+    tests = Counter(item.path for item in items)
+    items.sort(key=lambda item: (item.path.name not in FIRST, -tests[item.path]))
 
 
 @pytest.hookimpl(hookwrapper=True)

@@ -68,7 +68,7 @@ CASES: dict[str, FamilyCase] = {
         scripts={"network": "flux_train_network", "full": "flux_train"},
         arguments=tiny_flux.arguments,
         write_swappable=lambda folder: tiny_flux.write_flux_files(folder, "chroma", blocks=tiny_flux.SWAPPABLE),
-        memory=("swap", "recomputing", "offloading", "fused"),
+        memory=("offloading", "fused"),
     ),
     "sd3": FamilyCase(
         family="sd3",

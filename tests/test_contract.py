@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -13,12 +15,20 @@ from runs import CASES, MODES, SHALLOW_CASES, Mode, Workspace
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from library.train_util import Trainer
+
 PRODUCT = [(family, mode) for family in CASES for mode in MODES]
 
 
 @pytest.fixture(scope="session")
 def workspaces(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Workspace]:
     return {name: runs.make_workspace(case, tmp_path_factory.mktemp(name)) for name, case in SHALLOW_CASES.items()}
+
+
+@pytest.fixture(scope="module")
+def built(workspaces: dict[str, Workspace], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Mode], Trainer]:
+    """A trainer of a family and mode, made once for all tests that only look at what it computes."""
+    return cache(lambda family, mode: workspaces[family].trainer(mode, tmp_path_factory.mktemp(f"{family}_{mode}")))
 
 
 @pytest.mark.parametrize(("family", "mode"), PRODUCT)
@@ -40,10 +50,8 @@ def test_every_learning_tensor_gets_a_gradient_and_nothing_else_does(
 
 
 @pytest.mark.parametrize(("family", "mode"), PRODUCT)
-def test_predict_gives_the_shape_of_the_latents(
-    family: str, mode: Mode, workspaces: dict[str, Workspace], tmp_path: Path
-) -> None:
-    trainer = workspaces[family].trainer(mode, tmp_path)
+def test_predict_gives_the_shape_of_the_latents(family: str, mode: Mode, built: Callable[[str, Mode], Trainer]) -> None:
+    trainer = built(family, mode)
     batch = trainer.data.train[(0, 0)]
     x0 = trainer.latent.normalize(trainer.latents(batch))
     t = trainer.objective.sample_times(x0, trainer.rng("time"))
@@ -52,9 +60,9 @@ def test_predict_gives_the_shape_of_the_latents(
 
 
 @pytest.mark.parametrize(("family", "mode"), PRODUCT)
-@pytest.mark.parametrize("where", ["memory", "disk"])
-def test_caches_change_nothing(family: str, mode: Mode, where: str, workspaces: dict[str, Workspace], tmp_path: Path) -> None:
-    disk = "_to_disk" if where == "disk" else ""
+def test_caches_change_nothing(family: str, mode: Mode, workspaces: dict[str, Workspace], tmp_path: Path) -> None:
+    """On disk and in memory: what learns is nothing to either."""
+    disk = "_to_disk" if mode == "network" else ""
     frozen_text = ["--network_train_unet_only"] if mode == "network" else ["--stop_text_encoder_training=-1"]
     cached = workspaces[family].trainer(
         mode,
@@ -92,8 +100,8 @@ def test_what_loader_workers_need_can_be_sent_to_them(family: str, workspaces: d
 
 
 @pytest.mark.parametrize("family", CASES)
-def test_an_adapter_changes_nothing_until_it_learns(family: str, workspaces: dict[str, Workspace], tmp_path: Path) -> None:
-    trainer = workspaces[family].trainer("network", tmp_path)
+def test_an_adapter_changes_nothing_until_it_learns(family: str, built: Callable[[str, Mode], Trainer]) -> None:
+    trainer = built(family, "network")
     batch = trainer.data.train[(0, 0)]
     with torch.no_grad():
         with trainer.trainable.reference():
@@ -151,10 +159,11 @@ def test_adapter_key_names_are_the_published_ones(family: str, tmp_path: Path) -
 def test_gradient_checkpointing_changes_nothing(
     family: str, mode: Mode, workspaces: dict[str, Workspace], tmp_path: Path
 ) -> None:
-    plain = workspaces[family].train(mode, tmp_path / "plain")
-    saving = workspaces[family].train(mode, tmp_path / "saving", "--gradient_checkpointing")
+    few = "--max_train_steps=3"
+    plain = workspaces[family].train(mode, tmp_path / "plain", few)
+    saving = workspaces[family].train(mode, tmp_path / "saving", few, "--gradient_checkpointing")
     assert runs.losses(plain) == pytest.approx(runs.losses(saving), rel=1e-5)
-    offloading = workspaces[family].train(mode, tmp_path / "offloading", "--cpu_offload_checkpointing")
+    offloading = workspaces[family].train(mode, tmp_path / "offloading", few, "--cpu_offload_checkpointing")
     assert runs.losses(offloading) == runs.losses(saving)
     runs.assert_same_tensors(load_file(offloading / "tiny.safetensors"), load_file(saving / "tiny.safetensors"))
 
@@ -205,10 +214,8 @@ def test_swapping_blocks_changes_nothing(
 
 
 @pytest.mark.parametrize(("family", "mode"), PRODUCT)
-def test_a_validation_quantile_fixes_the_time(
-    family: str, mode: Mode, workspaces: dict[str, Workspace], tmp_path: Path
-) -> None:
-    trainer = workspaces[family].trainer(mode, tmp_path)
+def test_a_validation_quantile_fixes_the_time(family: str, mode: Mode, built: Callable[[str, Mode], Trainer]) -> None:
+    trainer = built(family, mode)
     x0 = torch.zeros(3, trainer.latent.channels, 8, 8)
     early, late = (trainer.objective.sample_times(x0, trainer.rng("time"), quantile) for quantile in (0.1, 0.9))
     assert early.unique().numel() == late.unique().numel() == 1
@@ -231,9 +238,9 @@ def test_the_saved_file_describes_itself(family: str, mode: Mode, workspaces: di
 
 @pytest.mark.parametrize("family", CASES)
 def test_rows_that_preserve_the_prior_teach_an_untrained_adapter_nothing(
-    family: str, workspaces: dict[str, Workspace], tmp_path: Path
+    family: str, built: Callable[[str, Mode], Trainer]
 ) -> None:
-    trainer = workspaces[family].trainer("network", tmp_path)
+    trainer = built(family, "network")
     batch = trainer.data.train[(0, 0)]
     preserved = replace(batch, preserve=torch.ones(len(batch), dtype=torch.bool))
     with torch.no_grad():

@@ -99,7 +99,7 @@ def test_a_batch_is_a_pure_function_of_its_key(tmp_path: Path, strategies: Strat
 
 @pytest.mark.parametrize(
     ("workers", "start", "world"),
-    [(0, None, 1), (2, None, 1), (2, "spawn", 1), (0, None, 3), (1, None, 2)],
+    [(0, None, 1), (2, None, 1), (1, "spawn", 1), (0, None, 3), (1, None, 2)],
     ids=["none", "forked", "spawned", "three processes", "two processes with workers"],
 )
 def test_batches_are_the_same_with_any_number_of_workers_and_processes(

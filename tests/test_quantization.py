@@ -12,7 +12,7 @@ import pytest
 import runs
 import tiny_flux
 import torch
-from runs import CASES, Workspace
+from runs import CASES, SHALLOW_CASES, Workspace
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
@@ -377,7 +377,7 @@ def _options(folder: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def workspaces(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Workspace]:
-    cases = {"sd": CASES["sd"], "flux": replace(CASES["flux"], write_model=CASES["flux"].write_swappable)}
+    cases = {"sd": SHALLOW_CASES["sd"], "flux": replace(CASES["flux"], write_model=CASES["flux"].write_swappable)}
     return {name: runs.make_workspace(case, tmp_path_factory.mktemp(name)) for name, case in cases.items()}
 
 

@@ -218,7 +218,8 @@ def test_test_runs_pytest_of_the_environment_with_the_options(project: Path) -> 
     (site / "pytest.py").write_text("import sys; print('pytest', sys.argv[1:]); sys.exit(3)\n")
     result = call(project, "test", "tests/a.py", "-k", "name", "-x")
     assert result.returncode == 3
-    assert str(["-n", "auto", "--dist", "loadfile", "tests/a.py", "-k", "name", "-x"]) in result.stdout
+    spread = ["-n", "auto", "--dist", "loadfile", "--no-loadscope-reorder"]
+    assert str([*spread, "tests/a.py", "-k", "name", "-x"]) in result.stdout
 
 
 @pytest.mark.parametrize("arguments", [(), ("install",), ("setup", "--fast")])
