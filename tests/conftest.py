@@ -1,5 +1,6 @@
 """Settings for every test: one thread (the tests are tiny; two threads cost more than they give) and no network."""
 
+import gc
 import logging
 import os
 import sys
@@ -14,6 +15,10 @@ os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"  # of the sc
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from library.cli import GARBAGE_AFTER  # noqa: E402
+
+gc.set_threshold(GARBAGE_AFTER)  # as scripts do
 
 import torch  # noqa: E402
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -192,6 +192,18 @@ def make_workspace(case: FamilyCase, folder: Path) -> Workspace:
     tiny.write_images(images / "2_thing", 5, (64, 64))
     tiny.write_images(images / "2_wide", 2, (96, 32))
     return Workspace(case, case.write_model(folder), tiny.write_clip_tokenizer(folder / "tokenizer"), images)
+
+
+class Workspaces(dict[str, Workspace]):
+    """By case, each made when it is first asked for."""
+
+    def __init__(self, cases: Mapping[str, FamilyCase], folder: Callable[[str], Path]) -> None:
+        super().__init__()
+        self._cases, self._folder = cases, folder
+
+    def __missing__(self, name: str) -> Workspace:
+        self[name] = make_workspace(self._cases[name], self._folder(name))
+        return self[name]
 
 
 def rows(output: Path, column: str) -> list[float]:

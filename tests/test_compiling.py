@@ -21,12 +21,10 @@ from library.errors import UserError
 from library.rng import keyed_generator
 from library.train_util import Trainer
 
-FAMILIES = ("sd", "sdxl", "flux")
-
 
 @pytest.fixture(scope="module")
 def workspaces(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Workspace]:
-    return {name: runs.make_workspace(CASES[name], tmp_path_factory.mktemp(name)) for name in FAMILIES}
+    return runs.Workspaces(CASES, tmp_path_factory.mktemp)
 
 
 @pytest.fixture(autouse=True)

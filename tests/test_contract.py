@@ -22,7 +22,7 @@ PRODUCT = [(family, mode) for family in CASES for mode in MODES]
 
 @pytest.fixture(scope="session")
 def workspaces(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Workspace]:
-    return {name: runs.make_workspace(case, tmp_path_factory.mktemp(name)) for name, case in SHALLOW_CASES.items()}
+    return runs.Workspaces(SHALLOW_CASES, tmp_path_factory.mktemp)
 
 
 @pytest.fixture(scope="module")
@@ -190,7 +190,7 @@ SWAPPING = [
 @pytest.fixture(scope="session")
 def swappable(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Workspace]:
     cases = {name: replace(case, write_model=case.write_swappable) for name, case in CASES.items() if case.write_swappable}
-    return {name: runs.make_workspace(case, tmp_path_factory.mktemp(f"{name}_swappable")) for name, case in cases.items()}
+    return runs.Workspaces(cases, lambda name: tmp_path_factory.mktemp(f"{name}_swappable"))
 
 
 @pytest.mark.parametrize(("memory", "family", "mode"), SWAPPING)
@@ -200,12 +200,12 @@ def test_swapping_blocks_changes_nothing(
     """Nor do previews and a saved state in the middle of the swapped run."""
     same, added = MEMORY[memory]
     prompts = tmp_path / "prompts.txt"
-    prompts.write_text("a thing --w 64 --h 64 --s 2\n")
-    flags = ["--gradient_accumulation_steps=2", "--max_train_steps=3", "--save_state", *same]
-    looked_at = [f"--sample_prompts={prompts}", "--sample_every_n_steps=1", "--save_every_n_steps=2"]
+    prompts.write_text("a thing --w 64 --h 64 --s 1\n")
+    flags = ["--gradient_accumulation_steps=2", "--max_train_steps=2", "--save_state", *same]
+    looked_at = [f"--sample_prompts={prompts}", "--sample_every_n_steps=1", "--save_every_n_steps=1"]
     plain = swappable[family].train(mode, tmp_path / "plain", *flags)
     swapped = swappable[family].train(mode, tmp_path / "swapped", *flags, *looked_at, *added)
-    resume = f"--resume={swapped / 'tiny-step00000002-state'}"
+    resume = f"--resume={swapped / 'tiny-step00000001-state'}"
     resumed = swappable[family].train(mode, tmp_path / "resumed", *flags, *added, resume)
     assert runs.losses(swapped) == runs.losses(plain)
     for output in (swapped, resumed):

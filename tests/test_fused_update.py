@@ -36,7 +36,7 @@ ULP = 2.0**-7
 
 @pytest.fixture(scope="module")
 def workspaces(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Workspace]:
-    return {name: runs.make_workspace(case, tmp_path_factory.mktemp(name)) for name, case in SHALLOW_CASES.items()}
+    return runs.Workspaces(SHALLOW_CASES, tmp_path_factory.mktemp)
 
 
 # ---- rounding ----------------------------------------------------------------------------------------------------------

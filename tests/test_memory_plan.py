@@ -49,7 +49,7 @@ DEEP = FamilyCase(
 @pytest.fixture(scope="module")
 def workspaces(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Workspace]:
     cases = {**CASES, "deep": DEEP} | {f"shallow {name}": SHALLOW_CASES[name] for name in ("sd", "sdxl")}
-    return {name: runs.make_workspace(case, tmp_path_factory.mktemp(name)) for name, case in cases.items()}
+    return runs.Workspaces(cases, tmp_path_factory.mktemp)
 
 
 def built(run: PreparedRun) -> Trainer:

@@ -32,7 +32,7 @@ STATE = "tiny-state"
 
 @pytest.fixture(scope="module")
 def workspaces(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Workspace]:
-    return {name: runs.make_workspace(case, tmp_path_factory.mktemp(name)) for name, case in SHALLOW_CASES.items()}
+    return runs.Workspaces(SHALLOW_CASES, tmp_path_factory.mktemp)
 
 
 @pytest.fixture
@@ -84,9 +84,7 @@ def train_and_resume(workspace: Workspace, mode: Mode, folder: Path, *flags: str
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize(
-    ("family", "workers"), [("sd", 0), ("sd", 2), ("sdxl", 0), ("flux", 2), ("chroma", 0), ("sd3", 2), ("lumina", 0)]
-)
+@pytest.mark.parametrize(("family", "workers"), [("sd", 2), ("sdxl", 0), ("flux", 2), ("chroma", 0), ("sd3", 2), ("lumina", 0)])
 def test_three_steps_and_two_more_are_five(
     family: str, mode: Mode, workers: int, workspaces: dict[str, Workspace], tmp_path: Path
 ) -> None:
