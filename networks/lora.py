@@ -7,7 +7,7 @@ factors were at the start is taken off again: W + up @ down - up_0 @ down_0, whi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -315,7 +315,7 @@ class _Conv2d(nn.Conv2d):
 def _matrices(base: Matrix, rank: int, num_parts: int) -> tuple[Matrix, Matrix]:
     """Down and up."""
 
-    def make(kind: type[Matrix], *args: Any) -> Any:
+    def make(kind: Callable[..., Matrix], *args: Any) -> Matrix:
         return kind(*args, bias=False, dtype=torch.float32)
 
     if isinstance(base, nn.Conv2d):
