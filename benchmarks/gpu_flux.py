@@ -45,6 +45,7 @@ from library.optimizers import LearningRates  # noqa: E402
 from library.quantized_layers import Quantizer  # noqa: E402
 from library.rng import keyed_generator  # noqa: E402
 from library.strategy_flux import FluxConditioning  # noqa: E402
+from library.watchdog import peak_memory  # noqa: E402
 from networks import lora_flux  # noqa: E402
 from networks.network_interface import AdapterNetwork  # noqa: E402
 
@@ -224,11 +225,7 @@ def operations(size: Size) -> int:
 
 def peak_bytes(device: torch.device) -> int:
     """Of the device since `clear_peak`; on a CPU, of the process since it began."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return peak_memory(device) or 0
 
 
 def clear_peak(device: torch.device) -> None:

@@ -18,6 +18,7 @@ from library.checkpoint import (
     average_name,
     state_name,
 )
+from library.curves import PICTURE_FILE, draw_curves
 from library.image_losses import FILE as IMAGE_LOSSES
 from library.image_losses import merged, worst, write_table
 from library.metadata import BaseHashes, RunFacts, at_save, average_metadata, modelspec_metadata, network_metadata
@@ -40,6 +41,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 SHOWN_IMAGES = 20
+STEPS_OF_A_CURVE = 50
+"""Fewer show nothing but noise, unless there was a validation."""
 """Pictures that are named at the end of a run, those that are learned worst."""
 
 
@@ -174,6 +177,8 @@ class RunWriter:
             self._save_state(self.policy.last_name, losses)
         self._write_image_losses(losses)
         self.tracker.close()
+        if self.trainer.state.step - self.first_step >= STEPS_OF_A_CURVE:
+            self._draw_curves()
         self._settle_uploads()
 
     def interrupted(self) -> str:
@@ -201,6 +206,8 @@ class RunWriter:
             self._save_state(stem, losses)
         self._write_image_losses(losses)
         self.tracker.close()
+        if self.trainer.state.step - self.first_step >= STEPS_OF_A_CURVE:
+            self._draw_curves()
         self._settle_uploads()
         return self.folder / state_name(stem)
 
@@ -323,3 +330,17 @@ class RunWriter:
             training,
             "the lowest so far" if lowest else f"lowest {trainer.best.loss:.5f} after step {trainer.best.step}",
         )
+        if (picture := self._draw_curves()) is not None:
+            self.tracker.show_pictures(trainer.state.step, {"validation": picture})
+
+    def _draw_curves(self) -> Path | None:
+        """The picture of the losses so far; None on other processes, and where it could not be written."""
+        if not self.is_main:
+            return None
+        picture = self.folder / (self.prefix + PICTURE_FILE)
+        try:
+            draw_curves(self.folder / (self.prefix + METRICS_FILE), picture)
+        except OSError as error:  # a run does not end for want of a picture
+            logger.warning("%s cannot be written: %s", picture, error.strerror or error)
+            return None
+        return picture

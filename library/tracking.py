@@ -1,4 +1,4 @@
-"""Logs of a run: TensorBoard, wandb, `metrics.csv`, the progress bar and the loss curve. The GPU is never waited for."""
+"""Logs of a run: TensorBoard, wandb, `metrics.csv`, and the progress bar. The GPU is never waited for."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from library.checkpoint import atomic_write, atomic_write_text
+from library.checkpoint import atomic_write_text
 from library.errors import UserError
 from library.late_copy import LateCopy
 
@@ -210,6 +210,8 @@ class Tracker:
             if rate is not None:
                 values[name if name.startswith("lr/") else f"lr/{name}"] = rate
         self._show_step(step)
+        if (left := self._minutes_left()) is not None:
+            values["speed/minutes_left"] = left
         for row in self.log.push(step, epoch, values):
             self._write_step(row)
 
@@ -286,6 +288,11 @@ class Tracker:
             self.bar = tqdm(total=self.total_steps, initial=step - 1, desc="steps", smoothing=0.1, dynamic_ncols=True)
         self.bar.update(1)
 
+    def _minutes_left(self) -> float | None:
+        """As the progress bar has it; None while it has no rate yet."""
+        shown = self.bar.format_dict
+        return (shown["total"] - shown["n"]) / shown["rate"] / 60 if shown.get("rate") else None
+
     def _start_tensorboard(self) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
@@ -319,23 +326,3 @@ def _tracker_config(path: str | None) -> dict[str, Any]:
         return toml.load(path)
     except (OSError, toml.TomlDecodeError) as error:
         raise UserError(f"--log_tracker_config {path} cannot be read: {error}") from error
-
-
-def draw_loss(csv_path: Path, png_path: Path) -> None:
-    """The loss curve of a `metrics.csv`: every step, and a running mean over about a twentieth of the run."""
-    from matplotlib.figure import Figure
-
-    rows = [row for row in read_metrics(csv_path) if CURRENT in row]
-    if not rows:
-        raise UserError(f"{csv_path} has no losses to draw yet.")
-    steps = [int(row["step"]) for row in rows]
-    losses = [float(row[CURRENT]) for row in rows]
-    window = MovingAverage(max(5, len(losses) // 20))
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.add_subplot()
-    axes.plot(steps, losses, color="tab:blue", alpha=0.3, linewidth=0.8, label="each step")
-    axes.plot(steps, [window.add(loss) for loss in losses], color="tab:blue", linewidth=1.8, label="running mean")
-    axes.set(xlabel="step", ylabel="loss", title=f"{len(steps)} steps")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    atomic_write(png_path, lambda path: figure.savefig(path, format="png", dpi=120))

@@ -66,6 +66,17 @@ def spill_message(memory: DeviceMemory) -> str | None:
     )
 
 
+def peak_memory(device: torch.device) -> int | None:
+    """Most bytes that torch had on a GPU, or that the process had in main memory; None where nobody says."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ModuleNotFoundError:  # Windows
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 class Watchdog:
     """Times every update. A thing that is wrong is told once, with its likely cause."""
 
@@ -100,8 +111,8 @@ class Watchdog:
             self._compare(statistics.median(self.laps))
             self.laps = []
         logs = {"speed/steps_per_second": 1 / seconds, "speed/images_per_second": images / seconds}
-        if self.device.type == "cuda":
-            logs["memory/peak_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
+        if (peak := peak_memory(self.device)) is not None:
+            logs["memory/peak_gib"] = peak / 2**30
         return logs
 
     def _compare(self, median: float) -> None:

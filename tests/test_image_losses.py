@@ -94,6 +94,7 @@ def test_a_run_that_becomes_slow_is_told_once(monkeypatch: pytest.MonkeyPatch, c
         logs = dog.lap(8)
         clock[0] += 60.0  # a save
         dog.pause()
+    assert 0.1 < logs.pop("memory/peak_gib") < 100
     assert logs == {"speed/steps_per_second": 0.5, "speed/images_per_second": 4.0}
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert "updates take 2.00 s now and took 1.00 s before" in caplog.text

@@ -21,7 +21,6 @@ from library.tracking import (
     Row,
     Tracker,
     check_trackers,
-    draw_loss,
     read_metrics,
 )
 
@@ -266,25 +265,14 @@ def test_the_progress_bar_shows_loss_and_rate_and_reaches_the_end(tmp_path, caps
     assert "6/6" in shown and "avr_loss=" in shown and "lr=5.00e-01" in shown
 
 
-# ---- the loss curve --------------------------------------------------------------------------------------------------
-
-
-def test_the_loss_curve_is_a_picture(tmp_path):
-    pytest.importorskip("matplotlib")
-    from PIL import Image
-
-    run(tracker(tmp_path), range(1, 7))
-    draw_loss(tmp_path / "metrics.csv", tmp_path / "loss.png")
-    with Image.open(tmp_path / "loss.png") as picture:
-        assert picture.format == "PNG" and min(picture.size) > 300
-        assert len(picture.convert("RGB").getcolors(1 << 20)) > 10
-
-
-def test_nothing_to_draw_is_an_error(tmp_path):
-    pytest.importorskip("matplotlib")
-    MetricsFile(tmp_path / "metrics.csv", resume_step=None)
-    with pytest.raises(UserError, match="no losses to draw"):
-        draw_loss(tmp_path / "metrics.csv", tmp_path / "loss.png")
+def test_the_time_left_is_logged(tmp_path):
+    target = tracker(tmp_path)
+    for step in range(4, 7):
+        time.sleep(0.12)  # the bar takes a rate at most every tenth of a second
+        target.push(step, 1, logs(step), {})
+    target.close()
+    one_left, none_left = column(tmp_path, "speed/minutes_left")
+    assert none_left == 0 and 0.001 < one_left < 0.1
 
 
 def test_runs_are_logged_under_sd_scripts_names() -> None:
