@@ -100,14 +100,15 @@ def main(argv: list[str] | None = None) -> None:
     trained = time.monotonic()
     before_after(lora, OUTPUT / "before_after.png")
 
-    from library.tracking import METRICS_FILE, draw_loss
+    from library.curves import PICTURE_FILE, draw_curves
+    from library.tracking import METRICS_FILE
 
-    draw_loss(OUTPUT / METRICS_FILE, OUTPUT / "loss.png")
+    draw_curves(OUTPUT / METRICS_FILE, OUTPUT / PICTURE_FILE)
     if options.evaluate:
         for label, share in evaluate(lora).items():
             print(f"{label}: {share:.0%} right")
     print(f"trained in {trained - started:.0f} s")
-    for label, path in (("LoRA", lora), ("before and after", OUTPUT / "before_after.png"), ("loss", OUTPUT / "loss.png")):
+    for label, path in (("LoRA", lora), ("before and after", OUTPUT / "before_after.png"), ("loss", OUTPUT / PICTURE_FILE)):
         print(f"{label}: {path}")
 
 

@@ -264,7 +264,7 @@ def _described(candidates: Sequence[NetworkArch], metadata: Mapping[str, str]) -
 
 
 def _of_own_width(candidates: Sequence[NetworkArch], layers: LayerTensors) -> list[NetworkArch]:
-    inputs = {layer[DOWN].shape[1] for layer in layers.values() if DOWN in layer}
+    inputs = {layer[DOWN].shape[1] for layer in layers.values() if DOWN in layer and layer[DOWN].ndim > 1}
     return [arch for arch in candidates if arch.own_widths & inputs]
 
 

@@ -176,7 +176,7 @@ BAD = [
         lambda f, w: ["--fused_backward_pass", "--network_args", "ggpo_sigma=0.1", "ggpo_beta=0.1"],
         ("--fused_backward_pass", "ggpo_sigma"),
     ),
-    Bad("flag of the wrong type", lambda f, w: ["--max_train_steps=many"], ("max_train_steps", "many", "int")),
+    Bad("flag of the wrong type", lambda f, w: ["--max_train_steps=many"], ("max_train_steps", "many", "a whole number")),
     Bad("flag not implemented yet", lambda f, w: ["--deepspeed"], ("--deepspeed", "not implemented")),
     Bad("quantised weights that learn", lambda f, w: ["--fp8_base"], ("--fp8_base", "cannot learn"), mode="full"),
     Bad(
