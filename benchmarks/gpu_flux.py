@@ -247,7 +247,7 @@ def kernels(work: Callable[[], object], device: torch.device) -> str:
     with profile(activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * on_gpu]) as found:
         work()
         wait_for(device)
-    order = "self_cuda_time_total" if on_gpu else "self_cpu_time_total"
+    order = "self_device_time_total" if on_gpu else "self_cpu_time_total"
     return str(found.key_averages().table(sort_by=order, row_limit=60, max_name_column_width=90))
 
 

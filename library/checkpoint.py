@@ -9,8 +9,8 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -32,24 +32,31 @@ def atomic_write(path: Path, write: Callable[[Path], None]) -> None:
     as `path` does, for writers that look at the suffix. Raises `UserError` when the disk is full.
     """
     temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    with explained_full_disk(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _remove(temporary)
+            write(temporary)
+            _as_usual(temporary)
+            _flush(temporary)
+            _put_in_place(temporary, path)
+        finally:
+            _remove(temporary)
+
+
+@contextmanager
+def explained_full_disk(path: Path) -> Iterator[None]:
+    """While `path` is written, under another name until it is whole: a full disk becomes a `UserError`."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _remove(temporary)
-        write(temporary)
-        _as_usual(temporary)
-        _flush(temporary)
-        _put_in_place(temporary, path)
-    except Exception as error:  # safetensors and torch raise exceptions of their own for a full disk
+        yield
+    except Exception as error:  # safetensors and torch raise exceptions of their own for it
         if not is_disk_full(error):
             raise
-        _remove(temporary)  # before the free bytes are counted
         free = shutil.disk_usage(path.parent).free
         raise UserError(
             f"no space left while writing {path}: {free:,} bytes are free. Nothing was overwritten. "
             "Free some space, or give another --output_dir."
         ) from error
-    finally:
-        _remove(temporary)
 
 
 def atomic_write_text(path: Path, text: str) -> None:

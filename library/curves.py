@@ -12,6 +12,8 @@ from library.errors import UserError
 from library.tracking import CURRENT, MovingAverage, read_metrics
 
 PICTURE_FILE = "loss.png"
+LEAST_STEPS = 50
+"""Losses of fewer show nothing but noise, unless there was a validation."""
 _MEAN = re.compile(r"loss/validation/(?:step|epoch)_average")
 _QUANTILE = re.compile(r"loss/validation/quantile_(\d+)")
 MAX_ROUNDS = 8

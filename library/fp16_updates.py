@@ -116,8 +116,7 @@ class Fp16Update(UpdateRule):
         return {} if self.norm is None else {"norm/gradient": self.norm}
 
     def step(self, parameters: Sequence[nn.Parameter], loss: Tensor) -> bool:
-        self.numbers.ask(loss, None)
-        self.numbers.settle()
+        self.numbers.check(loss)
         scaler, whole = self.accelerator.scaler, _Whole(self.steps)
         scale: Tensor | float = 1.0
         if scaler is not None:

@@ -121,16 +121,12 @@ class FusedBackwardUpdate(UpdateRule):
             self._begin_pass(self._measure)
             backward()
             self._end_pass()
-            self._check_norm(untouched=True)
+            self.numbers.check(self._loss, self.norm)
         self._begin_pass(self._step)
 
     def before_backward(self, loss: Tensor) -> None:
         self._loss = loss.detach()
         self.numbers.settle_before_backward(loss)
-
-    def _check_norm(self, *, untouched: bool) -> None:
-        self.numbers.ask(self._loss, self.norm)
-        self.numbers.settle(untouched=untouched)
 
     def _begin_pass(self, take: Callable[[nn.Parameter], None]) -> None:
         self._arrived, self._turn, self._take = {}, 0, take
@@ -212,6 +208,6 @@ class FusedBackwardUpdate(UpdateRule):
 
     def step(self, parameters: Sequence[nn.Parameter], loss: Tensor) -> bool:
         if not self.clips_all:
-            self._check_norm(untouched=False)
+            self.numbers.check(self._loss, self.norm, untouched=False)
         self.steps.finish()
         return True

@@ -29,10 +29,10 @@ CUDA_ROUNDING = 512
 TEMPORARY = "activations"
 """What nobody has given another kind: activations, autograd's graph, and what operators hand to each other."""
 
-_MOVE_NOTHING = (torch.ops.prim.device.default, torch.ops.aten._unsafe_view.default)
-"""Beside views."""
 _READ_OUT = torch.ops.aten._local_scalar_dense.default
 _DEVICE = torch.ops.prim.device.default
+_MOVE_NOTHING = (_DEVICE, torch.ops.aten._unsafe_view.default)
+"""Beside views."""
 _CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _CPU_ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 

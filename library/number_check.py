@@ -86,6 +86,11 @@ class NumberCheck:
             if self._num_bad >= self.patience:
                 raise self._not_finite(*values, untouched=untouched)
 
+    def check(self, loss: Tensor, norm: Tensor | None = None, *, untouched: bool = True) -> None:
+        """Ask and wait at once."""
+        self.ask(loss, norm)
+        self.settle(untouched=untouched)
+
     def settle_before_backward(self, loss: Tensor) -> None:
         """Wait for the loss of a micro-batch, with all processes, before a backward pass that steps weights."""
         if type(loss) is not Tensor:

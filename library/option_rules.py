@@ -43,8 +43,9 @@ def warn_unused(row: Dependent) -> Rule:
     """A warning for flags that something else in the options leaves without effect."""
 
     def broken(options: Any) -> bool:
-        flags, values = flags_of(type(options), type(options.family)), flat(options)
-        changed = (name for name in row.flags if name in flags and values[name] != flags[name].default)
+        known = flags_of(type(options), type(options.family))
+        flags = (known[name] for name in row.flags if name in known)
+        changed = (getattr(getattr(options, flag.group), flag.name) != flag.default for flag in flags)
         return any(changed) and not row.used(options)
 
     *others, last = (f"--{name}" for name in row.flags)

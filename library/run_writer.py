@@ -18,7 +18,7 @@ from library.checkpoint import (
     average_name,
     state_name,
 )
-from library.curves import PICTURE_FILE, draw_curves
+from library.curves import LEAST_STEPS, PICTURE_FILE, draw_curves
 from library.image_losses import FILE as IMAGE_LOSSES
 from library.image_losses import merged, worst, write_table
 from library.metadata import BaseHashes, RunFacts, at_save, average_metadata, modelspec_metadata, network_metadata
@@ -41,8 +41,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 SHOWN_IMAGES = 20
-STEPS_OF_A_CURVE = 50
-"""Fewer show nothing but noise, unless there was a validation."""
 """Pictures that are named at the end of a run, those that are learned worst."""
 
 
@@ -175,11 +173,7 @@ class RunWriter:
         self._save(self.policy.last_name, with_state=False)
         if self.policy.save_state_at_end:
             self._save_state(self.policy.last_name, losses)
-        self._write_image_losses(losses)
-        self.tracker.close()
-        if self.trainer.state.step - self.first_step >= STEPS_OF_A_CURVE:
-            self._draw_curves()
-        self._settle_uploads()
+        self._end_logs(losses)
 
     def interrupted(self) -> str:
         """Save the state, whatever was asked for, and say how to go on."""
@@ -204,12 +198,15 @@ class RunWriter:
         stem, losses = self.policy.step_name(self.trainer.state.step), self._image_loss_states()
         if with_state:
             self._save_state(stem, losses)
-        self._write_image_losses(losses)
+        self._end_logs(losses)
+        return self.folder / state_name(stem)
+
+    def _end_logs(self, image_losses: Sequence[Mapping[str, Any]]) -> None:
+        self._write_image_losses(image_losses)
         self.tracker.close()
-        if self.trainer.state.step - self.first_step >= STEPS_OF_A_CURVE:
+        if self.trainer.state.step - self.first_step >= LEAST_STEPS:
             self._draw_curves()
         self._settle_uploads()
-        return self.folder / state_name(stem)
 
     # ---- what ------------------------------------------------------------------------------------------------------
 

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from library.errors import UserError, is_disk_full
+from library.checkpoint import explained_full_disk
+from library.errors import UserError
 from library.offload_transport import overlapping
 
 if TYPE_CHECKING:
@@ -114,14 +115,10 @@ def write_parts(folder: Path, files: Mapping[str, Mapping[str, Tensor]], process
 def _write(files: Mapping[str, Mapping[str, Tensor]], folder: Path) -> dict[str, Digest]:
     from safetensors.torch import save_file
 
-    try:
+    with explained_full_disk(folder):
         folder.mkdir(parents=True, exist_ok=True)
         for name, tensors in files.items():
             save_file(storable(tensors), folder / name)
-    except Exception as error:  # safetensors raises exceptions of its own for a full disk
-        if not is_disk_full(error):
-            raise
-        raise UserError(f"no space left while writing {folder}. Free some space, or give another --output_dir.") from error
     return {name: digest_of(folder / name) for name in files}
 
 
