@@ -100,11 +100,10 @@ def main(argv: list[str] | None = None) -> None:
     trained = time.monotonic()
     before_after(lora, OUTPUT / "before_after.png")
 
-    from library.curves import LEAST_STEPS, PICTURE_FILE, draw_curves
+    from library.curves import PICTURE_FILE, draw_curves
     from library.tracking import METRICS_FILE
 
-    if options.steps < LEAST_STEPS:  # else the run has drawn it
-        draw_curves(OUTPUT / METRICS_FILE, OUTPUT / PICTURE_FILE)
+    draw_curves(OUTPUT / METRICS_FILE, OUTPUT / PICTURE_FILE)
     if options.evaluate:
         for label, share in evaluate(lora).items():
             print(f"{label}: {share:.0%} right")
